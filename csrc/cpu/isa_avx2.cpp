@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#pragma GCC target("avx2,fma,f16c")
+#define FUSEDLOSS_ISA avx2
+#include "isa.inl"
+#endif

@@ -1,0 +1,127 @@
+// The pointwise driver for any functor; included once per instruction set.
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+// Independent sums, so that additions neither wait for each other nor depend on the vector width.
+constexpr int kLanes = 64;
+
+template <class T>
+T add_lanes(const T (&lanes)[kLanes]) {
+  T sums[8] = {};
+  for (int i = 0; i < kLanes; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += lanes[i + j];
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+template <class S, bool kWeighted, class Loss>
+double sum_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  using T = Accumulate<S>;
+  const S* input = static_cast<const S*>(args.input);
+  const S* target = static_cast<const S*>(args.target);
+  const S* weight = static_cast<const S*>(args.weight);
+  const auto at = [&](int64_t i) {
+    const T value = loss.value(load(input[i]), load(target[i]));
+    return kWeighted ? value * load(weight[i]) : value;
+  };
+  constexpr int64_t kBlock = 4096;  // float within a block, double across blocks
+  double sum = 0;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = block + kBlock < end ? block + kBlock : end;
+    T lanes[kLanes] = {};
+    int64_t i = block;
+    for (; i + kLanes <= stop; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += at(i + lane);
+    }
+    for (int lane = 0; i + lane < stop; ++lane) lanes[lane] += at(i + lane);
+    sum += double(add_lanes(lanes));
+  }
+  return sum;
+}
+
+template <class S, bool kWeighted, class Loss>
+void losses_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  using T = Accumulate<S>;
+  const S* input = static_cast<const S*>(args.input);
+  const S* target = static_cast<const S*>(args.target);
+  const S* weight = static_cast<const S*>(args.weight);
+  S* output = static_cast<S*>(args.output);
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end; ++i) {
+    const T value = loss.value(load(input[i]), load(target[i]));
+    output[i] = store<S>(kWeighted ? value * load(weight[i]) : value);
+  }
+}
+
+template <class S, bool kWeighted, bool kOneUpstream, class Loss>
+void grad_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  using T = Accumulate<S>;
+  const S* input = static_cast<const S*>(args.input);
+  const S* target = static_cast<const S*>(args.target);
+  const S* weight = static_cast<const S*>(args.weight);
+  const S* upstream = static_cast<const S*>(args.upstream);
+  S* output = static_cast<S*>(args.output);
+  const T scale = T(args.scale) * (kOneUpstream ? load(upstream[0]) : T(1));
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end; ++i) {
+    T slope = loss.grad(load(input[i]), load(target[i])) * scale;
+    if constexpr (!kOneUpstream) slope *= load(upstream[i]);
+    if constexpr (kWeighted) slope *= load(weight[i]);
+    output[i] = store<S>(slope);
+  }
+}
+
+// Calls f with the functor of a loss and a storage type, the two things a kernel is compiled for.
+template <template <class> class Functor, class F>
+auto with_dtype(DType dtype, const double* params, F f) {
+  switch (dtype) {
+    case DType::Double:
+      return f(Functor<double>(params), double());
+    case DType::BFloat16:
+      return f(Functor<float>(params), bf16());
+    case DType::Half:
+      return f(Functor<float>(params), fp16());
+    default:
+      return f(Functor<float>(params), float());
+  }
+}
+
+#define FUSEDLOSS_CASE(name, Functor) \
+  case Loss::name:                    \
+    return with_dtype<Functor>(dtype, params, f);
+
+template <class F>
+auto with_functor(Pointwise loss, DType dtype, const double* params, F f) {
+  using Loss = Pointwise;
+  switch (loss) { FUSEDLOSS_POINTWISE(FUSEDLOSS_CASE) }
+  __builtin_unreachable();
+}
+
+inline double pointwise_sum(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
+    using S = decltype(storage);
+    return args.weight ? sum_of<S, true>(functor, args, begin, end) : sum_of<S, false>(functor, args, begin, end);
+  });
+}
+
+inline void pointwise_losses(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
+    using S = decltype(storage);
+    args.weight ? losses_of<S, true>(functor, args, begin, end) : losses_of<S, false>(functor, args, begin, end);
+  });
+}
+
+inline void pointwise_grad(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
+    using S = decltype(storage);
+    if (args.upstream_stride == 0) {
+      args.weight ? grad_of<S, true, true>(functor, args, begin, end)
+                  : grad_of<S, false, true>(functor, args, begin, end);
+    } else {
+      args.weight ? grad_of<S, true, false>(functor, args, begin, end)
+                  : grad_of<S, false, false>(functor, args, begin, end);
+    }
+  });
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA

@@ -1,0 +1,84 @@
+// The torch-free entry points: pointers, sizes, strides. Strides and offsets are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "losses/pointwise.h"
+#include "losses/softmax.h"
+
+namespace fusedloss {
+
+enum class DType { Float, Double, BFloat16, Half };
+
+#define FUSEDLOSS_ENUMERATOR(name, Functor) name,
+enum class Pointwise { FUSEDLOSS_POINTWISE(FUSEDLOSS_ENUMERATOR) };
+enum class Softmax { FUSEDLOSS_SOFTMAX(FUSEDLOSS_ENUMERATOR) };
+#undef FUSEDLOSS_ENUMERATOR
+
+constexpr int kMaxParams = 2;
+
+// One loss per element of dense tensors that share one order in memory.
+struct PointwiseArgs {
+  DType dtype;
+  const void* input;
+  const void* target;
+  const void* weight;  // null: 1
+  double params[kMaxParams];
+  void* output;          // losses or gradients; unused by the sum
+  const void* upstream;  // gradient only, of dtype; upstream_stride 0 where one value serves all
+  int64_t upstream_stride;
+  double scale;  // gradient only: 1 / n for a mean
+};
+
+// One loss per row of logits; the row of class scores number r starts at
+// (r / inner) * outer_stride + (r % inner) * inner_stride and goes on by class_stride.
+struct SoftmaxLayout {
+  int64_t rows, classes, inner;
+  int64_t outer_stride, class_stride, inner_stride;
+};
+
+struct SoftmaxArgs {
+  DType dtype;
+  SoftmaxLayout logits_layout;
+  const void* logits;
+  const int64_t* target;  // [rows]
+  const void* weight;     // [classes] in arithmetic type; null: 1
+  int64_t ignore_index;
+  double params[kMaxParams];
+  void* losses;      // forward: [rows] in dtype, null where the reduction needs only the sums
+  void* statistics;  // [2, rows] in arithmetic type: max and rest
+  // Backward.
+  SoftmaxLayout grad_layout;
+  void* grad;
+  const void* upstream;  // of dtype; upstream_stride 0 where one value serves all
+  int64_t upstream_stride;
+  double scale;  // 1 / total weight for a mean
+};
+
+// How many rows are summed on their own: part of the result, so chosen from the shape alone.
+int64_t softmax_chunk(const SoftmaxLayout& layout);
+
+struct SoftmaxSums {
+  double loss, weight;  // weight: the divisor of a mean
+  int64_t bad_row;      // the first row whose target is out of range, or -1
+};
+
+// Every function works on a range, so that the caller may split the work over threads: the ranges are chosen from the
+// shape alone, and their sums are added in order, which makes the result independent of the thread count.
+struct CpuKernels {
+  const char* isa;
+  double (*pointwise_sum)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
+  void (*pointwise_losses)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
+  void (*pointwise_grad)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
+  SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+  void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+};
+
+// The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.
+// Throws std::runtime_error where the variable names one that is unknown or that the machine does not have.
+const CpuKernels& cpu_kernels();
+
+// The instruction sets compiled in, narrowest first, separated by spaces.
+const char* cpu_isas();
+
+}  // namespace fusedloss

@@ -1,0 +1,206 @@
+// Scalar arithmetic shared by every loss: torch-free, for the host and the device.
+//
+// Everything is branch-free, so that a plain loop over a functor becomes vector code on the CPU. Each instruction set
+// compiles this file into its own namespace; without that the linker would keep one copy of an inline function for all
+// of them, possibly one the machine cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifndef FUSEDLOSS_ISA
+#define FUSEDLOSS_ISA baseline
+#endif
+
+#ifdef __CUDACC__
+#define FUSEDLOSS_HD __host__ __device__ __forceinline__
+#else
+#define FUSEDLOSS_HD inline __attribute__((always_inline))
+#endif
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+template <class To, class From>
+FUSEDLOSS_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Storage types. Arithmetic is done in Accumulate<S>: float for everything but double.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class S>
+using Accumulate = typename AccumulateOf<S>::type;
+
+FUSEDLOSS_HD float load(float x) { return x; }
+FUSEDLOSS_HD double load(double x) { return x; }
+FUSEDLOSS_HD float load(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+FUSEDLOSS_HD float load(fp16 x) {
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  // Subnormals are a multiple of 2^-24, built without a float subnormal so that flush-to-zero does no harm.
+  const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
+  const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // 0x7c00 and above: infinity and NaN
+  const float normal = bit_cast<float>((magnitude << 13) + rebias);
+  const float value = magnitude < 0x0400u ? subnormal : normal;
+  return bit_cast<float>(bit_cast<uint32_t>(value) | uint32_t(x.bits & 0x8000u) << 16);
+}
+
+// Rounds to nearest even, as torch does.
+template <class S>
+FUSEDLOSS_HD S store(Accumulate<S> x) {
+  return x;
+}
+template <>
+FUSEDLOSS_HD bf16 store<bf16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {uint16_t(x == x ? rounded : 0x7fc0u)};
+}
+template <>
+FUSEDLOSS_HD fp16 store<fp16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  // Adding 0.5 leaves the multiples of 2^-24 in the low bits, rounded by the addition itself.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return {uint16_t(half | ((bits >> 16) & 0x8000u))};
+}
+
+template <class T>
+FUSEDLOSS_HD T abs(T x) {
+  return x < 0 ? -x : x;
+}
+template <class T>
+FUSEDLOSS_HD T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
+template <class T>
+FUSEDLOSS_HD T lowest() {
+  return std::numeric_limits<T>::lowest();
+}
+
+// The polynomials below are minimax fits: exp(r) = 1 + r + r^2 P(r) on |r| <= log(2)/2 and
+// log(m) = 2s + 2s^3 P(s^2) with s = (m-1)/(m+1) on [sqrt(1/2), sqrt(2)], within 0.1 of a rounding step.
+template <class T>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  using Int = int32_t;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float round_to_int = 12582912.0f;                               // 1.5 * 2^23
+  static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;        // high * k is exact
+  static constexpr float exp_lowest = -104.0f, exp_highest = 89.0f;                // 0 below, infinity above
+  static constexpr int32_t sqrt_half = 0x3f3504f3;
+  static constexpr float smallest_normal = 1.17549435e-38f, lift = 16777216.0f;    // 2^24
+  static constexpr int lift_exponent = 24;
+  static FUSEDLOSS_HD float exp_polynomial(float r) {
+    float p = 0.0013814595f;
+    p = p * r + 0.0083687169f;
+    p = p * r + 0.0416683881f;
+    p = p * r + 0.1666652063f;
+    return p * r + 0.4999999345f;
+  }
+  static FUSEDLOSS_HD float log_polynomial(float z) {
+    float p = 0.1493593113f;
+    p = p * z + 0.1998876849f;
+    return p * z + 0.3333338821f;
+  }
+};
+
+template <>
+struct Constants<double> {
+  using Int = int64_t;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double round_to_int = 6755399441055744.0;                       // 1.5 * 2^52
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double exp_lowest = -746.0, exp_highest = 710.0;
+  static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr double smallest_normal = 2.2250738585072014e-308, lift = 18014398509481984.0;  // 2^54
+  static constexpr int lift_exponent = 54;
+  static FUSEDLOSS_HD double exp_polynomial(double r) {
+    double p = 2.5000058349049134561e-8;
+    p = p * r + 2.7630248308724866173e-7;
+    p = p * r + 2.7557586382581076087e-6;
+    p = p * r + 0.000024801493099144013124;
+    p = p * r + 0.00019841269506571106111;
+    p = p * r + 0.0013888888943629841838;
+    p = p * r + 0.0083333333334944638693;
+    p = p * r + 0.04166666666653015977;
+    p = p * r + 0.16666666666666412522;
+    return p * r + 0.5000000000000010627;
+  }
+  static FUSEDLOSS_HD double log_polynomial(double z) {
+    double p = 0.073980520646088653254;
+    p = p * z + 0.07657017977820980267;
+    p = p * z + 0.090917824312501730967;
+    p = p * z + 0.11111099281776276675;
+    p = p * z + 0.14285714371237197773;
+    p = p * z + 0.19999999999707161099;
+    return p * z + 0.33333333333333672302;
+  }
+};
+
+// e^x for every x; exact zeros and infinities, NaN stays NaN.
+template <class T>
+FUSEDLOSS_HD T exp(T x) {
+  using C = Constants<T>;
+  using Int = typename C::Int;
+  x = x < C::exp_lowest ? C::exp_lowest : x;
+  x = x > C::exp_highest ? C::exp_highest : x;
+  // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits.
+  const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
+  const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(C::round_to_int);
+  const T n = shifted - C::round_to_int;
+  const T r = (x - n * C::ln2_high) - n * C::ln2_low;
+  const T value = (C::exp_polynomial(r) * r + T(1)) * r + T(1);
+  // Two factors, because 2^k alone leaves the range where the result is subnormal or overflows.
+  const Int half = x == x ? k >> 1 : 0, rest = x == x ? k - half : 0;
+  return value * bit_cast<T>((half + C::bias) << C::mantissa) * bit_cast<T>((rest + C::bias) << C::mantissa);
+}
+
+// Natural logarithm for x >= 0: -infinity at 0, NaN and infinity stay.
+template <class T>
+FUSEDLOSS_HD T log(T x) {
+  using C = Constants<T>;
+  using Int = typename C::Int;
+  const bool subnormal = x < C::smallest_normal;
+  const T lifted = subnormal ? x * C::lift : x;
+  const Int offset = bit_cast<Int>(lifted) - C::sqrt_half;
+  const Int k = offset >> C::mantissa;
+  const T m = bit_cast<T>(bit_cast<Int>(lifted) - k * (Int(1) << C::mantissa));
+  const T s = (m - T(1)) / (m + T(1)), z = s * s;
+  const T exponent = T(k - (subnormal ? C::lift_exponent : 0));
+  const T value = exponent * C::ln2_high + (T(2) * s + (T(2) * s * z * C::log_polynomial(z) + exponent * C::ln2_low));
+  const T above_zero = x < infinity<T>() ? value : x;
+  return x == T(0) ? -infinity<T>() : above_zero;
+}
+
+// log(1 + u) for u > -1: the rounding of 1 + u is put back, so that tiny u keep all their digits.
+template <class T>
+FUSEDLOSS_HD T log1p(T u) {
+  const T sum = T(1) + u;
+  const T correction = (u - (sum - T(1))) / sum;
+  const T value = log(sum) + correction;
+  return u < infinity<T>() && sum > T(0) ? value : log(sum);
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA

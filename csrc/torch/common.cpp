@@ -1,0 +1,75 @@
+#include "common.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fusedloss {
+
+std::optional<DType> kernel_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::Float;
+    case at::kDouble:
+      return DType::Double;
+    case at::kBFloat16:
+      return DType::BFloat16;
+    case at::kHalf:
+      return DType::Half;
+    default:
+      return std::nullopt;
+  }
+}
+
+at::ScalarType arithmetic_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+void copy_params(Params from, double (&to)[kMaxParams]) {
+  TORCH_CHECK(from.size() <= kMaxParams, "expected at most ", kMaxParams, " parameters, got ", from.size());
+  for (size_t i = 0; i < kMaxParams; ++i) to[i] = i < from.size() ? from[i] : 0;
+}
+
+void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
+  if (count <= grain) return f(0, count);
+  // at::parallel_for itself is a header that silently runs on one thread unless this file is compiled with -fopenmp,
+  // and then needs the very OpenMP runtime torch has loaded; the shim is compiled into torch.
+  const auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const std::function<void(int64_t, int64_t)>*>(context))(begin, end);
+  };
+  const int32_t error = torch_parallel_for(0, count, grain, call, const_cast<void*>(static_cast<const void*>(&f)));
+  TORCH_CHECK(error == 0, "torch_parallel_for failed with error ", error);
+}
+
+Tensor empty_gradient(const Tensor& like) {
+  Tensor gradient = at::empty_like(like);
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
+  if (gradient.nbytes() >= kWorthwhile) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + gradient.nbytes()) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal costs nothing
+  }
+#endif
+  return gradient;
+}
+
+Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
+  bool one_value = true;
+  for (int64_t d = 0; d < upstream.dim(); ++d) one_value &= upstream.size(d) == 1 || upstream.stride(d) == 0;
+  if (one_value) return {upstream, 0};
+  if (upstream.strides() == like.strides()) return {upstream, 1};
+  return {at::empty_like(like, upstream.options()).copy_(upstream), 1};
+}
+
+PointwiseFormula& native_formula(Pointwise loss) {
+  static std::array<PointwiseFormula, 16> formulas;
+  return formulas.at(size_t(loss));
+}
+
+SoftmaxFormula& native_formula(Softmax loss) {
+  static std::array<SoftmaxFormula, 16> formulas;
+  return formulas.at(size_t(loss));
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,153 @@
+// The Python module: one function per loss that computes it, or returns None where the kernels do not own the call.
+
+#include <ATen/TracerMode.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+
+#include "common.h"
+
+namespace py = pybind11;
+
+namespace fusedloss {
+namespace {
+
+// A tensor that kernels may read as it is: exactly torch.Tensor or Parameter, strided on the CPU, and none of what torch
+// marks with a dispatch key: conj and neg views, functorch wrappers, sparse, nested, subclasses with __torch_dispatch__.
+bool is_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  static const c10::DispatchKeySet plain = at::empty({0}, at::kFloat).key_set();
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return plain.has_all(tensor.key_set()) && !tensor._fw_grad(0).defined();
+}
+
+// Modes that change what a loss is: autocast casts, functorch and tracing want torch's own operators.
+bool mode_declines() {
+  return at::autocast::is_autocast_enabled(at::kCPU) || at::tracer::impl::is_dispatch_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+std::optional<int64_t> reduction_of(py::handle reduction) {
+  if (!PyUnicode_Check(reduction.ptr())) return std::nullopt;
+  if (PyUnicode_CompareWithASCIIString(reduction.ptr(), "mean") == 0) return kMean;
+  if (PyUnicode_CompareWithASCIIString(reduction.ptr(), "none") == 0) return kNone;
+  if (PyUnicode_CompareWithASCIIString(reduction.ptr(), "sum") == 0) return kSum;
+  return std::nullopt;
+}
+
+const char* name_of(int64_t reduction) { return reduction == kNone ? "none" : reduction == kMean ? "mean" : "sum"; }
+
+// The arguments that every loss has, or none where the kernels do not own them.
+struct Call {
+  Tensor input, target;
+  OptionalTensor weight;
+  int64_t reduction;
+  std::array<double, kMaxParams> params = {};
+
+  static std::optional<Call> read(py::handle input, py::handle target, py::handle weight, py::handle reduction,
+                                  py::handle first, py::handle second) {
+    Call call;
+    if (!is_plain(input.ptr()) || !is_plain(target.ptr()) || mode_declines()) return std::nullopt;
+    call.input = THPVariable_Unpack(input.ptr());
+    call.target = THPVariable_Unpack(target.ptr());
+    if (!weight.is_none()) {
+      if (!is_plain(weight.ptr())) return std::nullopt;
+      call.weight = THPVariable_Unpack(weight.ptr());
+    }
+    const std::optional<int64_t> known = reduction_of(reduction);
+    if (!known) return std::nullopt;
+    call.reduction = *known;
+    const py::handle given[kMaxParams] = {first, second};
+    for (int i = 0; i < kMaxParams; ++i) {
+      if (given[i].is_none()) continue;
+      if (!PyFloat_Check(given[i].ptr()) && !PyLong_Check(given[i].ptr())) return std::nullopt;
+      call.params[i] = PyFloat_AsDouble(given[i].ptr());
+      if (PyErr_Occurred()) throw py::error_already_set();
+    }
+    return call;
+  }
+};
+
+template <Pointwise kLoss>
+OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction,
+                         py::handle first, py::handle second) {
+  const std::optional<Call> call = Call::read(input, target, weight, reduction, first, second);
+  if (!call || !owns_pointwise(kLoss, call->input, call->target, call->weight, call->params)) return std::nullopt;
+  py::gil_scoped_release no_gil;
+  return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params);
+}
+
+template <Softmax kLoss>
+OptionalTensor softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                       py::handle ignore_index, py::handle first, py::handle second) {
+  const std::optional<Call> call = Call::read(logits, target, weight, reduction, first, second);
+  if (!call || !PyLong_Check(ignore_index.ptr())) return std::nullopt;
+  if (!owns_softmax(kLoss, call->input, call->target, call->weight, call->params)) return std::nullopt;
+  const int64_t ignored = ignore_index.cast<int64_t>();
+  py::gil_scoped_release no_gil;
+  return softmax_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params);
+}
+
+// Holds a Python callable for the life of the process: released at exit it could outlive the interpreter.
+PyObject* keep(const py::object& formula) { return formula.inc_ref().ptr(); }
+
+template <class... Arguments>
+Tensor call_formula(PyObject* formula, Params params, Arguments&&... arguments) {
+  py::gil_scoped_acquire gil;
+  const py::handle callable(formula);
+  return callable(std::forward<Arguments>(arguments)..., *py::tuple(py::cast(params.vec()))).template cast<Tensor>();
+}
+
+void set_formula(Pointwise loss, const py::object& formula) {
+  native_formula(loss) = [kept = keep(formula)](const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                                int64_t reduction, Params params) {
+    return call_formula(kept, params, input, target, weight, name_of(reduction));
+  };
+}
+
+void set_formula(Softmax loss, const py::object& formula) {
+  native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                                int64_t reduction, int64_t ignore_index, Params params) {
+    return call_formula(kept, params, logits, target, weight, name_of(reduction), ignore_index);
+  };
+}
+
+template <class Loss>
+void bind_formula(py::module_& m, const char* name, Loss loss) {
+  m.def((std::string("set_native_") + name).c_str(), [loss](const py::object& formula) { set_formula(loss, formula); });
+}
+
+}  // namespace
+}  // namespace fusedloss
+
+#define FUSEDLOSS_BIND_POINTWISE(name, Functor)                                                           \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::pointwise<fusedloss::Pointwise::name>), "input"_a,  \
+        "target"_a, "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none());          \
+  fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                          \
+  pointwise.append(#name);
+#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                             \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a,     \
+        "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(),                  \
+        "second"_a = py::none());                                                                         \
+  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                            \
+  softmax.append(#name);
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace py::literals;
+  py::list pointwise, softmax;
+  FUSEDLOSS_POINTWISE(FUSEDLOSS_BIND_POINTWISE)
+  FUSEDLOSS_SOFTMAX(FUSEDLOSS_BIND_SOFTMAX)
+  m.attr("pointwise_losses") = py::tuple(pointwise);
+  m.attr("softmax_losses") = py::tuple(softmax);
+  m.attr("cpu_isa") = fusedloss::cpu_kernels().isa;
+  m.attr("cpu_isas") = fusedloss::cpu_isas();
+  m.attr("compiler") = FUSEDLOSS_COMPILER;
+  m.attr("torch_version") = FUSEDLOSS_TORCH_VERSION;
+  m.attr("cuda_architectures") = FUSEDLOSS_CUDA_ARCHITECTURES;
+}

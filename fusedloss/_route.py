@@ -1,0 +1,105 @@
+"""The route of a call: the kernels where they own it, the native formula everywhere else.
+
+A loss is declared by its native formula in plain PyTorch::
+
+    @pointwise("huber")
+    def _huber(input, target, weight, reduction, delta): ...
+
+which gives a callable of the same arguments that goes one of three ways:
+
+1. eagerly, into the extension, which returns None for what it does not own;
+2. into the dispatcher op ``torch.ops.fusedloss.huber`` while torch.compile or torch.export captures a graph;
+3. into the formula itself for everything declined, and where the extension is missing.
+
+The formula is also what the extension differentiates when a backward is itself differentiated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import _fake
+from ._library import extension
+
+Formula = Callable[..., Tensor]
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+
+
+def pointwise(name: str) -> Callable[[Formula], Formula]:
+    """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name."""
+    return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, integers=0)
+
+
+def softmax(name: str) -> Callable[[Formula], Formula]:
+    """Route ``formula(logits, target, weight, reduction, ignore_index, *params)`` through the softmax kernels."""
+    return lambda formula: _routed(name, formula, _captures_softmax, _fake.softmax, integers=1)
+
+
+def _routed(
+    name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int
+) -> Formula:
+    if extension is None:
+        return formula
+    kernel: Any = getattr(extension, name)
+    op: Any = getattr(torch.ops.fusedloss, name)
+    getattr(extension, f"set_native_{name}")(formula)
+    torch.library.register_fake(f"fusedloss::{name}", fakes.forward)
+    torch.library.register_fake(f"fusedloss::{name}_backward", fakes.backward)
+
+    def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any) -> Tensor:
+        if is_compiling():
+            if captures(input, target, weight, reduction):
+                params = [float(value) for value in rest[integers:]]
+                value = op(input, target, weight, REDUCTIONS[reduction], *rest[:integers], params)
+                return value[0] if isinstance(value, tuple) else value
+        else:
+            value = kernel(input, target, weight, reduction, *rest)
+            if value is not None:
+                return value
+        return formula(input, target, weight, reduction, *rest)
+
+    return loss
+
+
+# What a captured graph holds as a fused op. The extension cannot be asked: it would need real tensors.
+
+
+def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    plain = all(
+        type(tensor).__name__ in _PLAIN and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        for tensor in (input, target, weight)
+        if tensor is not None
+    )
+    return (
+        plain
+        and reduction in REDUCTIONS
+        and input.dtype in _DTYPES
+        and input.numel() > 0
+        and (weight is None or (weight.dtype == input.dtype and not weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _captures_pointwise(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    return (
+        _captures(input, target, weight, reduction)
+        and target.dtype == input.dtype
+        and target.shape == input.shape
+        and not target.requires_grad
+        and (weight is None or weight.shape == input.shape)
+    )
+
+
+def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    if not _captures(logits, target, weight, reduction) or logits.dim() < 1 or target.dtype != torch.int64:
+        return False
+    class_dim = min(logits.dim() - 1, 1)
+    return target.shape == logits.shape[:class_dim] + logits.shape[class_dim + 1 :] and (
+        weight is None or weight.shape == logits.shape[class_dim : class_dim + 1]
+    )

@@ -1,0 +1,122 @@
+"""The losses as modules: subclasses of the modules of ``torch.nn`` where torch has them, with nothing but forward changed."""
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """:class:`torch.nn.CrossEntropyLoss`, computed by :func:`fusedloss.functional.cross_entropy`.
+
+    Constructor, buffers, ``state_dict`` and derivatives are torch's.
+
+    >>> CrossEntropyLoss(ignore_index=0)(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(1.3863)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            None,
+            self.ignore_index,
+            None,
+            self.reduction,
+            self.label_smoothing,
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.CrossEntropyLoss)
+
+
+class HuberLoss(nn.HuberLoss):
+    """:class:`torch.nn.HuberLoss`, computed by :func:`fusedloss.functional.huber_loss`.
+
+    >>> HuberLoss(delta=0.5)(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor(0.8750)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.huber_loss(input, target, self.reduction, self.delta)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.HuberLoss)
+
+
+def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
+    """The same module under torch's own class, because TorchScript cannot look into the extension."""
+    native = native_class.__new__(native_class)
+    native.__dict__.update(module.__dict__)
+    return native
+
+
+class FocalLoss(nn.Module):
+    """Softmax focal loss over class indices; see :func:`fusedloss.functional.focal_loss`.
+
+    Args:
+        alpha: None, one factor, or C class weights; a tensor becomes the buffer ``alpha``.
+        gamma: focusing exponent, at least 0.
+        ignore_index: targets of this value count nowhere.
+        reduction: ``"mean"`` (over targets not ignored), ``"sum"`` or ``"none"``.
+
+    >>> FocalLoss(gamma=0.0)(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        alpha: float | Tensor | None = None,
+        gamma: float = 2.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if not gamma >= 0:
+            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.focal_loss(
+            input, target, self.alpha, self.gamma, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+class SigmoidFocalLoss(nn.Module):
+    """Sigmoid focal loss; see :func:`fusedloss.functional.sigmoid_focal_loss`.
+
+    Args:
+        alpha: weight of the positive class; negative for none.
+        gamma: focusing exponent, at least 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    >>> SigmoidFocalLoss(reduction="sum")(torch.zeros(2), torch.tensor([1.0, 0.0]))
+    tensor(0.1733)
+    """
+
+    def __init__(self, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> None:
+        super().__init__()
+        if not gamma >= 0:
+            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reduction = reduction
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+
+
+__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "SigmoidFocalLoss"]
