@@ -3,7 +3,7 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 // Independent sums, so that additions neither wait for each other nor depend on the vector width.
-constexpr int kLanes = 64;
+constexpr int kLanes = 32;
 
 template <class T>
 T add_lanes(const T (&lanes)[kLanes]) {

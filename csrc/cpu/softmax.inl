@@ -1,38 +1,28 @@
 // The softmax driver for any functor; included once per instruction set, after pointwise.inl.
 //
-// Two ways to go over the logits, chosen by the layout:
-// - rows: the classes of a row lie side by side; one row at a time, vectors along the classes;
-// - tiles: anything else, and rows too short to fill vectors; kTile rows at a time, vectors across the rows.
-// Both read the logits once in forward, and once in backward.
+// Rows go in tiles of kTile. Their statistics are collected in one of two ways, chosen by the layout:
+// - by rows, where the classes of a row lie side by side: vectors along the classes;
+// - by columns, anything else and rows too short to fill vectors: vectors across the rows of the tile.
+// What is left to do once a row (exp, log, the functor) is then vector code across the tile in either case.
+// Forward reads the logits once; backward reads them once and writes the gradient once.
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
 constexpr int kTile = 256;
-constexpr int64_t kBlock = 4096;        // 16 KB of float: stays in the first-level cache between max and sum
-constexpr int64_t kShortestRow = 48;    // below, a row costs more in tails and lane sums than in logits
-
-inline bool along_rows(const SoftmaxLayout& layout) {
-  return layout.class_stride == 1 && layout.classes >= kShortestRow;
-}
+constexpr int64_t kBlock = 4096;      // 16 KB of float: stays in the first-level cache between max and sum
+constexpr int64_t kShortestRow = 40;  // below, a row costs more in tails and lane sums than in logits
+constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
 
 inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
   return row / layout.inner * layout.outer_stride + row % layout.inner * layout.inner_stride;
 }
 
-inline bool out_of_range(const SoftmaxArgs& args, int64_t target) {
-  return target != args.ignore_index && uint64_t(target) >= uint64_t(args.logits_layout.classes);
-}
-
 inline int64_t first_bad_row(const SoftmaxArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (out_of_range(args, args.target[row])) return row;
+    const int64_t target = args.target[row];
+    if (target != args.ignore_index && uint64_t(target) >= uint64_t(args.logits_layout.classes)) return row;
   }
   return -1;
-}
-
-template <class T>
-T weight_of(const SoftmaxArgs& args, int64_t target) {
-  return args.weight ? static_cast<const T*>(args.weight)[target] : T(1);
 }
 
 template <class S>
@@ -40,7 +30,42 @@ auto upstream_of(const SoftmaxArgs& args, int64_t row) {
   return load(static_cast<const S*>(args.upstream)[row * args.upstream_stride]);
 }
 
-// ---- rows
+// Neighbouring rows: y is -1 and the weight 0 where the target is ignored. Padded to whole vectors with ignored rows.
+template <class T>
+struct Tile {
+  int64_t row, count, padded;
+  typename Constants<T>::Int y[kTile];
+  T weight[kTile], logit[kTile], max[kTile], rest[kTile];
+
+  void open(const SoftmaxArgs& args, int64_t first, int64_t end) {
+    row = first;
+    count = end - first;
+    padded = (count + kLanes - 1) / kLanes * kLanes;
+    const T* weights = static_cast<const T*>(args.weight);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t target = args.target[row + j];
+      const bool ignored = target == args.ignore_index;
+      y[j] = typename Constants<T>::Int(ignored ? -1 : target);
+      weight[j] = ignored ? T(0) : (weights ? weights[target] : T(1));
+    }
+    for (int64_t j = count; j < padded; ++j) {
+      y[j] = -1;
+      weight[j] = logit[j] = max[j] = rest[j] = 0;
+    }
+  }
+};
+
+// Rows of one tile share the way they are read: inside one run of rows side by side, or anywhere.
+template <class F>
+void over_tiles(const SoftmaxLayout& layout, bool within_runs, int64_t begin, int64_t end, F f) {
+  for (int64_t row = begin, stop; row < end; row = stop) {
+    stop = row + kTile < end ? row + kTile : end;
+    if (within_runs && stop - row > layout.inner - row % layout.inner) stop = row + layout.inner - row % layout.inner;
+    f(row, stop);
+  }
+}
+
+// ---- by rows
 
 // A block of logits as arithmetic values, padded with -infinity to whole lanes; the column `hole`, if inside, is left
 // out the same way. Float blocks without tail or hole are read where they are.
@@ -51,9 +76,11 @@ const Accumulate<S>* stage(const S* logits, int64_t& count, int64_t hole, Accumu
   if constexpr (std::is_same_v<S, T>) {
     if (count % kLanes == 0 && !has_hole) return logits;
   }
+#pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) buffer[i] = load(logits[i]);
-  for (; count % kLanes; ++count) buffer[count] = -infinity<T>();
+  for (int lane = 0; lane < kLanes; ++lane) buffer[count + lane] = -infinity<T>();
   if (has_hole) buffer[hole] = -infinity<T>();
+  count = (count + kLanes - 1) / kLanes * kLanes;
   return buffer;
 }
 
@@ -86,7 +113,7 @@ T sum_exp(const T* values, int64_t count, T max) {
 template <class S>
 auto statistics_of(const S* logits, int64_t classes, int64_t target) {
   using T = Accumulate<S>;
-  alignas(64) T buffer[kBlock];
+  alignas(64) T buffer[kBlock + kLanes];
   T max = lowest<T>();  // finite, so that a row of -infinity masks is no inf - inf
   double rest = 0;
   for (int64_t block = 0; block < classes; block += kBlock) {
@@ -94,7 +121,7 @@ auto statistics_of(const S* logits, int64_t classes, int64_t target) {
     const T* values = stage(logits + block, count, target - block, buffer);
     const T block_max = max_of(values, count);
     if (block_max > max) {
-      rest *= double(exp(max - block_max));
+      if (block > 0) rest *= double(exp(max - block_max));
       max = block_max;
     }
     rest += double(sum_exp(values, count, max));
@@ -102,185 +129,205 @@ auto statistics_of(const S* logits, int64_t classes, int64_t target) {
   return RowStatistics<T>{max, T(rest)};
 }
 
-template <class S, class Loss>
-SoftmaxSums forward_rows(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const SoftmaxLayout& layout = args.logits_layout;
-  SoftmaxSums sums = {0, 0, -1};
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t target = args.target[row];
-    T value = 0;
-    RowStatistics<T> statistics = {0, 0};
-    if (target != args.ignore_index) {
-      const S* logits = static_cast<const S*>(args.logits) + row_offset(layout, row);
-      statistics = statistics_of(logits, layout.classes, target);
-      const T weight = weight_of<T>(args, target);
-      value = weight * loss(complete(statistics, T(load(logits[target])))).loss;
-      sums.weight += Loss::mean_by_weight ? double(weight) : 1.0;
-    }
-    sums.loss += double(value);
-    if (args.losses) static_cast<S*>(args.losses)[row] = store<S>(value);
-    static_cast<T*>(args.statistics)[row] = statistics.max;
-    static_cast<T*>(args.statistics)[layout.rows + row] = statistics.rest;
+template <class S>
+void collect_by_rows(Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
+  for (int64_t j = 0; j < tile.count; ++j) {
+    tile.logit[j] = tile.max[j] = tile.rest[j] = 0;
+    if (tile.y[j] < 0) continue;
+    const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, tile.row + j);
+    const auto statistics = statistics_of(logits, args.logits_layout.classes, tile.y[j]);
+    tile.logit[j] = load(logits[tile.y[j]]);
+    tile.max[j] = statistics.max;
+    tile.rest[j] = statistics.rest;
   }
-  return sums;
 }
 
-template <class S, class Loss>
-void backward_rows(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const SoftmaxLayout& layout = args.logits_layout;
-  const int64_t grad_stride = args.grad_layout.class_stride;
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t target = args.target[r];
-    const S* logits = static_cast<const S*>(args.logits) + row_offset(layout, r);
-    S* grad = static_cast<S*>(args.grad) + row_offset(args.grad_layout, r);
-    if (target == args.ignore_index) {
-      for (int64_t c = 0; c < layout.classes; ++c) grad[c * grad_stride] = store<S>(T(0));
+// The gradient a row at a time: factor * exp(x - max), and `own` at the target.
+template <class S, class T>
+void write_by_rows(const Tile<T>& tile, const SoftmaxArgs& args, const T* factor, const T* own) {
+  const int64_t classes = args.logits_layout.classes;
+  for (int64_t j = 0; j < tile.count; ++j) {
+    const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, tile.row + j);
+    S* grad = static_cast<S*>(args.grad) + row_offset(args.grad_layout, tile.row + j);
+    if (tile.y[j] < 0) {
+      for (int64_t c = 0; c < classes; ++c) grad[c] = store<S>(T(0));
       continue;
     }
-    const T* statistics = static_cast<const T*>(args.statistics);
-    const Row<T> row = complete(RowStatistics<T>{statistics[r], statistics[layout.rows + r]}, T(load(logits[target])));
-    const T a = weight_of<T>(args, target) * loss(row).a * T(double(upstream_of<S>(args, r)) * args.scale);
-    const T factor = a * row.inverse;
-    if (grad_stride == 1) {
+    const T scale = factor[j], max = tile.max[j];
 #pragma GCC ivdep
-      for (int64_t c = 0; c < layout.classes; ++c) grad[c] = store<S>(factor * exp(load(logits[c]) - row.max));
-    } else {
-      for (int64_t c = 0; c < layout.classes; ++c) {
-        grad[c * grad_stride] = store<S>(factor * exp(load(logits[c]) - row.max));
-      }
-    }
-    grad[target * grad_stride] = store<S>(-a * row.q);
+    for (int64_t c = 0; c < classes; ++c) grad[c] = store<S>(scale * exp(load(logits[c]) - max));
+    grad[tile.y[j]] = store<S>(own[j]);
   }
 }
 
-// ---- tiles
+// ---- by columns
 
-// Where the rows of a tile begin: side by side in memory (kUnit), so that a column of the tile is one vector, or anywhere.
-template <bool kUnit>
-struct Offsets {
-  int64_t first;
-  int64_t operator[](int64_t j) const { return first + j; }
-  void set(const SoftmaxLayout& layout, int64_t row, int64_t) { first = row_offset(layout, row); }
-};
-template <>
-struct Offsets<false> {
-  int64_t offsets[kTile];
-  int64_t operator[](int64_t j) const { return offsets[j]; }
-  void set(const SoftmaxLayout& layout, int64_t row, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) offsets[j] = row_offset(layout, row + j);
+constexpr int kColumns = 16;
+
+// Columns [first, first + columns) of a tile as vectors across its rows: in place, or moved into a buffer.
+template <class S>
+struct ColumnBlock {
+  const SoftmaxLayout& layout;
+  const bool in_place;
+  int64_t offset[kTile];
+  alignas(64) S buffer[kColumns * kTile];
+
+  explicit ColumnBlock(const SoftmaxLayout& l) : layout(l), in_place(l.inner_stride == 1 && l.inner >= kShortestRun) {}
+
+  void open(int64_t row, int64_t count) {
+    for (int64_t j = 0; j < (in_place ? 1 : count); ++j) offset[j] = row_offset(layout, row + j);
   }
-};
+  int64_t stride() const { return in_place ? layout.class_stride : kTile; }
 
-// Neighbouring rows; y[j] is -1 where the target is ignored.
-template <class T, bool kUnit>
-struct Tile {
-  int64_t count;
-  Offsets<kUnit> at;
-  typename Constants<T>::Int y[kTile];
-  T max[kTile], rest[kTile], logit[kTile];
-
-  void open(const SoftmaxArgs& args, int64_t row, int64_t end) {
-    const SoftmaxLayout& layout = args.logits_layout;
-    count = end - row < kTile ? end - row : kTile;
-    if (kUnit && count > layout.inner - row % layout.inner) count = layout.inner - row % layout.inner;
-    at.set(layout, row, count);
+  template <class Pointer>
+  Pointer in_memory(Pointer base, int64_t first) const {
+    return base + offset[0] + first * layout.class_stride;
+  }
+  const S* read(const S* base, int64_t first, int64_t columns, int64_t count) {
+    if (in_place) return in_memory(base, first);
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t target = args.target[row + j];
-      y[j] = typename Constants<T>::Int(target == args.ignore_index ? -1 : target);
+      const S* row = base + offset[j] + first * layout.class_stride;
+      for (int64_t c = 0; c < columns; ++c) buffer[c * kTile + j] = row[c * layout.class_stride];
+    }
+    return buffer;
+  }
+  void write(S* base, int64_t first, int64_t columns, int64_t count) const {
+    if (in_place) return;
+    for (int64_t j = 0; j < count; ++j) {
+      S* row = base + offset[j] + first * layout.class_stride;
+      for (int64_t c = 0; c < columns; ++c) row[c * layout.class_stride] = buffer[c * kTile + j];
     }
   }
 };
 
-template <class S, bool kUnit, class Loss>
-SoftmaxSums forward_tiles(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
+template <class F>
+void over_column_blocks(int64_t classes, F f) {
+  for (int64_t first = 0; first < classes; first += kColumns) {
+    f(first, classes - first < kColumns ? classes - first : kColumns);
+  }
+}
+
+template <class S>
+void collect_by_columns(Tile<Accumulate<S>>& tile, const SoftmaxArgs& args, ColumnBlock<S>& block) {
   using T = Accumulate<S>;
-  const SoftmaxLayout& layout = args.logits_layout;
-  SoftmaxSums sums = {0, 0, -1};
-  Tile<T, kUnit> tile;
-  T losses[kTile];
-  for (int64_t row = begin; row < end; row += tile.count) {
-    tile.open(args, row, end);
-    const int64_t count = tile.count;
-    for (int j = 0; j < kTile; ++j) {
-      tile.max[j] = lowest<T>();
-      tile.rest[j] = tile.logit[j] = 0;
-    }
-    const S* logits = static_cast<const S*>(args.logits);
-    for (int64_t c = 0; c < layout.classes; ++c, logits += layout.class_stride) {
-      const auto column = typename Constants<T>::Int(c);
+  const int64_t count = tile.count;
+  for (int64_t j = 0; j < count; ++j) {
+    tile.max[j] = lowest<T>();
+    tile.rest[j] = tile.logit[j] = 0;
+  }
+  block.open(tile.row, count);
+  over_column_blocks(args.logits_layout.classes, [&](int64_t first, int64_t columns) {
+    const S* column = block.read(static_cast<const S*>(args.logits), first, columns, count);
+    for (int64_t c = first; c < first + columns; ++c, column += block.stride()) {
+      const auto index = typename Constants<T>::Int(c);
 #pragma GCC ivdep
       for (int64_t j = 0; j < count; ++j) {
-        const T x = load(logits[tile.at[j]]), gap = x - tile.max[j], e = exp(-abs(gap));
-        const bool is_target = tile.y[j] == column, higher = gap > 0;
-        const T rest = higher ? tile.rest[j] * e + T(1) : tile.rest[j] + e, max = higher ? x : tile.max[j];
-        tile.rest[j] = is_target ? tile.rest[j] : rest;
-        tile.max[j] = is_target ? tile.max[j] : max;
-        tile.logit[j] = is_target ? x : tile.logit[j];
+        // One exp serves both cases: x above the running max rescales the sum, x below adds to it.
+        const T x = load(column[j]), gap = x - tile.max[j], e = exp(-abs(gap));
+        const bool is_target = tile.y[j] == index, higher = gap > 0;
+        const T rest = select(higher, tile.rest[j] * e + T(1), tile.rest[j] + e);
+        tile.rest[j] = select(is_target, tile.rest[j], rest);
+        tile.max[j] = select(is_target, tile.max[j], select(higher, x, tile.max[j]));
+        tile.logit[j] = select(is_target, x, tile.logit[j]);
       }
     }
+  });
+}
+
+template <class S, class T>
+void write_by_columns(const Tile<T>& tile, const SoftmaxArgs& args, const T* factor, const T* own,
+                      ColumnBlock<S>& logits, ColumnBlock<S>& grad) {
+  const int64_t count = tile.count;
+  logits.open(tile.row, count);
+  grad.open(tile.row, count);
+  over_column_blocks(args.logits_layout.classes, [&](int64_t first, int64_t columns) {
+    const S* from = logits.read(static_cast<const S*>(args.logits), first, columns, count);
+    S* base = static_cast<S*>(args.grad);
+    S* to = grad.in_place ? grad.in_memory(base, first) : grad.buffer;
+    for (int64_t c = first; c < first + columns; ++c, from += logits.stride(), to += grad.stride()) {
+      const auto index = typename Constants<T>::Int(c);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const T value = loss(complete(RowStatistics<T>{tile.max[j], tile.rest[j]}, tile.logit[j])).loss;
-      losses[j] = tile.y[j] < 0 ? T(0) : value;
+      for (int64_t j = 0; j < count; ++j) {
+        const T other = factor[j] * exp(load(from[j]) - tile.max[j]);
+        const T value = select(tile.y[j] == index, own[j], other);
+        to[j] = store<S>(select(tile.y[j] < 0, T(0), value));  // the logits of an ignored row may be NaN
+      }
     }
-    for (int64_t j = 0; j < count; ++j) {
-      if (tile.y[j] < 0) continue;
-      const T weight = weight_of<T>(args, tile.y[j]);
-      losses[j] *= weight;
-      sums.loss += double(losses[j]);
-      sums.weight += Loss::mean_by_weight ? double(weight) : 1.0;
+    grad.write(base, first, columns, count);
+  });
+}
+
+// ---- both
+
+inline bool by_rows(const SoftmaxLayout& layout) {
+  return layout.class_stride == 1 && layout.classes >= kShortestRow;
+}
+
+template <class S, class Loss>
+SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
+  using T = Accumulate<S>;
+  const SoftmaxLayout& layout = args.logits_layout;
+  const bool rows = by_rows(layout);
+  SoftmaxSums sums = {0, 0, -1};
+  Tile<T> tile;
+  ColumnBlock<S> block(layout);
+  T losses[kTile];
+  over_tiles(layout, !rows && block.in_place, begin, end, [&](int64_t first, int64_t stop) {
+    tile.open(args, first, stop);
+    rows ? collect_by_rows<S>(tile, args) : collect_by_columns<S>(tile, args, block);
+
+    T loss_lanes[kLanes] = {}, weight_lanes[kLanes] = {};
+    for (int64_t j = 0; j < tile.padded; j += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t i = j + lane;
+        const T value = loss(complete(RowStatistics<T>{tile.max[i], tile.rest[i]}, tile.logit[i])).loss;
+        const bool ignored = tile.y[i] < 0;
+        losses[i] = select(ignored, T(0), value * tile.weight[i]);
+        loss_lanes[lane] += losses[i];
+        weight_lanes[lane] += Loss::mean_by_weight ? tile.weight[i] : select(ignored, T(0), T(1));
+      }
     }
+    sums.loss += double(add_lanes(loss_lanes));
+    sums.weight += double(add_lanes(weight_lanes));
+
     if (args.losses) {
-      S* output = static_cast<S*>(args.losses) + row;
-      for (int64_t j = 0; j < count; ++j) output[j] = store<S>(losses[j]);
+      S* output = static_cast<S*>(args.losses) + first;
+      for (int64_t j = 0; j < tile.count; ++j) output[j] = store<S>(losses[j]);
     }
-    T* statistics = static_cast<T*>(args.statistics) + row;
-    for (int64_t j = 0; j < count; ++j) statistics[j] = tile.max[j];
-    for (int64_t j = 0; j < count; ++j) statistics[layout.rows + j] = tile.rest[j];
-  }
+    T* statistics = static_cast<T*>(args.statistics) + first;
+    for (int64_t j = 0; j < tile.count; ++j) statistics[j] = tile.max[j];
+    for (int64_t j = 0; j < tile.count; ++j) statistics[layout.rows + j] = tile.rest[j];
+  });
   return sums;
 }
 
-template <class S, bool kUnit, class Loss>
-void backward_tiles(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
+template <class S, class Loss>
+void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   using T = Accumulate<S>;
-  const SoftmaxLayout &layout = args.logits_layout, &grad_layout = args.grad_layout;
-  Tile<T, kUnit> tile;
-  Offsets<kUnit> grad_at;
+  const SoftmaxLayout& layout = args.logits_layout;
+  const bool rows = by_rows(layout) && args.grad_layout.class_stride == 1;
+  Tile<T> tile;
+  ColumnBlock<S> logits(layout), grad(args.grad_layout);
   T factor[kTile], own[kTile];
-  for (int64_t row = begin; row < end; row += tile.count) {
-    tile.open(args, row, end);
-    const int64_t count = tile.count;
-    grad_at.set(grad_layout, row, count);
-    const S* logits = static_cast<const S*>(args.logits);
-    S* grad = static_cast<S*>(args.grad);
-    const T* statistics = static_cast<const T*>(args.statistics) + row;
-    for (int64_t j = 0; j < count; ++j) {
-      const bool kept = tile.y[j] >= 0;
-      tile.logit[j] = kept ? load(logits[tile.at[j] + tile.y[j] * layout.class_stride]) : T(0);
-      own[j] = kept ? weight_of<T>(args, tile.y[j]) * T(double(upstream_of<S>(args, row + j)) * args.scale) : T(0);
+  over_tiles(layout, !rows && (logits.in_place || grad.in_place), begin, end, [&](int64_t first, int64_t stop) {
+    tile.open(args, first, stop);
+    const T* statistics = static_cast<const T*>(args.statistics) + first;
+    for (int64_t j = 0; j < tile.count; ++j) {
+      const int64_t target = tile.y[j] < 0 ? 0 : tile.y[j];
+      tile.logit[j] = load(static_cast<const S*>(args.logits)[row_offset(layout, first + j) + target * layout.class_stride]);
+      tile.weight[j] *= T(double(upstream_of<S>(args, first + j)) * args.scale);
+      tile.max[j] = statistics[j];
+      tile.rest[j] = statistics[layout.rows + j];
     }
-#pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const bool kept = tile.y[j] >= 0;
-      const Row<T> r = complete(RowStatistics<T>{statistics[j], statistics[layout.rows + j]}, tile.logit[j]);
-      const T a = own[j] * loss(r).a;
-      tile.max[j] = r.max;
-      factor[j] = kept ? a * r.inverse : T(0);
-      own[j] = -a * r.q;
+    for (int64_t j = 0; j < tile.padded; ++j) {
+      const Row<T> row = complete(RowStatistics<T>{tile.max[j], tile.rest[j]}, tile.logit[j]);
+      const T a = tile.weight[j] * loss(row).a;
+      factor[j] = a * row.inverse;
+      own[j] = -a * row.q;
+      tile.max[j] = row.max;
     }
-    for (int64_t c = 0; c < layout.classes; ++c, logits += layout.class_stride, grad += grad_layout.class_stride) {
-      const auto column = typename Constants<T>::Int(c);
-#pragma GCC ivdep
-      for (int64_t j = 0; j < count; ++j) {
-        const T other = factor[j] * exp(load(logits[tile.at[j]]) - tile.max[j]);
-        const T kept = tile.y[j] < 0 ? T(0) : other;  // an ignored row may hold NaN
-        grad[grad_at[j]] = store<S>(tile.y[j] == column ? own[j] : kept);
-      }
-    }
-  }
+    rows ? write_by_rows<S>(tile, args, factor, own) : write_by_columns<S>(tile, args, factor, own, logits, grad);
+  });
 }
 
 template <class F>
@@ -290,30 +337,17 @@ auto with_functor(Softmax loss, DType dtype, const double* params, F f) {
   __builtin_unreachable();
 }
 
-// Runs of rows shorter than this leave most of a vector empty; then every row gets an offset of its own.
-constexpr int64_t kShortestRun = 32;
-
-inline bool side_by_side(const SoftmaxLayout& layout) {
-  return layout.inner_stride == 1 && layout.inner >= kShortestRun;
-}
-
 inline SoftmaxSums softmax_forward(Softmax loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   const int64_t bad_row = first_bad_row(args, begin, end);
   if (bad_row >= 0) return {0, 0, bad_row};
   return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
-    using S = decltype(storage);
-    if (along_rows(args.logits_layout)) return forward_rows<S>(functor, args, begin, end);
-    return side_by_side(args.logits_layout) ? forward_tiles<S, true>(functor, args, begin, end)
-                                            : forward_tiles<S, false>(functor, args, begin, end);
+    return forward<decltype(storage)>(functor, args, begin, end);
   });
 }
 
 inline void softmax_backward(Softmax loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
-    using S = decltype(storage);
-    if (along_rows(args.logits_layout)) return backward_rows<S>(functor, args, begin, end);
-    const bool unit = side_by_side(args.logits_layout) && side_by_side(args.grad_layout);
-    unit ? backward_tiles<S, true>(functor, args, begin, end) : backward_tiles<S, false>(functor, args, begin, end);
+    backward<decltype(storage)>(functor, args, begin, end);
   });
 }
 

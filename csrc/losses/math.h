@@ -85,6 +85,22 @@ FUSEDLOSS_HD fp16 store<fp16>(float x) {
 }
 
 template <class T>
+struct Constants;
+
+// condition ? a : b without a branch: the compiler would otherwise move the work for a or b under one, and a loop with
+// control flow is no vector code.
+template <class T>
+FUSEDLOSS_HD T select(bool condition, T a, T b) {
+#ifdef __CUDA_ARCH__
+  return condition ? a : b;
+#else
+  using Int = typename Constants<T>::Int;
+  const Int mask = -Int(condition);
+  return bit_cast<T>((bit_cast<Int>(a) & mask) | (bit_cast<Int>(b) & ~mask));
+#endif
+}
+
+template <class T>
 FUSEDLOSS_HD T abs(T x) {
   return x < 0 ? -x : x;
 }
@@ -99,8 +115,6 @@ FUSEDLOSS_HD T lowest() {
 
 // The polynomials below are minimax fits: exp(r) = 1 + r + r^2 P(r) on |r| <= log(2)/2 and
 // log(m) = 2s + 2s^3 P(s^2) with s = (m-1)/(m+1) on [sqrt(1/2), sqrt(2)], within 0.1 of a rounding step.
-template <class T>
-struct Constants;
 
 template <>
 struct Constants<float> {
@@ -111,7 +125,7 @@ struct Constants<float> {
   static constexpr float exp_lowest = -104.0f, exp_highest = 89.0f;                // 0 below, infinity above
   static constexpr int32_t sqrt_half = 0x3f3504f3;
   static constexpr float smallest_normal = 1.17549435e-38f, lift = 16777216.0f;    // 2^24
-  static constexpr int lift_exponent = 24;
+  static constexpr float lift_exponent = 24;
   static FUSEDLOSS_HD float exp_polynomial(float r) {
     float p = 0.0013814595f;
     p = p * r + 0.0083687169f;
@@ -135,7 +149,7 @@ struct Constants<double> {
   static constexpr double exp_lowest = -746.0, exp_highest = 710.0;
   static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
   static constexpr double smallest_normal = 2.2250738585072014e-308, lift = 18014398509481984.0;  // 2^54
-  static constexpr int lift_exponent = 54;
+  static constexpr double lift_exponent = 54;
   static FUSEDLOSS_HD double exp_polynomial(double r) {
     double p = 2.5000058349049134561e-8;
     p = p * r + 2.7630248308724866173e-7;
@@ -173,7 +187,7 @@ FUSEDLOSS_HD T exp(T x) {
   const T r = (x - n * C::ln2_high) - n * C::ln2_low;
   const T value = (C::exp_polynomial(r) * r + T(1)) * r + T(1);
   // Two factors, because 2^k alone leaves the range where the result is subnormal or overflows.
-  const Int half = x == x ? k >> 1 : 0, rest = x == x ? k - half : 0;
+  const Int half = k >> 1, rest = k - half;
   return value * bit_cast<T>((half + C::bias) << C::mantissa) * bit_cast<T>((rest + C::bias) << C::mantissa);
 }
 
@@ -183,15 +197,14 @@ FUSEDLOSS_HD T log(T x) {
   using C = Constants<T>;
   using Int = typename C::Int;
   const bool subnormal = x < C::smallest_normal;
-  const T lifted = subnormal ? x * C::lift : x;
+  const T lifted = select(subnormal, x * C::lift, x);
   const Int offset = bit_cast<Int>(lifted) - C::sqrt_half;
   const Int k = offset >> C::mantissa;
   const T m = bit_cast<T>(bit_cast<Int>(lifted) - k * (Int(1) << C::mantissa));
   const T s = (m - T(1)) / (m + T(1)), z = s * s;
-  const T exponent = T(k - (subnormal ? C::lift_exponent : 0));
+  const T exponent = T(k) - select(subnormal, C::lift_exponent, T(0));
   const T value = exponent * C::ln2_high + (T(2) * s + (T(2) * s * z * C::log_polynomial(z) + exponent * C::ln2_low));
-  const T above_zero = x < infinity<T>() ? value : x;
-  return x == T(0) ? -infinity<T>() : above_zero;
+  return select(x == T(0), -infinity<T>(), select(x < infinity<T>(), value, x));
 }
 
 // log(1 + u) for u > -1: the rounding of 1 + u is put back, so that tiny u keep all their digits.
@@ -199,8 +212,15 @@ template <class T>
 FUSEDLOSS_HD T log1p(T u) {
   const T sum = T(1) + u;
   const T correction = (u - (sum - T(1))) / sum;
-  const T value = log(sum) + correction;
-  return u < infinity<T>() && sum > T(0) ? value : log(sum);
+  const bool finite = bool(int(u < infinity<T>()) & int(sum > T(0)));
+  return log(sum) + select(finite, correction, T(0));
+}
+
+// x^y for x in [0, 1] and y >= 0, with 0^0 = 1: the log is kept finite so that y = 0 gives 1.
+template <class T>
+FUSEDLOSS_HD T power(T x, T y) {
+  const T logarithm = log(x);
+  return exp(y * (logarithm < lowest<T>() ? lowest<T>() : logarithm));
 }
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -30,7 +30,7 @@ struct Huber {
 
 // Lin et al. 2017, "Focal Loss for Dense Object Detection", with torchvision's linear meaning of soft targets:
 // m = p (1 - t) + q t is the probability of being wrong, and the loss is alpha_t m^gamma ce.
-// No division by m and no power gamma - 1, so that every gamma >= 0 and every logit gives a finite value and gradient.
+// No division by m = 0 and no power gamma - 1, so that every gamma >= 0 and every logit gives a finite value and gradient.
 template <class T>
 struct SigmoidFocal {
   static constexpr bool of_difference = false;
@@ -43,27 +43,26 @@ struct SigmoidFocal {
         gamma(T(params[1])) {}
 
   struct Terms {
-    T p, q, m, ce, modulation;
+    T p, q, m, ce, factor;
   };
   FUSEDLOSS_HD Terms terms(T x, T t) const {
     const T u = exp(-abs(x)), larger = T(1) / (T(1) + u), smaller = u * larger;
     Terms r;
-    r.p = x < 0 ? smaller : larger;
-    r.q = x < 0 ? larger : smaller;
+    r.p = select(x < 0, smaller, larger);
+    r.q = select(x < 0, larger, smaller);
     r.m = r.p * (T(1) - t) + r.q * t;
-    r.ce = (x < 0 ? T(0) : x) - x * t + log1p(u);
-    r.modulation = gamma == T(2) ? r.m * r.m : (gamma == T(0) ? T(1) : exp(gamma * log(r.m)));
+    r.ce = select(x < 0, T(0), x) - x * t + log1p(u);
+    r.factor = (alpha_at_0 + alpha_slope * t) * power(r.m, gamma);
     return r;
   }
   FUSEDLOSS_HD T value(T x, T t) const {
     const Terms r = terms(x, t);
-    return (alpha_at_0 + alpha_slope * t) * r.modulation * r.ce;
+    return r.factor * r.ce;
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
     const Terms r = terms(x, t);
-    const T slope = r.m > T(0) ? (T(1) - T(2) * t) * (r.p * r.q / r.m) : T(0);  // m' / m, bounded by 1
-    const T bracket = gamma * slope * r.ce + (r.p * (T(1) - t) - r.q * t);
-    return (alpha_at_0 + alpha_slope * t) * r.modulation * bracket;
+    const T slope = (T(1) - T(2) * t) * select(r.m > T(0), r.p * r.q / r.m, T(0));  // m' / m, bounded by 1
+    return r.factor * (gamma * slope * r.ce + (r.p * (T(1) - t) - r.q * t));
   }
 };
 

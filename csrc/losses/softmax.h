@@ -26,12 +26,12 @@ struct Row {
 template <class T>
 FUSEDLOSS_HD Row<T> complete(RowStatistics<T> statistics, T logit) {
   const bool target_is_max = logit >= statistics.max;
-  const T max = target_is_max ? logit : statistics.max;
+  const T max = select(target_is_max, logit, statistics.max);
   // A lone +infinity makes inf - inf = NaN here, as in torch.
   const T rest = statistics.rest * exp(statistics.max - max), own = exp(logit - max);
   const T inverse = T(1) / (rest + own);
   // total - 1, formed without ever adding and taking away the 1.
-  const T excess = target_is_max ? rest : (rest - T(1)) + own;
+  const T excess = select(target_is_max, rest, (rest - T(1)) + own);
   return {(max - logit) + log1p(excess), own * inverse, rest * inverse, max, inverse};
 }
 
@@ -60,9 +60,9 @@ struct Focal {
   explicit FUSEDLOSS_HD Focal(const double* params) : alpha(T(params[0])), gamma(T(params[1])) {}
 
   FUSEDLOSS_HD LossAndCoefficient<T> operator()(const Row<T>& row) const {
-    const T modulation = gamma == T(0) ? T(1) : (gamma == T(2) ? row.q * row.q : exp(gamma * log(row.q)));
-    const T ratio = row.q == T(0) ? T(1) : (row.p == T(0) ? T(0) : row.ce * (row.p / row.q));
-    return {alpha * modulation * row.ce, alpha * modulation * (T(1) + gamma * ratio)};
+    const T modulation = alpha * power(row.q, gamma);
+    const T ratio = select(row.q == T(0), T(1), select(row.p == T(0), T(0), row.ce * (row.p / row.q)));
+    return {modulation * row.ce, modulation * (T(1) + gamma * ratio)};
   }
 };
 

@@ -202,8 +202,8 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       grad_target = gradients[1];
     } else {
       const Tensor grad = ops_of(loss).backward.call(upstream[0], input, target, weight, reduction, params);
-      if (ctx->needs_input_grad(2)) grad_target = grad.neg();
-      if (ctx->needs_input_grad(1)) grad_input = grad;
+      if (ctx->needs_input_grad(1)) grad_target = grad.neg();
+      if (ctx->needs_input_grad(0)) grad_input = grad;
     }
     return {Tensor(), grad_input, grad_target, Tensor(), Tensor(), Tensor()};
   }
