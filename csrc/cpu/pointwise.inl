@@ -71,18 +71,31 @@ void grad_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t
   }
 }
 
-// Calls f with the functor of a loss and a storage type, the two things a kernel is compiled for.
+template <class Functor, class = void>
+constexpr bool has_twin = false;
+template <class Functor>
+constexpr bool has_twin<Functor, std::void_t<typename Functor::Twin>> = true;
+
+// Calls f with a functor, or with its faster twin where it has one that fits the parameters, and a storage type.
+template <class Functor, class S, class F>
+auto with_twin(const double* params, S storage, F f) {
+  if constexpr (has_twin<Functor>) {
+    if (Functor::twin_fits(params)) return f(Functor::twin(params), storage);
+  }
+  return f(Functor(params), storage);
+}
+
 template <template <class> class Functor, class F>
 auto with_dtype(DType dtype, const double* params, F f) {
   switch (dtype) {
     case DType::Double:
-      return f(Functor<double>(params), double());
+      return with_twin<Functor<double>>(params, double(), f);
     case DType::BFloat16:
-      return f(Functor<float>(params), bf16());
+      return with_twin<Functor<float>>(params, bf16(), f);
     case DType::Half:
-      return f(Functor<float>(params), fp16());
+      return with_twin<Functor<float>>(params, fp16(), f);
     default:
-      return f(Functor<float>(params), float());
+      return with_twin<Functor<float>>(params, float(), f);
   }
 }
 

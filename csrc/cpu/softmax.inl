@@ -10,7 +10,8 @@ namespace fusedloss::FUSEDLOSS_ISA {
 
 constexpr int kTile = 256;
 constexpr int64_t kBlock = 4096;      // 16 KB of float: stays in the first-level cache between max and sum
-constexpr int64_t kShortestRow = 40;  // below, a row costs more in tails and lane sums than in logits
+// Shorter rows cost more in tails and lane sums than in logits; the gradient has no sums.
+constexpr int64_t kShortestRowForward = 120, kShortestRowBackward = 24;
 constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
 
 inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
@@ -67,64 +68,86 @@ void over_tiles(const SoftmaxLayout& layout, bool within_runs, int64_t begin, in
 
 // ---- by rows
 
-// A block of logits as arithmetic values, padded with -infinity to whole lanes; the column `hole`, if inside, is left
-// out the same way. Float blocks without tail or hole are read where they are.
+// A block of a row as runs of whole lanes of arithmetic values. The column `hole`, if inside, is left out, and a tail is
+// filled up, with -infinity. Float logits are read where they are, but for the 32 around the hole and the tail.
 template <class S>
-const Accumulate<S>* stage(const S* logits, int64_t& count, int64_t hole, Accumulate<S>* buffer) {
+struct Runs {
   using T = Accumulate<S>;
-  const bool has_hole = uint64_t(hole) < uint64_t(count);
-  if constexpr (std::is_same_v<S, T>) {
-    if (count % kLanes == 0 && !has_hole) return logits;
+  struct Run {
+    const T* begin;
+    int64_t count;
+  };
+  Run runs[4];
+  int size = 0;
+  alignas(64) T buffer[std::is_same_v<S, T> ? 2 * kLanes : kBlock + kLanes];
+
+  Runs(const S* logits, int64_t count, int64_t hole) {
+    const bool has_hole = uint64_t(hole) < uint64_t(count);
+    const int64_t whole = count / kLanes * kLanes;
+    if constexpr (std::is_same_v<S, T>) {
+      const int64_t group = has_hole ? hole / kLanes * kLanes : whole;
+      if (group > 0) runs[size++] = {logits, group};
+      if (group < whole) copy(logits + group, kLanes, hole - group, buffer);
+      if (group + kLanes < whole) runs[size++] = {logits + group + kLanes, whole - group - kLanes};
+      if (whole < count) copy(logits + whole, count - whole, has_hole && group == whole ? hole - whole : -1, buffer + kLanes);
+    } else {
+      copy(logits, count, has_hole ? hole : -1, buffer);
+    }
   }
+
+  void copy(const S* logits, int64_t count, int64_t hole, T* to) {
+    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) to[padded - kLanes + lane] = -infinity<T>();
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) buffer[i] = load(logits[i]);
-  for (int lane = 0; lane < kLanes; ++lane) buffer[count + lane] = -infinity<T>();
-  if (has_hole) buffer[hole] = -infinity<T>();
-  count = (count + kLanes - 1) / kLanes * kLanes;
-  return buffer;
-}
+    for (int64_t i = 0; i < count; ++i) to[i] = load(logits[i]);
+    if (hole >= 0) to[hole] = -infinity<T>();
+    runs[size++] = {to, padded};
+  }
 
-template <class T>
-T max_of(const T* values, int64_t count) {
-  T lanes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[lane];
-  for (int64_t i = kLanes; i < count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
+  T max() const {
+    T lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = -infinity<T>();
+    for (int r = 0; r < size; ++r) {
+      const T* values = runs[r].begin;
+      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
+        }
+      }
     }
-  }
-  for (int width = kLanes / 2; width; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
+    for (int width = kLanes / 2; width; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) {
+        lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
+      }
     }
+    return lanes[0];
   }
-  return lanes[0];
-}
 
-template <class T>
-T sum_exp(const T* values, int64_t count, T max) {
-  T lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp(values[i + lane] - max);
+  T sum_exp(T max) const {
+    T lanes[kLanes] = {};
+    for (int r = 0; r < size; ++r) {
+      const T* values = runs[r].begin;
+      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp(values[i + lane] - max);
+      }
+    }
+    return add_lanes(lanes);
   }
-  return add_lanes(lanes);
-}
+};
 
 template <class S>
 auto statistics_of(const S* logits, int64_t classes, int64_t target) {
   using T = Accumulate<S>;
-  alignas(64) T buffer[kBlock + kLanes];
   T max = lowest<T>();  // finite, so that a row of -infinity masks is no inf - inf
   double rest = 0;
   for (int64_t block = 0; block < classes; block += kBlock) {
-    int64_t count = classes - block < kBlock ? classes - block : kBlock;
-    const T* values = stage(logits + block, count, target - block, buffer);
-    const T block_max = max_of(values, count);
+    const Runs<S> runs(logits + block, classes - block < kBlock ? classes - block : kBlock, target - block);
+    const T block_max = runs.max();
     if (block_max > max) {
       if (block > 0) rest *= double(exp(max - block_max));
       max = block_max;
     }
-    rest += double(sum_exp(values, count, max));
+    rest += double(runs.sum_exp(max));
   }
   return RowStatistics<T>{max, T(rest)};
 }
@@ -259,15 +282,11 @@ void write_by_columns(const Tile<T>& tile, const SoftmaxArgs& args, const T* fac
 
 // ---- both
 
-inline bool by_rows(const SoftmaxLayout& layout) {
-  return layout.class_stride == 1 && layout.classes >= kShortestRow;
-}
-
 template <class S, class Loss>
 SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
-  const bool rows = by_rows(layout);
+  const bool rows = layout.class_stride == 1 && layout.classes >= kShortestRowForward;
   SoftmaxSums sums = {0, 0, -1};
   Tile<T> tile;
   ColumnBlock<S> block(layout);
@@ -305,7 +324,8 @@ template <class S, class Loss>
 void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
-  const bool rows = by_rows(layout) && args.grad_layout.class_stride == 1;
+  const bool rows =
+      layout.class_stride == 1 && args.grad_layout.class_stride == 1 && layout.classes >= kShortestRowBackward;
   Tile<T> tile;
   ColumnBlock<S> logits(layout), grad(args.grad_layout);
   T factor[kTile], own[kTile];

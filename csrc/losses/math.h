@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #ifndef FUSEDLOSS_ISA
 #define FUSEDLOSS_ISA baseline
@@ -27,6 +28,19 @@ FUSEDLOSS_HD To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
+}
+
+// condition ? a : b without a branch: the compiler would otherwise move the work for a or b under one, and a loop with
+// control flow is no vector code.
+template <class T>
+FUSEDLOSS_HD T select(bool condition, T a, T b) {
+#ifdef __CUDA_ARCH__
+  return condition ? a : b;
+#else
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const Int mask = -Int(condition);
+  return bit_cast<T>((bit_cast<Int>(a) & mask) | (bit_cast<Int>(b) & ~mask));
+#endif
 }
 
 // Storage types. Arithmetic is done in Accumulate<S>: float for everything but double.
@@ -55,9 +69,9 @@ FUSEDLOSS_HD float load(fp16 x) {
   const uint32_t magnitude = x.bits & 0x7fffu;
   // Subnormals are a multiple of 2^-24, built without a float subnormal so that flush-to-zero does no harm.
   const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
-  const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;  // 0x7c00 and above: infinity and NaN
-  const float normal = bit_cast<float>((magnitude << 13) + rebias);
-  const float value = magnitude < 0x0400u ? subnormal : normal;
+  const uint32_t special = magnitude >= 0x7c00u;  // infinity and NaN
+  const float normal = bit_cast<float>((magnitude << 13) + (112u << 23) + special * (112u << 23));
+  const float value = select(magnitude < 0x0400u, subnormal, normal);
   return bit_cast<float>(bit_cast<uint32_t>(value) | uint32_t(x.bits & 0x8000u) << 16);
 }
 
@@ -85,22 +99,6 @@ FUSEDLOSS_HD fp16 store<fp16>(float x) {
 }
 
 template <class T>
-struct Constants;
-
-// condition ? a : b without a branch: the compiler would otherwise move the work for a or b under one, and a loop with
-// control flow is no vector code.
-template <class T>
-FUSEDLOSS_HD T select(bool condition, T a, T b) {
-#ifdef __CUDA_ARCH__
-  return condition ? a : b;
-#else
-  using Int = typename Constants<T>::Int;
-  const Int mask = -Int(condition);
-  return bit_cast<T>((bit_cast<Int>(a) & mask) | (bit_cast<Int>(b) & ~mask));
-#endif
-}
-
-template <class T>
 FUSEDLOSS_HD T abs(T x) {
   return x < 0 ? -x : x;
 }
@@ -116,13 +114,16 @@ FUSEDLOSS_HD T lowest() {
 // The polynomials below are minimax fits: exp(r) = 1 + r + r^2 P(r) on |r| <= log(2)/2 and
 // log(m) = 2s + 2s^3 P(s^2) with s = (m-1)/(m+1) on [sqrt(1/2), sqrt(2)], within 0.1 of a rounding step.
 
+template <class T>
+struct Constants;
+
 template <>
 struct Constants<float> {
   using Int = int32_t;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float round_to_int = 12582912.0f;                               // 1.5 * 2^23
   static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;        // high * k is exact
-  static constexpr float exp_lowest = -104.0f, exp_highest = 89.0f;                // 0 below, infinity above
+  static constexpr float exp_lowest = -88.0f;                                      // 0 here and below
   static constexpr int32_t sqrt_half = 0x3f3504f3;
   static constexpr float smallest_normal = 1.17549435e-38f, lift = 16777216.0f;    // 2^24
   static constexpr float lift_exponent = 24;
@@ -132,6 +133,13 @@ struct Constants<float> {
     p = p * r + 0.0416683881f;
     p = p * r + 0.1666652063f;
     return p * r + 0.4999999345f;
+  }
+  // atanh(s) = s + s^3 P(s^2) for |s| <= 1/3
+  static FUSEDLOSS_HD float atanh_polynomial(float z) {
+    float p = 0.1401257010f;
+    p = p * z + 0.1399950672f;
+    p = p * z + 0.2001085307f;
+    return p * z + 0.3333320651f;
   }
   static FUSEDLOSS_HD float log_polynomial(float z) {
     float p = 0.1493593113f;
@@ -146,7 +154,7 @@ struct Constants<double> {
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double round_to_int = 6755399441055744.0;                       // 1.5 * 2^52
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
-  static constexpr double exp_lowest = -746.0, exp_highest = 710.0;
+  static constexpr double exp_lowest = -709.0;
   static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
   static constexpr double smallest_normal = 2.2250738585072014e-308, lift = 18014398509481984.0;  // 2^54
   static constexpr double lift_exponent = 54;
@@ -162,6 +170,19 @@ struct Constants<double> {
     p = p * r + 0.16666666666666412522;
     return p * r + 0.5000000000000010627;
   }
+  static FUSEDLOSS_HD double atanh_polynomial(double z) {
+    double p = 0.08234372109147455841;
+    p = p * z + 0.034968005824102606134;
+    p = p * z + 0.054863643340142191403;
+    p = p * z + 0.058579639129468962308;
+    p = p * z + 0.066684039064483418798;
+    p = p * z + 0.076922259104283123132;
+    p = p * z + 0.090909116034441948061;
+    p = p * z + 0.11111111062691558268;
+    p = p * z + 0.14285714286255568356;
+    p = p * z + 0.19999999999996985328;
+    return p * z + 0.33333333333333339167;
+  }
   static FUSEDLOSS_HD double log_polynomial(double z) {
     double p = 0.073980520646088653254;
     p = p * z + 0.07657017977820980267;
@@ -173,22 +194,21 @@ struct Constants<double> {
   }
 };
 
-// e^x for every x; exact zeros and infinities, NaN stays NaN.
+// e^x for x <= 0, which is all a stable loss asks for: 0 where the result would be subnormal, NaN stays NaN.
 template <class T>
 FUSEDLOSS_HD T exp(T x) {
   using C = Constants<T>;
   using Int = typename C::Int;
   x = x < C::exp_lowest ? C::exp_lowest : x;
-  x = x > C::exp_highest ? C::exp_highest : x;
   // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits.
   const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
   const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(C::round_to_int);
   const T n = shifted - C::round_to_int;
   const T r = (x - n * C::ln2_high) - n * C::ln2_low;
   const T value = (C::exp_polynomial(r) * r + T(1)) * r + T(1);
-  // Two factors, because 2^k alone leaves the range where the result is subnormal or overflows.
-  const Int half = k >> 1, rest = k - half;
-  return value * bit_cast<T>((half + C::bias) << C::mantissa) * bit_cast<T>((rest + C::bias) << C::mantissa);
+  // 2^k by its exponent bits; at exp_lowest they are 0, and so is the result.
+  using Bits = std::make_unsigned_t<Int>;
+  return value * bit_cast<T>(Bits(k + C::bias) << C::mantissa);
 }
 
 // Natural logarithm for x >= 0: -infinity at 0, NaN and infinity stay.
@@ -221,6 +241,21 @@ template <class T>
 FUSEDLOSS_HD T power(T x, T y) {
   const T logarithm = log(x);
   return exp(y * (logarithm < lowest<T>() ? lowest<T>() : logarithm));
+}
+
+// The sigmoid p of x, q = 1 - p and softplus(-|x|) = log(1 + e^-|x|), from one exp and one division.
+template <class T>
+struct Sigmoid {
+  T p, q, softplus;
+};
+
+template <class T>
+FUSEDLOSS_HD Sigmoid<T> sigmoid(T x) {
+  const T u = exp(-abs(x)), one_u = T(1) + u, two_u = T(2) + u, inverse = T(1) / (one_u * two_u);
+  const T larger = two_u * inverse, smaller = u * larger;
+  const T s = u * one_u * inverse, z = s * s;  // log(1 + u) = 2 atanh(u / (2 + u))
+  return {select(x < 0, smaller, larger), select(x < 0, larger, smaller),
+          T(2) * s + T(2) * s * z * Constants<T>::atanh_polynomial(z)};
 }
 
 }  // namespace fusedloss::FUSEDLOSS_ISA
