@@ -11,7 +11,8 @@ which gives a callable of the same arguments that goes one of three ways:
 2. into the dispatcher op ``torch.ops.fusedloss.huber`` while torch.compile or torch.export captures a graph;
 3. into the formula itself for everything declined, and where the extension is missing.
 
-The formula is also what the extension differentiates when a backward is itself differentiated.
+The formula is also what the extension differentiates when a backward is itself differentiated; it stays at hand as the
+attribute ``native`` of the routed callable.
 """
 
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def _routed(
     name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int
 ) -> Formula:
     if extension is None:
+        formula.native = formula  # type: ignore[attr-defined]
         return formula
     kernel: Any = getattr(extension, name)
     op: Any = getattr(torch.ops.fusedloss, name)
@@ -64,6 +66,7 @@ def _routed(
                 return value
         return formula(input, target, weight, reduction, *rest)
 
+    loss.native = formula  # type: ignore[attr-defined]
     return loss
 
 

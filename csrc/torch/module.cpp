@@ -48,7 +48,10 @@ struct Call {
   Tensor input, target;
   OptionalTensor weight;
   int64_t reduction;
-  std::array<double, kMaxParams> params = {};
+  std::array<double, kMaxParams> values;
+  size_t count = 0;
+
+  Params params() const { return Params(values.data(), count); }
 
   static std::optional<Call> read(py::handle input, py::handle target, py::handle weight, py::handle reduction,
                                   py::handle first, py::handle second) {
@@ -64,10 +67,10 @@ struct Call {
     if (!known) return std::nullopt;
     call.reduction = *known;
     const py::handle given[kMaxParams] = {first, second};
-    for (int i = 0; i < kMaxParams; ++i) {
-      if (given[i].is_none()) continue;
-      if (!PyFloat_Check(given[i].ptr()) && !PyLong_Check(given[i].ptr())) return std::nullopt;
-      call.params[i] = PyFloat_AsDouble(given[i].ptr());
+    for (const py::handle value : given) {
+      if (value.is_none()) break;
+      if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return std::nullopt;
+      call.values[call.count++] = PyFloat_AsDouble(value.ptr());
       if (PyErr_Occurred()) throw py::error_already_set();
     }
     return call;
@@ -78,9 +81,9 @@ template <Pointwise kLoss>
 OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction,
                          py::handle first, py::handle second) {
   const std::optional<Call> call = Call::read(input, target, weight, reduction, first, second);
-  if (!call || !owns_pointwise(kLoss, call->input, call->target, call->weight, call->params)) return std::nullopt;
+  if (!call || !owns_pointwise(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
   py::gil_scoped_release no_gil;
-  return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params);
+  return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params());
 }
 
 template <Softmax kLoss>
@@ -88,10 +91,10 @@ OptionalTensor softmax(py::handle logits, py::handle target, py::handle weight, 
                        py::handle ignore_index, py::handle first, py::handle second) {
   const std::optional<Call> call = Call::read(logits, target, weight, reduction, first, second);
   if (!call || !PyLong_Check(ignore_index.ptr())) return std::nullopt;
-  if (!owns_softmax(kLoss, call->input, call->target, call->weight, call->params)) return std::nullopt;
+  if (!owns_softmax(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
   const int64_t ignored = ignore_index.cast<int64_t>();
   py::gil_scoped_release no_gil;
-  return softmax_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params);
+  return softmax_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params());
 }
 
 // Holds a Python callable for the life of the process: released at exit it could outlive the interpreter.
