@@ -26,12 +26,7 @@ def extensions():
         return []
     sources = [str(path.relative_to(HERE)) for folder in ("cpu", "torch") for path in (HERE / "csrc" / folder).glob("*.cpp")]
     headers = [str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.suffix in (".h", ".inl")]
-    quoted = '"{}"'.format
-    macros = [
-        ("FUSEDLOSS_COMPILER", "__VERSION__"),
-        ("FUSEDLOSS_TORCH_VERSION", quoted(torch.__version__)),
-        ("FUSEDLOSS_CUDA_ARCHITECTURES", quoted("")),
-    ]
+    macros = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"'), ("FUSEDLOSS_CUDA_ARCHITECTURES", '"none"')]
     # -fno-trapping-math and -fno-math-errno let comparisons and selects become vector code; no rounding changes.
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # As system headers, torch's own do not warn: every warning is about this project.

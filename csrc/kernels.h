@@ -75,7 +75,7 @@ struct CpuKernels {
 };
 
 // The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.
-// Throws std::runtime_error where the variable names one that is unknown or that the machine does not have.
+// Throws std::invalid_argument where the variable names one that is unknown or that the machine does not have.
 const CpuKernels& cpu_kernels();
 
 // The instruction sets compiled in, narrowest first, separated by spaces.

@@ -30,7 +30,8 @@ const CpuKernels& pick() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Candidate widest_first[] = {{&avx512::kernels, has_avx512}, {&avx2::kernels, has_avx2}, {&baseline::kernels, true}};
+  const Candidate widest_first[] = {
+      {&avx512::kernels, has_avx512}, {&avx2::kernels, has_avx2}, {&baseline::kernels, true}};
 #else
   const Candidate widest_first[] = {{&baseline::kernels, true}};
 #endif
@@ -38,11 +39,12 @@ const CpuKernels& pick() {
   const std::string wanted = variable ? variable : "";
   for (const Candidate& candidate : widest_first) {
     if (wanted.empty() ? candidate.supported : wanted == candidate.kernels->isa) {
-      if (!candidate.supported) throw std::runtime_error("FUSEDLOSS_CPU_ISA=" + wanted + ": this machine has no " + wanted);
+      if (!candidate.supported)
+        throw std::invalid_argument("FUSEDLOSS_CPU_ISA=" + wanted + ": this machine has no " + wanted);
       return *candidate.kernels;
     }
   }
-  throw std::runtime_error("FUSEDLOSS_CPU_ISA: expected one of " + std::string(cpu_isas()) + ", got " + wanted);
+  throw std::invalid_argument("FUSEDLOSS_CPU_ISA: expected one of " + std::string(cpu_isas()) + ", got " + wanted);
 }
 
 }  // namespace

@@ -11,7 +11,11 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 extern const CpuKernels kernels;
-const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA), pointwise_sum, pointwise_losses, pointwise_grad,
-                            softmax_forward,                 softmax_backward};
+const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
+                            pointwise_sum,
+                            pointwise_losses,
+                            pointwise_grad,
+                            softmax_forward,
+                            softmax_backward};
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -9,7 +9,7 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 constexpr int kTile = 256;
-constexpr int64_t kBlock = 4096;      // 16 KB of float: stays in the first-level cache between max and sum
+constexpr int64_t kBlock = 4096;  // 16 KB of float: stays in the first-level cache between max and sum
 // Shorter rows cost more in tails and lane sums than in logits; the gradient has no sums.
 constexpr int64_t kShortestRowForward = 120, kShortestRowBackward = 24;
 constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
@@ -68,8 +68,8 @@ void over_tiles(const SoftmaxLayout& layout, bool within_runs, int64_t begin, in
 
 // ---- by rows
 
-// A block of a row as runs of whole lanes of arithmetic values. The column `hole`, if inside, is left out, and a tail is
-// filled up, with -infinity. Float logits are read where they are, but for the 32 around the hole and the tail.
+// A block of a row as runs of whole lanes of arithmetic values. The column `hole`, if inside, is left out, and a tail
+// is filled up, with -infinity. Float logits are read where they are, but for the 32 around the hole and the tail.
 template <class S>
 struct Runs {
   using T = Accumulate<S>;
@@ -89,7 +89,8 @@ struct Runs {
       if (group > 0) runs[size++] = {logits, group};
       if (group < whole) copy(logits + group, kLanes, hole - group, buffer);
       if (group + kLanes < whole) runs[size++] = {logits + group + kLanes, whole - group - kLanes};
-      if (whole < count) copy(logits + whole, count - whole, has_hole && group == whole ? hole - whole : -1, buffer + kLanes);
+      if (whole < count)
+        copy(logits + whole, count - whole, has_hole && group == whole ? hole - whole : -1, buffer + kLanes);
     } else {
       copy(logits, count, has_hole ? hole : -1, buffer);
     }
@@ -334,7 +335,8 @@ void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t 
     const T* statistics = static_cast<const T*>(args.statistics) + first;
     for (int64_t j = 0; j < tile.count; ++j) {
       const int64_t target = tile.y[j] < 0 ? 0 : tile.y[j];
-      tile.logit[j] = load(static_cast<const S*>(args.logits)[row_offset(layout, first + j) + target * layout.class_stride]);
+      tile.logit[j] =
+          load(static_cast<const S*>(args.logits)[row_offset(layout, first + j) + target * layout.class_stride]);
       tile.weight[j] *= T(double(upstream_of<S>(args, first + j)) * args.scale);
       tile.max[j] = statistics[j];
       tile.rest[j] = statistics[layout.rows + j];
@@ -366,9 +368,8 @@ inline SoftmaxSums softmax_forward(Softmax loss, const SoftmaxArgs& args, int64_
 }
 
 inline void softmax_backward(Softmax loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
-  with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
-    backward<decltype(storage)>(functor, args, begin, end);
-  });
+  with_functor(loss, args.dtype, args.params,
+               [&](const auto& functor, auto storage) { backward<decltype(storage)>(functor, args, begin, end); });
 }
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

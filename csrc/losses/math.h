@@ -121,11 +121,11 @@ template <>
 struct Constants<float> {
   using Int = int32_t;
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float round_to_int = 12582912.0f;                               // 1.5 * 2^23
-  static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;        // high * k is exact
-  static constexpr float exp_lowest = -88.0f;                                      // 0 here and below
+  static constexpr float round_to_int = 12582912.0f;                         // 1.5 * 2^23
+  static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;  // high * k is exact
+  static constexpr float exp_lowest = -88.0f;                                // 0 here and below
   static constexpr int32_t sqrt_half = 0x3f3504f3;
-  static constexpr float smallest_normal = 1.17549435e-38f, lift = 16777216.0f;    // 2^24
+  static constexpr float smallest_normal = 1.17549435e-38f, lift = 16777216.0f;  // 2^24
   static constexpr float lift_exponent = 24;
   static FUSEDLOSS_HD float exp_polynomial(float r) {
     float p = 0.0013814595f;
@@ -152,7 +152,7 @@ template <>
 struct Constants<double> {
   using Int = int64_t;
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double round_to_int = 6755399441055744.0;                       // 1.5 * 2^52
+  static constexpr double round_to_int = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
   static constexpr double exp_lowest = -709.0;
   static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;

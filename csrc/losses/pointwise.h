@@ -44,7 +44,8 @@ struct GammaTwo {
 
 // Lin et al. 2017, "Focal Loss for Dense Object Detection", with torchvision's linear meaning of soft targets:
 // m = p (1 - t) + q t is the probability of being wrong, and the loss is alpha_t m^gamma ce.
-// No division by m = 0 and no power gamma - 1, so that every gamma >= 0 and every logit gives a finite value and gradient.
+// No division by m = 0 and no power gamma - 1, so that every gamma >= 0 and every logit gives a finite value and
+// gradient.
 template <class T, class Modulation>
 struct SigmoidFocalWith {
   static constexpr bool of_difference = false;

@@ -1,4 +1,5 @@
-// The softmax losses over class indices: a functor turns what is known of one row into its loss and the coefficient a of
+// The softmax losses over class indices: a functor turns what is known of one row into its loss and the coefficient a
+// of
 //
 //     d loss / d x_c = a p_c  (c not the target),    d loss / d x_y = -a (1 - p_y)
 //

@@ -13,13 +13,20 @@
 
 #include "common.h"
 
+#if defined(__clang__)
+#define FUSEDLOSS_COMPILER "clang " __clang_version__
+#else
+#define FUSEDLOSS_COMPILER "gcc " __VERSION__
+#endif
+
 namespace py = pybind11;
 
 namespace fusedloss {
 namespace {
 
-// A tensor that kernels may read as it is: exactly torch.Tensor or Parameter, strided on the CPU, and none of what torch
-// marks with a dispatch key: conj and neg views, functorch wrappers, sparse, nested, subclasses with __torch_dispatch__.
+// A tensor that kernels may read as it is: exactly torch.Tensor or Parameter, strided on the CPU, and none of what
+// torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse, nested, subclasses with
+// __torch_dispatch__.
 bool is_plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;
   static const c10::DispatchKeySet plain = at::empty({0}, at::kFloat).key_set();
@@ -78,8 +85,8 @@ struct Call {
 };
 
 template <Pointwise kLoss>
-OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction,
-                         py::handle first, py::handle second) {
+OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction, py::handle first,
+                         py::handle second) {
   const std::optional<Call> call = Call::read(input, target, weight, reduction, first, second);
   if (!call || !owns_pointwise(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
   py::gil_scoped_release no_gil;
@@ -115,8 +122,9 @@ void set_formula(Pointwise loss, const py::object& formula) {
 }
 
 void set_formula(Softmax loss, const py::object& formula) {
-  native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                                int64_t reduction, int64_t ignore_index, Params params) {
+  native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const Tensor& target,
+                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                Params params) {
     return call_formula(kept, params, logits, target, weight, name_of(reduction), ignore_index);
   };
 }
@@ -129,16 +137,15 @@ void bind_formula(py::module_& m, const char* name, Loss loss) {
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_BIND_POINTWISE(name, Functor)                                                           \
-  m.def(#name, torch::wrap_pybind_function(fusedloss::pointwise<fusedloss::Pointwise::name>), "input"_a,  \
-        "target"_a, "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none());          \
-  fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                          \
+#define FUSEDLOSS_BIND_POINTWISE(name, Functor)                                                                      \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::pointwise<fusedloss::Pointwise::name>), "input"_a, "target"_a, \
+        "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none());                                 \
+  fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                                     \
   pointwise.append(#name);
-#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                             \
-  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a,     \
-        "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(),                  \
-        "second"_a = py::none());                                                                         \
-  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                            \
+#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                     \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a, "target"_a, \
+        "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none());            \
+  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                    \
   softmax.append(#name);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -148,7 +155,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   FUSEDLOSS_SOFTMAX(FUSEDLOSS_BIND_SOFTMAX)
   m.attr("pointwise_losses") = py::tuple(pointwise);
   m.attr("softmax_losses") = py::tuple(softmax);
-  m.attr("cpu_isa") = fusedloss::cpu_kernels().isa;
+  m.def("cpu_isa", [] { return fusedloss::cpu_kernels().isa; });
   m.attr("cpu_isas") = fusedloss::cpu_isas();
   m.attr("compiler") = FUSEDLOSS_COMPILER;
   m.attr("torch_version") = FUSEDLOSS_TORCH_VERSION;

@@ -14,7 +14,7 @@
 namespace fusedloss {
 namespace {
 
-constexpr int64_t kChunk = 16384;      // elements summed on their own: part of the result, not of the machine
+constexpr int64_t kChunk = 16384;       // elements summed on their own: part of the result, not of the machine
 constexpr int64_t kGrain = 4 * kChunk;  // elements worth waking a thread for
 
 const char* name_of(Pointwise loss) {
@@ -55,7 +55,8 @@ struct Inputs {
   Inputs(Pointwise loss, const Tensor& input_, const Tensor& target_, const OptionalTensor& weight_, Params params)
       : input(input_), target(target_), weight(weight_) {
     const char* name = name_of(loss);
-    TORCH_CHECK(kernel_dtype(input.scalar_type()), name, ": expected a floating point input, got ", input.scalar_type());
+    TORCH_CHECK(kernel_dtype(input.scalar_type()), name, ": expected a floating point input, got ",
+                input.scalar_type());
     TORCH_CHECK(traits_of(loss, params).valid, name, ": parameters out of range: ", params);
     align(target, "target", name);
     if (weight) align(*weight, "weight", name);
@@ -117,8 +118,8 @@ Tensor forward(Pointwise loss, const Tensor& input, const Tensor& target, const 
 Tensor backward(Pointwise loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
                 const OptionalTensor& weight, int64_t reduction, Params params) {
   const Inputs inputs(loss, input, target, weight, params);
-  TORCH_CHECK(upstream.scalar_type() == input.scalar_type(), name_of(loss), "_backward: expected an upstream gradient of ",
-              input.scalar_type(), ", got ", upstream.scalar_type());
+  TORCH_CHECK(upstream.scalar_type() == input.scalar_type(), name_of(loss),
+              "_backward: expected an upstream gradient of ", input.scalar_type(), ", got ", upstream.scalar_type());
   TORCH_CHECK(upstream.sizes() == (reduction == kNone ? input.sizes() : at::IntArrayRef()), name_of(loss),
               "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
   PointwiseArgs args = inputs.args(params);
@@ -148,7 +149,8 @@ struct Ops {
 
 const Ops& ops_of(Pointwise loss) {
   static const std::vector<Ops> ops = {
-#define FUSEDLOSS_OPS(name, Functor) {find_op<ForwardOp>("fusedloss::" #name), find_op<BackwardOp>("fusedloss::" #name "_backward")},
+#define FUSEDLOSS_OPS(name, Functor) \
+  {find_op<ForwardOp>("fusedloss::" #name), find_op<BackwardOp>("fusedloss::" #name "_backward")},
       FUSEDLOSS_POINTWISE(FUSEDLOSS_OPS)
 #undef FUSEDLOSS_OPS
   };
@@ -159,8 +161,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Gradients that carry a graph of their own: native autograd through the native formula.
-variable_list differentiable_gradients(Pointwise loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                                       const OptionalTensor& weight, int64_t reduction, Params params) {
+variable_list differentiable_gradients(Pointwise loss, const Tensor& upstream, const Tensor& input,
+                                       const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                                       Params params) {
   const PointwiseFormula& formula = native_formula(loss);
   TORCH_CHECK(formula, name_of(loss), ": no native formula to differentiate twice");
   // Views, so that a target computed from the input does not count twice.
@@ -197,7 +200,8 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     Tensor grad_input, grad_target;
     if (!upstream[0].defined()) {
     } else if (at::GradMode::is_enabled()) {
-      const variable_list gradients = differentiable_gradients(loss, upstream[0], input, target, weight, reduction, params);
+      const variable_list gradients =
+          differentiable_gradients(loss, upstream[0], input, target, weight, reduction, params);
       grad_input = gradients[0];
       grad_target = gradients[1];
     } else {
@@ -219,7 +223,8 @@ bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, c
                     Params params) {
   const Traits traits = traits_of(loss, params);
   const auto fits = [&](const Tensor& other) {
-    return other.scalar_type() == input.scalar_type() && other.sizes() == input.sizes() && same_dense_order(input, other);
+    return other.scalar_type() == input.scalar_type() && other.sizes() == input.sizes() &&
+           same_dense_order(input, other);
   };
   return traits.valid && kernel_dtype(input.scalar_type()) && input.numel() > 0 && fits(target) &&
          (input.is_contiguous() || input.is_non_overlapping_and_dense()) &&
@@ -260,15 +265,17 @@ Tensor autograd_forward(const Tensor& input, const Tensor& target, const Optiona
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_DEFINE(name, Functor)                                                                       \
-  m.def(#name "(Tensor input, Tensor target, Tensor? weight, int reduction, float[] params) -> Tensor");      \
-  m.def(#name "_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, int reduction, "       \
-              "float[] params) -> Tensor");
-#define FUSEDLOSS_CPU(name, Functor)                                      \
-  m.impl(#name, &fusedloss::cpu_forward<fusedloss::Pointwise::name>);     \
+#define FUSEDLOSS_DEFINE(name, Functor)                                                                  \
+  m.def(#name "(Tensor input, Tensor target, Tensor? weight, int reduction, float[] params) -> Tensor"); \
+  m.def(#name                                                                                            \
+        "_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, int reduction, "        \
+        "float[] params) -> Tensor");
+#define FUSEDLOSS_CPU(name, Functor)                                  \
+  m.impl(#name, &fusedloss::cpu_forward<fusedloss::Pointwise::name>); \
   m.impl(#name "_backward", &fusedloss::cpu_backward<fusedloss::Pointwise::name>);
 #define FUSEDLOSS_AUTOGRAD(name, Functor) m.impl(#name, &fusedloss::autograd_forward<fusedloss::Pointwise::name>);
 
-TORCH_LIBRARY_FRAGMENT(fusedloss, m) { FUSEDLOSS_POINTWISE(FUSEDLOSS_DEFINE) }
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { FUSEDLOSS_POINTWISE(FUSEDLOSS_CPU) }
-TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) { FUSEDLOSS_POINTWISE(FUSEDLOSS_AUTOGRAD) }
+TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_POINTWISE(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, CPU, m){
+    FUSEDLOSS_POINTWISE(FUSEDLOSS_CPU)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
+  FUSEDLOSS_POINTWISE(FUSEDLOSS_AUTOGRAD)
+}

@@ -70,9 +70,10 @@ Tensor mergeable(const Tensor& logits) { return layout_of(logits) ? logits : log
 void check(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Params params) {
   const char* name = name_of(loss);
   TORCH_CHECK(kernel_dtype(logits.scalar_type()), name, ": expected floating point logits, got ", logits.scalar_type());
-  TORCH_CHECK(logits.dim() >= 1 && logits.numel() > 0, name, ": expected logits (C), (N, C) or (N, C, d1, ...), not empty, got ",
-              logits.sizes());
-  TORCH_CHECK(target.scalar_type() == at::kLong, name, ": expected target dtype to be Long, got ", target.scalar_type());
+  TORCH_CHECK(logits.dim() >= 1 && logits.numel() > 0, name,
+              ": expected logits (C), (N, C) or (N, C, d1, ...), not empty, got ", logits.sizes());
+  TORCH_CHECK(target.scalar_type() == at::kLong, name, ": expected target dtype to be Long, got ",
+              target.scalar_type());
   std::vector<int64_t> expected = logits.sizes().vec();
   expected.erase(expected.begin() + class_dim(logits));
   TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), name, ": expected target size ", at::IntArrayRef(expected),
@@ -82,7 +83,8 @@ void check(Softmax loss, const Tensor& logits, const Tensor& target, const Optio
   TORCH_CHECK(weight->scalar_type() == logits.scalar_type(), name, ": expected a weight of the logits' dtype ",
               logits.scalar_type(), ", got ", weight->scalar_type());
   TORCH_CHECK(weight->dim() == 1 && weight->numel() == logits.size(class_dim(logits)), name,
-              ": expected a weight for each of ", logits.size(class_dim(logits)), " classes, got size ", weight->sizes());
+              ": expected a weight for each of ", logits.size(class_dim(logits)), " classes, got size ",
+              weight->sizes());
 }
 
 // The tensors behind the pointers of SoftmaxArgs.
@@ -120,8 +122,9 @@ void over_chunks(const SoftmaxLayout& layout, F f) {
 }
 
 // The statistics are one tensor in arithmetic type: max and rest of every row, and last the divisor of a mean.
-std::tuple<Tensor, Tensor> forward(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                   int64_t reduction, int64_t ignore_index, Params params) {
+std::tuple<Tensor, Tensor> forward(Softmax loss, const Tensor& logits, const Tensor& target,
+                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                   Params params) {
   Inputs inputs(loss, logits, target, weight, ignore_index, params);
   SoftmaxArgs& args = inputs.args;
   const SoftmaxLayout& layout = args.logits_layout;
@@ -189,13 +192,13 @@ Tensor backward(Softmax loss, const Tensor& upstream, const Tensor& logits, cons
   const double divisor = statistics.scalar_type() == at::kDouble ? statistics.const_data_ptr<double>()[2 * layout.rows]
                                                                  : statistics.const_data_ptr<float>()[2 * layout.rows];
   args.scale = 1.0 / divisor;
-  over_chunks(layout, [&](int64_t, int64_t begin, int64_t end) {
-    cpu_kernels().softmax_backward(loss, args, begin, end);
-  });
+  over_chunks(layout,
+              [&](int64_t, int64_t begin, int64_t end) { cpu_kernels().softmax_backward(loss, args, begin, end); });
   return grad;
 }
 
-using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, Params);
+using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                                             Params);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
                           int64_t, Params);
 
@@ -211,7 +214,8 @@ struct Ops {
 
 const Ops& ops_of(Softmax loss) {
   static const std::vector<Ops> ops = {
-#define FUSEDLOSS_OPS(name, Functor) {find_op<ForwardOp>("fusedloss::" #name), find_op<BackwardOp>("fusedloss::" #name "_backward")},
+#define FUSEDLOSS_OPS(name, Functor) \
+  {find_op<ForwardOp>("fusedloss::" #name), find_op<BackwardOp>("fusedloss::" #name "_backward")},
       FUSEDLOSS_SOFTMAX(FUSEDLOSS_OPS)
 #undef FUSEDLOSS_OPS
   };
@@ -254,7 +258,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       const Tensor value = formula(x, target, weight, reduction, ignore_index, params);
       grad = torch::autograd::grad({value}, {x}, {upstream[0]}, true, true)[0];
     } else {
-      grad = ops_of(loss).backward.call(upstream[0], logits, target, weight, statistics, reduction, ignore_index, params);
+      grad =
+          ops_of(loss).backward.call(upstream[0], logits, target, weight, statistics, reduction, ignore_index, params);
     }
     return {Tensor(), grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -314,16 +319,19 @@ std::tuple<Tensor, Tensor> autograd_forward(const Tensor& logits, const Tensor& 
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_DEFINE(name, Functor)                                                                          \
-  m.def(#name "(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params) " \
-              "-> (Tensor loss, Tensor statistics)");                                                            \
-  m.def(#name "_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "     \
-              "int reduction, int ignore_index, float[] params) -> Tensor");
-#define FUSEDLOSS_CPU(name, Functor)                                  \
-  m.impl(#name, &fusedloss::cpu_forward<fusedloss::Softmax::name>);   \
+#define FUSEDLOSS_DEFINE(name, Functor)                                                                    \
+  m.def(#name                                                                                              \
+        "(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params) " \
+        "-> (Tensor loss, Tensor statistics)");                                                            \
+  m.def(#name                                                                                              \
+        "_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "     \
+        "int reduction, int ignore_index, float[] params) -> Tensor");
+#define FUSEDLOSS_CPU(name, Functor)                                \
+  m.impl(#name, &fusedloss::cpu_forward<fusedloss::Softmax::name>); \
   m.impl(#name "_backward", &fusedloss::cpu_backward<fusedloss::Softmax::name>);
 #define FUSEDLOSS_AUTOGRAD(name, Functor) m.impl(#name, &fusedloss::autograd_forward<fusedloss::Softmax::name>);
 
-TORCH_LIBRARY_FRAGMENT(fusedloss, m) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_DEFINE) }
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_CPU) }
-TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_AUTOGRAD) }
+TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_SOFTMAX(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, CPU, m){
+    FUSEDLOSS_SOFTMAX(FUSEDLOSS_CPU)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
+  FUSEDLOSS_SOFTMAX(FUSEDLOSS_AUTOGRAD)
+}
