@@ -1,0 +1,132 @@
+"""The losses under test, in one table: each test runs over all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss
+import fusedloss.functional as L
+from fusedloss import pointwise, softmax
+from fusedloss._library import extension
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss with its parameters fixed: the routed function and its native formula, called alike."""
+
+    name: str
+    family: str
+    fused: Callable[..., Tensor]  # (input, target, reduction)
+    native: Callable[..., Tensor]
+    op: str
+    params: tuple[float, ...] = ()
+
+    def data(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Logits or predictions of a shape, and a target that fits; an eighth of class targets is ignored."""
+        generator = torch.Generator().manual_seed(seed)
+        input = (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        if self.family == "pointwise":
+            target = torch.rand(shape, generator=generator, dtype=torch.float64)
+            return input, (target.round() if seed % 2 else target).to(dtype)
+        classes = shape[1] if len(shape) > 1 else shape[0]
+        index = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=generator)
+        if index.numel() > 1:
+            index.view(-1)[1::8] = -100
+        return input, index
+
+
+def _focal(gamma: float, alpha: float | None = None) -> Loss:
+    factor = 1.0 if alpha is None else alpha
+    return Loss(
+        f"focal gamma={gamma} alpha={alpha}",
+        "softmax",
+        lambda x, y, r: L.focal_loss(x, y, alpha, gamma, reduction=r),
+        lambda x, y, r: softmax._focal.native(x, y, None, r, -100, factor, gamma),
+        "focal",
+        (factor, gamma),
+    )
+
+
+def _sigmoid_focal(gamma: float, alpha: float = 0.25) -> Loss:
+    return Loss(
+        f"sigmoid_focal gamma={gamma} alpha={alpha}",
+        "pointwise",
+        lambda x, t, r: L.sigmoid_focal_loss(x, t, alpha, gamma, r),
+        lambda x, t, r: pointwise._sigmoid_focal.native(x, t, None, r, alpha, gamma),
+        "sigmoid_focal",
+        (alpha, gamma),
+    )
+
+
+def _huber(delta: float) -> Loss:
+    return Loss(
+        f"huber delta={delta}",
+        "pointwise",
+        lambda x, t, r: L.huber_loss(x, t, r, delta),
+        lambda x, t, r: pointwise._huber.native(x, t, None, r, delta),
+        "huber",
+        (delta,),
+    )
+
+
+LOSSES = [
+    Loss(
+        "cross_entropy",
+        "softmax",
+        lambda x, y, r: L.cross_entropy(x, y, reduction=r),
+        lambda x, y, r: softmax._cross_entropy.native(x, y, None, r, -100),
+        "cross_entropy",
+    ),
+    _focal(0.0),
+    _focal(0.5),
+    _focal(2.0, alpha=0.25),
+    _huber(1.0),
+    _huber(0.3),
+    _sigmoid_focal(0.0, alpha=-1.0),
+    _sigmoid_focal(0.5),
+    _sigmoid_focal(2.0),
+    _sigmoid_focal(3.0, alpha=0.7),
+]
+ONE_OF_EACH = [LOSSES[0], LOSSES[3], LOSSES[4], LOSSES[8]]
+POINTWISE = [loss for loss in LOSSES if loss.family == "pointwise"]
+SOFTMAX = [loss for loss in LOSSES if loss.family == "softmax"]
+
+REDUCTIONS = ["mean", "sum", "none"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+needs_extension = pytest.mark.skipif(
+    extension is None, reason="no extension here; tests/test_fallback.py covers the native path"
+)
+
+
+def named(losses: list[Loss]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("loss", losses, ids=[loss.name for loss in losses])
+
+
+def runs_fused(loss: Loss, input: Tensor, target: Tensor, reduction: str = "mean") -> bool:
+    """Whether the kernels own the call: a routed call that the formula never sees."""
+    weightless = (input, target, None, reduction)
+    middle = (-100,) if loss.family == "softmax" else ()
+    return extension is not None and getattr(extension, loss.op)(*weightless, *middle, *loss.params) is not None
+
+
+def value_and_grad(
+    function: Callable[..., Tensor], input: Tensor, target: Tensor, reduction: str, upstream: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient and the upstream gradient used: random, never ones."""
+    x = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    value = function(x, target, reduction)
+    if upstream is None:
+        generator = torch.Generator().manual_seed(7)
+        upstream = torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5
+    upstream = upstream.to(value.dtype)
+    (grad,) = torch.autograd.grad(value, x, upstream)
+    return value.detach(), grad, upstream
+
+
+@pytest.fixture(autouse=True)
+def _doctest_namespace(doctest_namespace: dict[str, object]) -> None:
+    doctest_namespace.update(torch=torch, fusedloss=fusedloss)
