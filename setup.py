@@ -24,7 +24,9 @@ def extensions():
     if os.environ.get("FUSEDLOSS_NO_EXTENSION") == "1" or shutil.which(get_cxx_compiler().split()[0]) is None:
         print("fusedloss: no C++ compiler, or FUSEDLOSS_NO_EXTENSION=1: installing without kernels (native PyTorch)")
         return []
-    sources = [str(path.relative_to(HERE)) for folder in ("cpu", "torch") for path in (HERE / "csrc" / folder).glob("*.cpp")]
+    sources = [
+        str(path.relative_to(HERE)) for folder in ("cpu", "torch") for path in (HERE / "csrc" / folder).glob("*.cpp")
+    ]
     headers = [str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.suffix in (".h", ".inl")]
     macros = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"'), ("FUSEDLOSS_CUDA_ARCHITECTURES", '"none"')]
     # -fno-trapping-math and -fno-math-errno let comparisons and selects become vector code; no rounding changes.

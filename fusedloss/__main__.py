@@ -71,7 +71,9 @@ def main() -> int:
     else:
         print(f"built: {extension.compiler}, for torch {extension.torch_version}")
         print(f"       instruction sets {extension.cpu_isas}; CUDA architectures {extension.cuda_architectures}")
-        print(f"path:  fused on the CPU with {extension.cpu_isa()}, {torch.get_num_threads()} threads; native elsewhere")
+        print(
+            f"path:  fused on the CPU with {extension.cpu_isa()}, {torch.get_num_threads()} threads; native elsewhere"
+        )
     failures = 0
     print("\nlargest relative error of value and gradient against native float64")
     for name, (loss, native, input, target) in checks().items():

@@ -42,9 +42,7 @@ def softmax(name: str) -> Callable[[Formula], Formula]:
     return lambda formula: _routed(name, formula, _captures_softmax, _fake.softmax, integers=1)
 
 
-def _routed(
-    name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int
-) -> Formula:
+def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
     if extension is None:
         formula.native = formula  # type: ignore[attr-defined]
         return formula

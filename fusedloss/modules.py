@@ -1,6 +1,5 @@
-"""The losses as modules: subclasses of the modules of ``torch.nn`` where torch has them, with nothing but forward changed."""
+"""The losses as modules: where torch.nn has them, subclasses with nothing but ``forward`` changed."""
 
-import torch
 from torch import Tensor, nn
 
 from . import functional

@@ -45,14 +45,16 @@ def _sigmoid_focal(
 ) -> Tensor:
     x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     t = targets.to(x.dtype)
-    losses = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    if x.shape != t.shape:
+        raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
+    # From u = e^-|x| and what is exact for certain targets, so that no digit of a confident element is lost.
+    positive = x >= 0
+    distance = torch.where(positive, x, -x)
+    u = torch.exp(-distance)
+    losses = torch.where(positive, 1 - t, -t) * x + torch.log1p(u)
     if gamma != 0:
-        # log m, m = p (1 - t) + q t, from u = e^-|x| so that no digit of a confident element is lost. A derivative of
-        # log m stays bounded where one of m^gamma would divide by m = 0.
-        sign = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
-        distance = x * sign
-        u = torch.exp(-distance)
-        certain = torch.where(x >= 0, t, 1 - t)  # 1 where the target is on the side of the logit
+        # log m, m = p (1 - t) + q t: its derivatives stay bounded where one of m^gamma would divide by m = 0.
+        certain = torch.where(positive, t, 1 - t)  # 1 where the target is on the side of the logit
         mixed = torch.where(certain == 1, torch.ones_like(u), (1 - certain) + certain * u)
         log_m = torch.where(certain == 1, -distance, mixed.log()) - torch.log1p(u)
         losses = losses * torch.exp(gamma * log_m)

@@ -117,7 +117,9 @@ def test_special_logits_are_torchs(shape):
             logits = x.clone()
             logits[:, column] = special
             value, grad, _ = value_and_grad(lambda x, y, r: L.cross_entropy(x, y, reduction=r), logits, y, "none")
-            expected, expected_grad, _ = value_and_grad(lambda x, y, r: F.cross_entropy(x, y, reduction=r), logits, y, "none")
+            expected, expected_grad, _ = value_and_grad(
+                lambda x, y, r: F.cross_entropy(x, y, reduction=r), logits, y, "none"
+            )
             torch.testing.assert_close(value, expected, equal_nan=True)
             torch.testing.assert_close(grad, expected_grad, equal_nan=True)
     logits = torch.full(shape, -float("inf"))
@@ -161,7 +163,9 @@ REJECTED = {
     "huber delta nan": lambda f: f.huber_loss(torch.randn(3), torch.randn(3), delta=float("nan")),
     "huber shapes": lambda f: f.huber_loss(torch.randn(3), torch.randn(4)),
     "huber weight": lambda f: f.huber_loss(torch.randn(3), torch.randn(3), weight=torch.ones(2)),
-    "huber mixed backward": lambda f: f.huber_loss(torch.randn(3, requires_grad=True), torch.randn(3).half()).backward(),
+    "huber mixed backward": lambda f: f.huber_loss(
+        torch.randn(3, requires_grad=True), torch.randn(3).half()
+    ).backward(),
     "no tensor": lambda f: f.huber_loss([1.0], [2.0]),
 }
 

@@ -65,7 +65,10 @@ def test_retain_graph_gives_the_same_gradient_twice(loss):
 @named(ONE_OF_EACH)
 def test_an_upstream_gradient_may_be_expanded_or_strided(loss):
     x, target = loss.data((6, 5, 4), torch.float64)
-    for upstream in (torch.tensor(3.0).expand(target.shape), torch.rand(target.shape[::-1]).permute(*range(target.dim())[::-1])):
+    for upstream in (
+        torch.tensor(3.0).expand(target.shape),
+        torch.rand(target.shape[::-1]).permute(*range(target.dim())[::-1]),
+    ):
         _, grad, _ = value_and_grad(loss.fused, x, target, "none", upstream)
         _, expected, _ = value_and_grad(loss.native, x, target, "none", upstream)
         torch.testing.assert_close(grad, expected)

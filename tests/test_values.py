@@ -123,7 +123,9 @@ def test_focal_losses_are_finite_everywhere(gamma, dtype):
 def test_focal_without_focus_is_cross_entropy():
     x, y = torch.randn(9, 13), torch.randint(13, (9,))
     for reduction in REDUCTIONS:
-        assert torch.equal(L.focal_loss(x, y, gamma=0.0, reduction=reduction), L.cross_entropy(x, y, reduction=reduction))
+        assert torch.equal(
+            L.focal_loss(x, y, gamma=0.0, reduction=reduction), L.cross_entropy(x, y, reduction=reduction)
+        )
 
 
 def test_sigmoid_focal_is_torchvisions():

@@ -1,0 +1,56 @@
+// The kernels of one instruction set without torch, for tests that compile them anew: value and gradient of one loss
+// over float64 or float32 data.
+#include "cpu/isa_baseline.cpp"
+
+namespace {
+
+template <class Args>
+Args with_params(bool is_double, const double* params) {
+  Args args = {};
+  args.dtype = is_double ? fusedloss::DType::Double : fusedloss::DType::Float;
+  args.params[0] = params[0];
+  args.params[1] = params[1];
+  return args;
+}
+
+const double kOneDouble = 1;
+const float kOneFloat = 1;
+
+const void* one(bool is_double) { return is_double ? static_cast<const void*>(&kOneDouble) : &kOneFloat; }
+
+}  // namespace
+
+extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* input, const void* target,
+                                const double* params, void* losses, void* grad) {
+  auto args = with_params<fusedloss::PointwiseArgs>(is_double, params);
+  const auto kind = fusedloss::Pointwise(loss);
+  const fusedloss::CpuKernels& kernels = fusedloss::baseline::kernels;
+  args.input = input;
+  args.target = target;
+  args.output = losses;
+  kernels.pointwise_losses(kind, args, 0, n);
+  args.output = grad;
+  args.upstream = one(is_double);
+  args.scale = 1;
+  kernels.pointwise_grad(kind, args, 0, n);
+  return kernels.pointwise_sum(kind, args, 0, n);
+}
+
+extern "C" double run_softmax(int loss, int is_double, int64_t rows, int64_t classes, const void* logits,
+                              const int64_t* target, const double* params, void* statistics, void* losses, void* grad) {
+  auto args = with_params<fusedloss::SoftmaxArgs>(is_double, params);
+  const auto kind = fusedloss::Softmax(loss);
+  const fusedloss::CpuKernels& kernels = fusedloss::baseline::kernels;
+  args.logits_layout = args.grad_layout = {rows, classes, rows, 0, 1, classes};
+  args.logits = logits;
+  args.target = target;
+  args.ignore_index = -100;
+  args.losses = losses;
+  args.statistics = statistics;
+  args.upstream = one(is_double);
+  args.scale = 1;
+  const fusedloss::SoftmaxSums sums = kernels.softmax_forward(kind, args, 0, rows);
+  args.grad = grad;
+  kernels.softmax_backward(kind, args, 0, rows);
+  return sums.weight == 0 ? 0 : sums.loss;
+}

@@ -1,0 +1,81 @@
+"""The package without its extension: the same results, natively, and a self-check that says so."""
+
+import os
+import subprocess
+import sys
+
+import torch
+from conftest import needs_extension
+
+SCRIPT = """
+import sys, torch, fusedloss, fusedloss.functional as L
+from fusedloss._library import extension
+torch.manual_seed(0)
+x, y, t = torch.randn(40, 9, requires_grad=True), torch.randint(9, (40,)), torch.rand(40, 9)
+y[3] = -100
+alpha = torch.rand(9)
+values = [
+    fusedloss.CrossEntropyLoss(weight=alpha)(x, y), L.cross_entropy(x, y, reduction="none"),
+    fusedloss.FocalLoss(alpha, 0.5)(x, y), L.focal_loss(x, y, 0.25, 2.0, reduction="none"),
+    fusedloss.HuberLoss(delta=0.3)(x, t), L.huber_loss(x, t, "sum", weight=t),
+    fusedloss.SigmoidFocalLoss()(x, t), L.sigmoid_focal_loss(x, t, -1, 0.5),
+]
+values += [torch.autograd.grad(v.sum(), x)[0] for v in values]
+torch.save((extension is not None, [v.detach() for v in values]), sys.argv[1])
+"""
+
+
+def results(path, **environment: str):
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(path)], env={**os.environ, **environment}, check=True, timeout=300
+    )
+    return torch.load(path)
+
+
+@needs_extension
+def test_the_results_are_the_same_without_the_extension(tmp_path):
+    fused, values = results(tmp_path / "fused")
+    disabled, native_values = results(tmp_path / "native", FUSEDLOSS_DISABLE="1")
+    assert fused and not disabled
+    for value, native in zip(values, native_values, strict=True):
+        torch.testing.assert_close(value, native)
+
+
+def test_a_package_that_was_never_built_runs_natively(tmp_path):
+    # The sources alone, in another place: no extension lies beside them.
+    import shutil
+
+    import fusedloss
+
+    source = os.path.dirname(fusedloss.__file__)
+    shutil.copytree(source, tmp_path / "fusedloss", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    built, values = results(tmp_path / "values", PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert not built and all(value.isfinite().all() for value in values)
+
+
+def self_check(**environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fusedloss"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_self_check():
+    done = self_check()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" ok\n") == 4 and "path:" in done.stdout
+    disabled = self_check(FUSEDLOSS_DISABLE="1")
+    assert disabled.returncode == 0 and "native PyTorch (FUSEDLOSS_DISABLE=1)" in disabled.stdout
+
+
+def test_self_check_fails_where_a_loss_is_off(monkeypatch, capsys):
+    from fusedloss import __main__ as program
+
+    honest = program.checks()
+    loss, *rest = honest["huber_loss"]
+    monkeypatch.setattr(program, "checks", lambda: {**honest, "huber_loss": (lambda x, t: 1.001 * loss(x, t), *rest)})
+    assert program.main() == 1
+    assert capsys.readouterr().out.count("OFF") == 1
