@@ -1,4 +1,4 @@
-"""``python -m fusedloss``: what is installed, which path runs here, and a check of every loss against native PyTorch."""
+"""``python -m fusedloss``: what is installed, which path runs here, and every loss checked against native PyTorch."""
 
 import sys
 from collections.abc import Callable

@@ -13,7 +13,7 @@ def _load() -> tuple[ModuleType | None, str]:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the extension is not built, or built for another torch: {error}"
-    _C.cpu_isa()  # raises ValueError here rather than at the first loss, should FUSEDLOSS_CPU_ISA name none of this machine
+    _C.cpu_isa()  # a FUSEDLOSS_CPU_ISA this machine does not have raises here, not at the first loss
     return _C, ""
 
 
