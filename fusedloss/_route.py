@@ -3,7 +3,7 @@
 A loss is declared by its native formula in plain PyTorch::
 
     @pointwise("huber")
-    def _huber(input, target, weight, reduction, delta): ...
+    def _huber(input, target, weight, reduction, delta=1.0): ...
 
 which gives a callable of the same arguments that goes one of three ways:
 
@@ -11,12 +11,12 @@ which gives a callable of the same arguments that goes one of three ways:
 2. into the dispatcher op ``torch.ops.fusedloss.huber`` while torch.compile or torch.export captures a graph;
 3. into the formula itself for everything declined, and where the extension is missing.
 
-The formula is also what the extension differentiates when a backward is itself differentiated; it stays at hand as the
-attribute ``native`` of the routed callable.
+The formula is also what the extension differentiates when a backward is itself differentiated.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ from . import _fake
 from ._library import extension
 
 Formula = Callable[..., Tensor]
+
+
+class Loss(NamedTuple):
+    """A declared loss: the self-check and the tests run over all of them."""
+
+    family: str
+    routed: Formula
+    native: Formula
+    params: tuple[float, ...]  # the defaults of the formula's parameters
+
+
+LOSSES: dict[str, Loss] = {}
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,9 +55,14 @@ def softmax(name: str) -> Callable[[Formula], Formula]:
 
 
 def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
-    if extension is None:
-        formula.native = formula  # type: ignore[attr-defined]
-        return formula
+    routed = formula if extension is None else _fused(name, formula, captures, fakes, integers)
+    defaults = [parameter.default for parameter in inspect.signature(formula).parameters.values()]
+    family = "softmax" if integers else "pointwise"
+    LOSSES[name] = Loss(family, routed, formula, tuple(d for d in defaults if d is not inspect.Parameter.empty))
+    return routed
+
+
+def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
     kernel: Any = getattr(extension, name)
     op: Any = getattr(torch.ops.fusedloss, name)
     getattr(extension, f"set_native_{name}")(formula)
@@ -64,7 +81,6 @@ def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _
                 return value
         return formula(input, target, weight, reduction, *rest)
 
-    loss.native = formula  # type: ignore[attr-defined]
     return loss
 
 

@@ -10,8 +10,9 @@ __all__ = ["huber_loss", "sigmoid_focal_loss"]
 
 
 @_route.pointwise("huber")
-def _huber(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, delta: float) -> Tensor:
-    return F.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)
+def _huber(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, delta: float = 1.0) -> Tensor:
+    # torch's stubs of this function leave `weight` out
+    return F.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)  # type: ignore[call-arg]
 
 
 def huber_loss(
@@ -41,7 +42,7 @@ def huber_loss(
 
 @_route.pointwise("sigmoid_focal")
 def _sigmoid_focal(
-    inputs: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, alpha: float, gamma: float
+    inputs: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
     x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     t = targets.to(x.dtype)

@@ -59,8 +59,8 @@ def _focal(
     weight: Tensor | None,
     reduction: str,
     ignore_index: int,
-    factor: float,
-    gamma: float,
+    factor: float = 1.0,
+    gamma: float = 2.0,
 ) -> Tensor:
     x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     class_dim = min(x.dim() - 1, 1)

@@ -1,4 +1,4 @@
-"""The losses under test, in one table: each test runs over all of them."""
+"""The losses under test, in one table: each test runs over all of them, and over every loss declared since."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as L
-from fusedloss import pointwise, softmax
+from fusedloss import _route
 from fusedloss._library import extension
+
+NATIVE = {name: loss.native for name, loss in _route.LOSSES.items()}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def _focal(gamma: float, alpha: float | None = None) -> Loss:
         f"focal gamma={gamma} alpha={alpha}",
         "softmax",
         lambda x, y, r: L.focal_loss(x, y, alpha, gamma, reduction=r),
-        lambda x, y, r: softmax._focal.native(x, y, None, r, -100, factor, gamma),
+        lambda x, y, r: NATIVE["focal"](x, y, None, r, -100, factor, gamma),
         "focal",
         (factor, gamma),
     )
@@ -55,7 +57,7 @@ def _sigmoid_focal(gamma: float, alpha: float = 0.25) -> Loss:
         f"sigmoid_focal gamma={gamma} alpha={alpha}",
         "pointwise",
         lambda x, t, r: L.sigmoid_focal_loss(x, t, alpha, gamma, r),
-        lambda x, t, r: pointwise._sigmoid_focal.native(x, t, None, r, alpha, gamma),
+        lambda x, t, r: NATIVE["sigmoid_focal"](x, t, None, r, alpha, gamma),
         "sigmoid_focal",
         (alpha, gamma),
     )
@@ -66,7 +68,7 @@ def _huber(delta: float) -> Loss:
         f"huber delta={delta}",
         "pointwise",
         lambda x, t, r: L.huber_loss(x, t, r, delta),
-        lambda x, t, r: pointwise._huber.native(x, t, None, r, delta),
+        lambda x, t, r: NATIVE["huber"](x, t, None, r, delta),
         "huber",
         (delta,),
     )
@@ -77,7 +79,7 @@ LOSSES = [
         "cross_entropy",
         "softmax",
         lambda x, y, r: L.cross_entropy(x, y, reduction=r),
-        lambda x, y, r: softmax._cross_entropy.native(x, y, None, r, -100),
+        lambda x, y, r: NATIVE["cross_entropy"](x, y, None, r, -100),
         "cross_entropy",
     ),
     _focal(0.0),
@@ -90,7 +92,18 @@ LOSSES = [
     _sigmoid_focal(2.0),
     _sigmoid_focal(3.0, alpha=0.7),
 ]
-ONE_OF_EACH = [LOSSES[0], LOSSES[3], LOSSES[4], LOSSES[8]]
+
+
+def _declared(name: str, declared: _route.Loss) -> Loss:
+    """A loss the table above does not name, with its default parameters: a new one is tested from its first day."""
+    middle = (-100,) if declared.family == "softmax" else ()
+    call = lambda formula: lambda x, t, r: formula(x, t, None, r, *middle, *declared.params)  # noqa: E731
+    return Loss(name, declared.family, call(declared.routed), call(declared.native), name, declared.params)
+
+
+_NEW = [_declared(name, loss) for name, loss in _route.LOSSES.items() if name not in {loss.op for loss in LOSSES}]
+LOSSES += _NEW
+ONE_OF_EACH = [LOSSES[0], LOSSES[3], LOSSES[4], LOSSES[8], *_NEW]
 POINTWISE = [loss for loss in LOSSES if loss.family == "pointwise"]
 SOFTMAX = [loss for loss in LOSSES if loss.family == "softmax"]
 

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOSSES, SOFTMAX, Loss
+from conftest import LOSSES, SOFTMAX, Loss, needs_extension
 from torch import Tensor
+
+from fusedloss._library import extension
+
+pytestmark = needs_extension
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++")
-INDEX = {"huber": 0, "sigmoid_focal": 1, "cross_entropy": 0, "focal": 1}
+NAMES = (extension.pointwise_losses, extension.softmax_losses) if extension else ()
+INDEX = {name: index for names in NAMES for index, name in enumerate(names)}
 
 # name: (file, what stands there, what is put in its place)
 MUTANTS = {
