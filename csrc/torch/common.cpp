@@ -63,13 +63,13 @@ Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
 }
 
 PointwiseFormula& native_formula(Pointwise loss) {
-  static std::array<PointwiseFormula, 16> formulas;
-  return formulas.at(size_t(loss));
+  static std::vector<PointwiseFormula> formulas(std::size(kPointwiseNames));
+  return formulas[size_t(loss)];
 }
 
 SoftmaxFormula& native_formula(Softmax loss) {
-  static std::array<SoftmaxFormula, 16> formulas;
-  return formulas.at(size_t(loss));
+  static std::vector<SoftmaxFormula> formulas(std::size(kSoftmaxNames));
+  return formulas[size_t(loss)];
 }
 
 }  // namespace fusedloss

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/ArrayRef.h>
 
-#include <array>
 #include <functional>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "../kernels.h"
 
@@ -19,6 +21,28 @@ using Params = c10::ArrayRef<double>;
 
 // As in torch.nn._reduction.
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+#define FUSEDLOSS_NAME(name, Functor) "fusedloss::" #name,
+constexpr const char* kPointwiseNames[] = {FUSEDLOSS_POINTWISE(FUSEDLOSS_NAME)};
+constexpr const char* kSoftmaxNames[] = {FUSEDLOSS_SOFTMAX(FUSEDLOSS_NAME)};
+#undef FUSEDLOSS_NAME
+
+inline const char* name_of(Pointwise loss) { return kPointwiseNames[size_t(loss)]; }
+inline const char* name_of(Softmax loss) { return kSoftmaxNames[size_t(loss)]; }
+
+// The dispatcher's handles of a loss and of its backward.
+template <class Forward, class Backward>
+struct Ops {
+  c10::TypedOperatorHandle<Forward> forward;
+  c10::TypedOperatorHandle<Backward> backward;
+
+  explicit Ops(const std::string& name)
+      : forward(find(name).typed<Forward>()), backward(find(name + "_backward").typed<Backward>()) {}
+
+  static c10::OperatorHandle find(const std::string& name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+  }
+};
 
 std::optional<DType> kernel_dtype(at::ScalarType type);
 at::ScalarType arithmetic_type(at::ScalarType type);

@@ -17,15 +17,6 @@ namespace {
 constexpr int64_t kChunk = 16384;       // elements summed on their own: part of the result, not of the machine
 constexpr int64_t kGrain = 4 * kChunk;  // elements worth waking a thread for
 
-const char* name_of(Pointwise loss) {
-  static const char* const names[] = {
-#define FUSEDLOSS_NAME(name, Functor) "fusedloss::" #name,
-      FUSEDLOSS_POINTWISE(FUSEDLOSS_NAME)
-#undef FUSEDLOSS_NAME
-  };
-  return names[size_t(loss)];
-}
-
 struct Traits {
   bool of_difference, valid;
 };
@@ -137,23 +128,8 @@ Tensor backward(Pointwise loss, const Tensor& upstream, const Tensor& input, con
 using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params);
 
-template <class Op>
-c10::TypedOperatorHandle<Op> find_op(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Op>();
-}
-
-struct Ops {
-  c10::TypedOperatorHandle<ForwardOp> forward;
-  c10::TypedOperatorHandle<BackwardOp> backward;
-};
-
-const Ops& ops_of(Pointwise loss) {
-  static const std::vector<Ops> ops = {
-#define FUSEDLOSS_OPS(name, Functor) \
-  {find_op<ForwardOp>("fusedloss::" #name), find_op<BackwardOp>("fusedloss::" #name "_backward")},
-      FUSEDLOSS_POINTWISE(FUSEDLOSS_OPS)
-#undef FUSEDLOSS_OPS
-  };
+const Ops<ForwardOp, BackwardOp>& ops_of(Pointwise loss) {
+  static const std::vector<Ops<ForwardOp, BackwardOp>> ops(std::begin(kPointwiseNames), std::end(kPointwiseNames));
   return ops[size_t(loss)];
 }
 

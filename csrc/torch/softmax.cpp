@@ -16,15 +16,6 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // logits worth waking a thread for
 
-const char* name_of(Softmax loss) {
-  static const char* const names[] = {
-#define FUSEDLOSS_NAME(name, Functor) "fusedloss::" #name,
-      FUSEDLOSS_SOFTMAX(FUSEDLOSS_NAME)
-#undef FUSEDLOSS_NAME
-  };
-  return names[size_t(loss)];
-}
-
 bool valid(Softmax loss, Params given) {
   double params[kMaxParams];
   copy_params(given, params);
@@ -202,23 +193,8 @@ using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
                           int64_t, Params);
 
-template <class Op>
-c10::TypedOperatorHandle<Op> find_op(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Op>();
-}
-
-struct Ops {
-  c10::TypedOperatorHandle<ForwardOp> forward;
-  c10::TypedOperatorHandle<BackwardOp> backward;
-};
-
-const Ops& ops_of(Softmax loss) {
-  static const std::vector<Ops> ops = {
-#define FUSEDLOSS_OPS(name, Functor) \
-  {find_op<ForwardOp>("fusedloss::" #name), find_op<BackwardOp>("fusedloss::" #name "_backward")},
-      FUSEDLOSS_SOFTMAX(FUSEDLOSS_OPS)
-#undef FUSEDLOSS_OPS
-  };
+const Ops<ForwardOp, BackwardOp>& ops_of(Softmax loss) {
+  static const std::vector<Ops<ForwardOp, BackwardOp>> ops(std::begin(kSoftmaxNames), std::end(kSoftmaxNames));
   return ops[size_t(loss)];
 }
 
