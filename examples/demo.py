@@ -1,0 +1,100 @@
+"""Trains three models twice from the same seed, with torch.nn's losses and with fusedloss, and compares the runs."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from corpus import token_ids
+from tasks import VOCABULARY
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+TASKS = ["next_token", "digits", "diabetes"]
+SIDES = ["torch", "fusedloss"]
+LARGEST_DIFFERENCE = 1e-4
+
+Run = dict[str, Any]
+
+
+def train(task: str, side: str, ids_path: str, steps: int) -> Run:
+    """One run in a process of its own, so that its peak memory is its own."""
+    command = [sys.executable, str(Path(__file__).parent / "train.py"), task, side, ids_path, str(steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def difference(runs: dict[str, Run]) -> float:
+    """The largest relative difference between the two loss curves."""
+    torch_curve, fused_curve = (np.array(runs[side]["curve"]) for side in SIDES)
+    return float(np.max(np.abs(torch_curve - fused_curve) / np.abs(torch_curve)))
+
+
+def print_table(results: list[dict[str, Run]]) -> None:
+    heads = ["task", "losses of", "metric", "", "curves differ", "step ms", "loss ms", "peak MB", "step", "loss"]
+    form = "{:20s} {:10s} {:>20s} {:>8s} {:>14s} {:>9s} {:>9s} {:>8s} {:>7s} {:>7s}"
+    print("\n" + form.format(*heads))
+    for runs in results:
+        for side in SIDES:
+            run, base = runs[side], runs["torch"]
+            fused = side == "fusedloss"
+            print(
+                form.format(
+                    "" if fused else run["task"],
+                    side,
+                    run["metric_name"],
+                    f"{run['metric']:.4g}",
+                    f"{difference(runs):.1e}" if fused else "",
+                    f"{run['step_ms']:.3f}",
+                    f"{run['loss_ms']:.3f}",
+                    f"{run['peak_mb']:.0f}",
+                    f"{base['step_ms'] / run['step_ms']:.2f}x" if fused else "",
+                    f"{base['loss_ms'] / run['loss_ms']:.2f}x" if fused else "",
+                )
+            )
+    print(
+        "\nstep, loss: medians, and the speed-up; loss: its forward and backward; peak: memory above that before training"
+    )
+
+
+def draw(results: list[dict[str, Run]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), layout="constrained")
+    for axis, runs in zip(axes, results, strict=True):
+        faster = runs["torch"]["loss_ms"] / runs["fusedloss"]["loss_ms"]
+        axis.plot(runs["torch"]["curve"], linewidth=3, color="0.7", label="torch.nn")
+        axis.plot(runs["fusedloss"]["curve"], linewidth=1, linestyle="--", color="tab:red", label="fusedloss")
+        axis.set(title=f"{runs['torch']['task']}: loss {faster:.1f}x as fast", xlabel="step", ylabel="training loss")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"))
+    parser.add_argument("--quick", action="store_true", help="a few steps of each task")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        ids_path = str(Path(folder) / "ids.npy")
+        print("tokenising the standard library", file=sys.stderr)
+        np.save(ids_path, token_ids(VOCABULARY, 40_000 if options.quick else 1_000_000))
+        steps = 5 if options.quick else 1_000_000
+        results = [{side: train(task, side, ids_path, steps) for side in SIDES} for task in TASKS]
+    print_table(results)
+    draw(results, options.picture)
+    print(f"curves: {options.picture}; {time.perf_counter() - started:.0f} s")
+    off = [runs["torch"]["task"] for runs in results if not difference(runs) <= LARGEST_DIFFERENCE]
+    if off:
+        print(f"the loss curves differ by more than {LARGEST_DIFFERENCE} relative: {', '.join(off)}")
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
