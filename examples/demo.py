@@ -60,7 +60,7 @@ def print_table(results: list[dict[str, Run]]) -> None:
                 )
             )
     print(
-        "\nstep, loss: medians, and the speed-up; loss: its forward and backward; peak: memory above that before training"
+        "\nstep and loss (its forward and backward): medians, and the speed-up; peak: memory above that before training"
     )
 
 

@@ -30,7 +30,7 @@ def main(name: str, side: str, ids_path: str, steps: int) -> dict[str, object]:
         start = time.perf_counter()
         optimizer.zero_grad()
         outputs = task.model(x)
-        # The graph is cut at the outputs, so that the loss's own forward and backward can be timed: the same mathematics.
+        # Cutting the graph at the outputs times the loss's own forward and backward; the mathematics is the same.
         cut = outputs.detach().requires_grad_()
         loss_start = time.perf_counter()
         loss = criterion(cut, y)
