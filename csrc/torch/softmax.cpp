@@ -208,6 +208,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     auto [value, statistics] =
         ops_of(Softmax(loss)).forward.call(logits, target, weight, reduction, ignore_index, params);
     ctx->mark_non_differentiable({statistics});
+    ctx->set_materialize_grads(false);  // no zeros, 8 bytes a row, for a gradient of the statistics
     ctx->save_for_backward({logits, target, weight.value_or(Tensor()), statistics});
     ctx->saved_data["loss"] = loss;
     ctx->saved_data["reduction"] = reduction;

@@ -1,0 +1,156 @@
+"""What is measured: each loss as it is written today and fused, with the goals it is held to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedloss.functional as L
+from fusedloss._route import LOSSES
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (input, target) to the mean
+
+GAMMA = 2.0
+ALPHA = 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss at one size. A goal is a least speed-up, or a most memory in multiples of the input's bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    target: Callable[[Tensor, torch.Generator], Tensor]
+    eager: Loss
+    fused: Loss
+    native: Loss | None = None  # the formula fusedloss falls back to, where it is not `eager` itself
+    speedup: float | None = None
+    over: str = "eager"
+    memory: float | None = None
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        input = torch.randn(self.shape, generator=generator).to(self.dtype)
+        return input.requires_grad_(), self.target(input, generator)
+
+    def losses(self) -> dict[str, Loss]:
+        """The loss of every provider that needs no compiler."""
+        losses = {"eager": self.eager, "fused": self.fused}
+        return losses if self.native is None else {**losses, "native": self.native}
+
+
+def minimum_traffic(input: Tensor, target: Tensor) -> int:
+    """Bytes that forward and backward must move: input and target read once, the gradient written once."""
+    return 2 * input.nbytes + target.nbytes
+
+
+def class_indices(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(input.shape[1], input.shape[:1] + input.shape[2:], generator=generator)
+
+
+def values(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(input.shape, generator=generator).to(input.dtype)
+
+
+def zeros_and_ones(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, input.shape, generator=generator).to(input.dtype)
+
+
+def eager_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(input, target)
+
+
+def fused_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return L.cross_entropy(input, target)
+
+
+def eager_huber(input: Tensor, target: Tensor) -> Tensor:
+    return F.huber_loss(input, target)
+
+
+def fused_huber(input: Tensor, target: Tensor) -> Tensor:
+    return L.huber_loss(input, target)
+
+
+def eager_focal(input: Tensor, target: Tensor) -> Tensor:
+    ce = F.cross_entropy(input, target, reduction="none")
+    p = torch.exp(-ce)
+    return ((1 - p) ** GAMMA * ce).mean()
+
+
+def fused_focal(input: Tensor, target: Tensor) -> Tensor:
+    return L.focal_loss(input, target, gamma=GAMMA)
+
+
+def native_focal(input: Tensor, target: Tensor) -> Tensor:
+    return LOSSES["focal"].native(input, target, None, "mean", -100, 1.0, GAMMA)
+
+
+def eager_sigmoid_focal(input: Tensor, target: Tensor) -> Tensor:
+    """The formula of ``torchvision.ops.sigmoid_focal_loss``."""
+    p = torch.sigmoid(input)
+    ce = F.binary_cross_entropy_with_logits(input, target, reduction="none")
+    p_t = p * target + (1 - p) * (1 - target)
+    alpha_t = ALPHA * target + (1 - ALPHA) * (1 - target)
+    return (alpha_t * (ce * ((1 - p_t) ** GAMMA))).mean()
+
+
+def fused_sigmoid_focal(input: Tensor, target: Tensor) -> Tensor:
+    return L.sigmoid_focal_loss(input, target, ALPHA, GAMMA, "mean")
+
+
+def cross_entropy(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    speedup: float | None = None,
+    memory: float | None = 1.05,
+) -> Case:
+    name = _name("cross_entropy", shape, dtype)
+    return Case(
+        name, shape, dtype, class_indices, eager_cross_entropy, fused_cross_entropy, speedup=speedup, memory=memory
+    )
+
+
+def huber(elements: int, dtype: torch.dtype = torch.float32, speedup: float | None = None) -> Case:
+    name = _name("huber", (elements,), dtype)
+    return Case(name, (elements,), dtype, values, eager_huber, fused_huber, speedup=speedup)
+
+
+def focal(shape: tuple[int, ...], speedup: float) -> Case:
+    name = _name("focal", shape, torch.float32)
+    return Case(
+        name, shape, torch.float32, class_indices, eager_focal, fused_focal, native_focal, speedup, over="native"
+    )
+
+
+def sigmoid_focal(elements: int, speedup: float) -> Case:
+    name = _name("sigmoid_focal", (elements,), torch.float32)
+    return Case(
+        name, (elements,), torch.float32, zeros_and_ones, eager_sigmoid_focal, fused_sigmoid_focal, speedup=speedup
+    )
+
+
+def _name(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return f"{loss}-{kind}-{'x'.join(map(str, shape))}"
+
+
+# Beside each case its minimum traffic. A few hundred bytes are no measure of memory, so the smallest have no such goal.
+CASES = [
+    cross_entropy((512, 32000), speedup=2.5),  # 131 MB
+    cross_entropy((257, 50257), speedup=2.5),  # 103 MB; odd rows, none but the first on a cache line
+    cross_entropy((2048, 1000), speedup=2.0),  # 16.4 MB
+    cross_entropy((4, 10), speedup=0.95, memory=None),  # 352 bytes: the cost of a call
+    cross_entropy((32, 10), speedup=0.95, memory=None),  # 2.8 kB
+    cross_entropy((512, 32000), torch.bfloat16),  # 65.5 MB
+    # 46.1 MB; classes 256 kB apart. 8 bytes of statistics a row beside 84 of logits: no goal for memory.
+    cross_entropy((4, 21, 256, 256), memory=None),
+    huber(1 << 22, speedup=1.6),  # 50.3 MB
+    huber(1 << 22, torch.bfloat16),  # 25.2 MB
+    huber(64),  # 768 bytes
+    focal((2048, 1000), speedup=4.0),  # 16.4 MB
+    sigmoid_focal(1 << 22, speedup=8.0),  # 50.3 MB
+]
