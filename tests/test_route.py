@@ -9,25 +9,37 @@ from torch._subclasses import FakeTensorMode
 import fusedloss
 import fusedloss.functional as L
 
-SHAPE = (6, 5, 4)
+SHAPE = (6, 5, 4, 3)
 
 
-def op_arguments(loss: Loss, reduction: int, requires_grad: bool = True):
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "reversed": lambda x: x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1]),
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+    "sliced and reversed": lambda x: LAYOUTS["reversed"](torch.stack([x, x], -1))[..., 0],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+def op_arguments(loss: Loss, reduction: int, layout: str, requires_grad: bool = True):
     x, target = loss.data(SHAPE, torch.float64)
+    x = LAYOUTS[layout](x)
     middle = (-100,) if loss in SOFTMAX else ()
-    return (x.requires_grad_(requires_grad), target, None, reduction, *middle, list(loss.params))
+    return (x.detach().requires_grad_(requires_grad), target, None, reduction, *middle, list(loss.params))
 
 
 @needs_extension
 @pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @named(ONE_OF_EACH)
-def test_opcheck(loss, reduction):
-    arguments = op_arguments(loss, reduction)
+def test_opcheck(loss, layout, reduction):
+    # Strides included: under a compiler an op is given whatever layout comes, and must return what its fake promised.
+    arguments = op_arguments(loss, reduction, layout)
     forward = getattr(torch.ops.fusedloss, loss.op).default
     torch.library.opcheck(forward, arguments)
     with torch.no_grad():
         value = forward(*arguments)
-    x, target, weight, *rest = op_arguments(loss, reduction, requires_grad=False)
+    x, target, weight, *rest = op_arguments(loss, reduction, layout, requires_grad=False)
     value, *statistics = value if isinstance(value, tuple) else (value,)
     backward = getattr(torch.ops.fusedloss, loss.op + "_backward").default
     torch.library.opcheck(backward, (torch.ones_like(value), x, target, weight, *statistics, *rest))

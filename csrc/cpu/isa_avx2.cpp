@@ -1,7 +1,8 @@
 #if defined(__x86_64__)
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #pragma GCC target("avx2,fma,f16c")

@@ -1,6 +1,7 @@
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #define FUSEDLOSS_ISA baseline

@@ -14,6 +14,9 @@ constexpr int64_t kBlock = 4096;  // 16 KB of float: stays in the first-level ca
 constexpr int64_t kShortestRowForward = 120, kShortestRowBackward = 24;
 constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
 
+// Not std::min: a standard template compiled here could become the one copy every instruction set runs.
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
   return row / layout.inner * layout.outer_stride + row % layout.inner * layout.inner_stride;
 }
@@ -55,16 +58,6 @@ struct Tile {
     }
   }
 };
-
-// Rows of one tile share the way they are read: inside one run of rows side by side, or anywhere.
-template <class F>
-void over_tiles(const SoftmaxLayout& layout, bool within_runs, int64_t begin, int64_t end, F f) {
-  for (int64_t row = begin, stop; row < end; row = stop) {
-    stop = row + kTile < end ? row + kTile : end;
-    if (within_runs && stop - row > layout.inner - row % layout.inner) stop = row + layout.inner - row % layout.inner;
-    f(row, stop);
-  }
-}
 
 // ---- by rows
 
@@ -201,6 +194,8 @@ struct ColumnBlock {
   void open(int64_t row, int64_t count) {
     for (int64_t j = 0; j < (in_place ? 1 : count); ++j) offset[j] = row_offset(layout, row + j);
   }
+  // How many rows from this one on may share a tile: in place, those of its run.
+  int64_t rows_left(int64_t row) const { return in_place ? least(kTile, layout.inner - row % layout.inner) : kTile; }
   int64_t stride() const { return in_place ? layout.class_stride : kTile; }
 
   template <class Pointer>
@@ -292,7 +287,8 @@ SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, in
   Tile<T> tile;
   ColumnBlock<S> block(layout);
   T losses[kTile];
-  over_tiles(layout, !rows && block.in_place, begin, end, [&](int64_t first, int64_t stop) {
+  for (int64_t first = begin, stop; first < end; first = stop) {
+    stop = first + least(end - first, rows ? kTile : block.rows_left(first));
     tile.open(args, first, stop);
     rows ? collect_by_rows<S>(tile, args) : collect_by_columns<S>(tile, args, block);
 
@@ -317,7 +313,7 @@ SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, in
     T* statistics = static_cast<T*>(args.statistics) + first;
     for (int64_t j = 0; j < tile.count; ++j) statistics[j] = tile.max[j];
     for (int64_t j = 0; j < tile.count; ++j) statistics[layout.rows + j] = tile.rest[j];
-  });
+  }
   return sums;
 }
 
@@ -330,7 +326,8 @@ void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t 
   Tile<T> tile;
   ColumnBlock<S> logits(layout), grad(args.grad_layout);
   T factor[kTile], own[kTile];
-  over_tiles(layout, !rows && (logits.in_place || grad.in_place), begin, end, [&](int64_t first, int64_t stop) {
+  for (int64_t first = begin, stop; first < end; first = stop) {
+    stop = first + least(end - first, rows ? kTile : least(logits.rows_left(first), grad.rows_left(first)));
     tile.open(args, first, stop);
     const T* statistics = static_cast<const T*>(args.statistics) + first;
     for (int64_t j = 0; j < tile.count; ++j) {
@@ -349,7 +346,7 @@ void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t 
       tile.max[j] = row.max;
     }
     rows ? write_by_rows<S>(tile, args, factor, own) : write_by_columns<S>(tile, args, factor, own, logits, grad);
-  });
+  }
 }
 
 template <class F>

@@ -5,9 +5,10 @@
 // of them, possibly one the machine cannot run.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #ifndef FUSEDLOSS_ISA
@@ -102,13 +103,18 @@ template <class T>
 FUSEDLOSS_HD T abs(T x) {
   return x < 0 ? -x : x;
 }
+// From macros, not std::numeric_limits: its functions would be shared between the instruction sets.
 template <class T>
 FUSEDLOSS_HD T infinity() {
-  return std::numeric_limits<T>::infinity();
+  return T(INFINITY);
 }
 template <class T>
 FUSEDLOSS_HD T lowest() {
-  return std::numeric_limits<T>::lowest();
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return -FLT_MAX;
+  } else {
+    return -DBL_MAX;
+  }
 }
 
 // The polynomials below are minimax fits: exp(r) = 1 + r + r^2 P(r) on |r| <= log(2)/2 and

@@ -49,13 +49,9 @@ struct Inputs {
     TORCH_CHECK(kernel_dtype(input.scalar_type()), name, ": expected a floating point input, got ",
                 input.scalar_type());
     TORCH_CHECK(traits_of(loss, params).valid, name, ": parameters out of range: ", params);
+    if (!input.is_non_overlapping_and_dense()) input = input.clone();  // dense, in the order empty_like gives
     align(target, "target", name);
     if (weight) align(*weight, "weight", name);
-    if (!input.is_contiguous() && !input.is_non_overlapping_and_dense()) {
-      input = input.contiguous();
-      target = target.contiguous();
-      if (weight) weight = weight->contiguous();
-    }
   }
 
   PointwiseArgs args(Params params) const {
@@ -173,19 +169,18 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const auto loss = Pointwise(ctx->saved_data["loss"].toInt());
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const std::vector<double> params = ctx->saved_data["params"].toDoubleVector();
-    Tensor grad_input, grad_target;
-    if (!upstream[0].defined()) {
-    } else if (at::GradMode::is_enabled()) {
-      const variable_list gradients =
-          differentiable_gradients(loss, upstream[0], input, target, weight, reduction, params);
-      grad_input = gradients[0];
-      grad_target = gradients[1];
+    variable_list gradients(6);  // one for each argument of forward
+    if (!upstream[0].defined()) return gradients;
+    if (at::GradMode::is_enabled()) {
+      const variable_list found = differentiable_gradients(loss, upstream[0], input, target, weight, reduction, params);
+      gradients[1] = found[0];
+      gradients[2] = found[1];
     } else {
       const Tensor grad = ops_of(loss).backward.call(upstream[0], input, target, weight, reduction, params);
-      if (ctx->needs_input_grad(1)) grad_target = grad.neg();
-      if (ctx->needs_input_grad(0)) grad_input = grad;
+      if (ctx->needs_input_grad(0)) gradients[1] = grad;
+      if (ctx->needs_input_grad(1)) gradients[2] = grad.neg();
     }
-    return {Tensor(), grad_input, grad_target, Tensor(), Tensor(), Tensor()};
+    return gradients;
   }
 };
 
@@ -203,8 +198,8 @@ bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, c
            same_dense_order(input, other);
   };
   return traits.valid && kernel_dtype(input.scalar_type()) && input.numel() > 0 && fits(target) &&
-         (input.is_contiguous() || input.is_non_overlapping_and_dense()) &&
-         (!target.requires_grad() || traits.of_difference) && (!weight || (fits(*weight) && !weight->requires_grad()));
+         input.is_non_overlapping_and_dense() && (!target.requires_grad() || traits.of_difference) &&
+         (!weight || (fits(*weight) && !weight->requires_grad()));
 }
 
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,

@@ -173,7 +173,9 @@ Tensor backward(Softmax loss, const Tensor& upstream, const Tensor& logits, cons
     TORCH_CHECK_INDEX(y == ignore_index || uint64_t(y) < uint64_t(layout.classes), "Target ", y, " is out of bounds.");
   }
 
-  Tensor grad = empty_gradient(inputs.logits);
+  Tensor result = empty_gradient(logits);
+  const bool in_place = layout_of(result).has_value();
+  Tensor grad = in_place ? result : empty_gradient(inputs.logits);
   args.grad = grad.mutable_data_ptr();
   args.grad_layout = *layout_of(grad);
   args.statistics = const_cast<void*>(statistics.const_data_ptr());
@@ -185,7 +187,7 @@ Tensor backward(Softmax loss, const Tensor& upstream, const Tensor& logits, cons
   args.scale = 1.0 / divisor;
   over_chunks(layout,
               [&](int64_t, int64_t begin, int64_t end) { cpu_kernels().softmax_backward(loss, args, begin, end); });
-  return grad;
+  return in_place ? result : result.copy_(grad);
 }
 
 using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
@@ -225,20 +227,20 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     const std::vector<double> params = ctx->saved_data["params"].toDoubleVector();
-    Tensor grad;
-    if (!upstream[0].defined()) {
-    } else if (at::GradMode::is_enabled()) {
+    variable_list gradients(7);  // one for each argument of forward
+    if (!upstream[0].defined()) return gradients;
+    if (at::GradMode::is_enabled()) {
       // A gradient that carries a graph of its own: native autograd through the native formula.
       const SoftmaxFormula& formula = native_formula(loss);
       TORCH_CHECK(formula, name_of(loss), ": no native formula to differentiate twice");
       const Tensor x = logits.view_as(logits);
       const Tensor value = formula(x, target, weight, reduction, ignore_index, params);
-      grad = torch::autograd::grad({value}, {x}, {upstream[0]}, true, true)[0];
+      gradients[1] = torch::autograd::grad({value}, {x}, {upstream[0]}, true, true)[0];
     } else {
-      grad =
+      gradients[1] =
           ops_of(loss).backward.call(upstream[0], logits, target, weight, statistics, reduction, ignore_index, params);
     }
-    return {Tensor(), grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return gradients;
   }
 };
 
