@@ -8,7 +8,8 @@ PYTHON := python3
 else
 PYTHON := $(VENV)/bin/python
 endif
-READY := build/ready-$(subst /,_,$(VENV))
+# Names what the build was made for, so that another VENV or TORCH builds anew.
+READY := build/ready-$(subst /,_,$(VENV))-$(subst =,_,$(TORCH))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: build test demo bench lint clean
@@ -18,11 +19,11 @@ build: $(READY)
 $(READY): $(SOURCES)
 ifneq ($(VENV),none)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install -q $(TORCH)
+	$(PYTHON) -m pip install -q $(TORCH)
 	$(PYTHON) -m pip install -q $(shell sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
 endif
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	mkdir -p build && touch $@
+	mkdir -p build && rm -f build/ready-* && touch $@
 
 test: build
 	$(PYTHON) -m pytest
