@@ -81,4 +81,44 @@ const CpuKernels& cpu_kernels();
 // The instruction sets compiled in, narrowest first, separated by spaces.
 const char* cpu_isas();
 
+// ---- CUDA: the same arguments with device pointers. Every function puts its kernels on the stream and returns a
+// cudaError_t; none synchronises or allocates, so that all of them can be captured in a CUDA graph.
+
+using CudaStream = struct CUstream_st*;
+
+// Partial sums of one call, and the counter by which its last block knows that it is the last.
+constexpr int64_t kCudaWorkspaceBytes = 64 << 10;
+
+enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad };
+
+struct CudaPointwiseArgs : PointwiseArgs {
+  int64_t count;
+  void* total;     // of dtype: the sum over divisor
+  double divisor;  // count for a mean
+  void* workspace;
+};
+int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);
+
+// A target out of range, in pinned host memory: row -1 until a kernel has met one.
+struct BadTarget {
+  int64_t row, target;
+};
+
+struct CudaSoftmaxArgs : SoftmaxArgs {
+  void* total;  // of dtype: the sum or mean; null for no reduction
+  bool mean;
+  void* divisor;  // of arithmetic type, what a mean divides by: written by the forward, read wherever gradients are made
+  BadTarget* bad_target;
+  bool in_place;  // grad is logits
+  void* workspace;
+};
+// Only the divisor, for a forward that makes a mean's gradient in the same pass.
+int cuda_softmax_divisor(Softmax, const CudaSoftmaxArgs&, CudaStream);
+// With args.grad, also the gradient for an upstream gradient of 1; the divisor is then read, not written.
+int cuda_softmax_forward(Softmax, const CudaSoftmaxArgs&, CudaStream);
+int cuda_softmax_backward(Softmax, const CudaSoftmaxArgs&, CudaStream);
+
+// data *= *factor, which is read on the device: at 1 nothing is touched.
+int cuda_scale(DType, void* data, int64_t count, const void* factor, CudaStream);
+
 }  // namespace fusedloss

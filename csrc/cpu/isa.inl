@@ -1,7 +1,7 @@
 // One instruction set's table of kernels. The including file has included the standard headers, set the target and
 // named FUSEDLOSS_ISA: whatever is compiled from here on stays in that namespace.
 
-#include "../kernels.h"
+#include "../with_functor.h"
 #include "pointwise.inl"
 #include "softmax.inl"
 

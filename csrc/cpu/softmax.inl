@@ -349,13 +349,6 @@ void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t 
   }
 }
 
-template <class F>
-auto with_functor(Softmax loss, DType dtype, const double* params, F f) {
-  using Loss = Softmax;
-  switch (loss) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_CASE) }
-  __builtin_unreachable();
-}
-
 inline SoftmaxSums softmax_forward(Softmax loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   const int64_t bad_row = first_bad_row(args, begin, end);
   if (bad_row >= 0) return {0, 0, bad_row};

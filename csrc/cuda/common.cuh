@@ -1,0 +1,216 @@
+// What the CUDA drivers share: vector access, reductions over a warp, a block and a grid, and the launch.
+#pragma once
+
+#define FUSEDLOSS_ISA cuda
+
+#include "../with_functor.h"
+
+#ifdef __CUDACC__
+#include "device.cuh"
+#else
+#include <cuda_on_cpu.h>
+#endif
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+constexpr int kWarp = 32, kThreads = 256, kWarps = kThreads / kWarp;  // of every block
+constexpr int kMaxBlocks = 2048;  // of a grid that leaves partial sums: 16 bytes each in the workspace
+
+FUSEDLOSS_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEDLOSS_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// 16 bytes of S: what a thread loads at once.
+template <class S>
+struct alignas(16) Vector {
+  static constexpr int width = 16 / sizeof(S);
+  S values[width];
+};
+
+template <class S>
+__device__ __forceinline__ Vector<S> load_vector(const S* from) {
+  return bit_cast<Vector<S>>(load_vector_bits(from));
+}
+template <class S>
+__device__ __forceinline__ void store_vector(S* to, const Vector<S>& vector) {
+  store_vector_bits(to, bit_cast<uint4>(vector));
+}
+
+// `count` elements as aligned vectors between scalars that are not: a head, and a tail. Scalar number i is element
+// scalar(i). Within a row, Index is 32 bits wide: half the registers.
+template <class S, class Index>
+struct Run {
+  static constexpr Index width = Vector<S>::width;
+  Index count, head, vectors;
+
+  FUSEDLOSS_HD Run(const void* begin, Index count_, bool vectorised) : count(count_), head(count_), vectors(0) {
+    const Index misaligned = Index((16 - reinterpret_cast<uintptr_t>(begin) % 16) % 16 / sizeof(S));
+    if (vectorised && misaligned < count) {
+      head = misaligned;
+      vectors = (count - head) / width;
+    }
+  }
+  FUSEDLOSS_HD Index scalars() const { return count - vectors * width; }
+  FUSEDLOSS_HD Index scalar(Index i) const { return i < head ? i : i + vectors * width; }
+  FUSEDLOSS_HD Index vector(Index v) const { return head + v * width; }
+};
+
+FUSEDLOSS_HD bool same_alignment(const void* a, const void* b) {
+  return (reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+}
+
+// ---- sums, always in one order
+
+template <int kCount>
+struct Sums {
+  double values[kCount] = {};
+};
+
+// The sums over the block, in every thread of its first warp.
+template <int kCount>
+__device__ Sums<kCount> sum_of_block(Sums<kCount> sums, double* shared) {
+  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  for (double& value : sums.values) {
+    for (int mask = kWarp / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+  }
+  __syncthreads();
+  for (int i = 0; i < kCount; ++i) {
+    if (lane == 0) shared[warp * kCount + i] = sums.values[i];
+  }
+  __syncthreads();
+  if (warp > 0) return sums;
+  for (int i = 0; i < kCount; ++i) {
+    double& value = sums.values[i];
+    value = lane < threads / kWarp ? shared[lane * kCount + i] : 0;
+    for (int mask = kWarp / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+  }
+  return sums;
+}
+
+struct Workspace {
+  unsigned* counter;  // 0 at the launch of a grid of several blocks
+  double* partial;
+
+  explicit FUSEDLOSS_HD Workspace(void* bytes)
+      : counter(static_cast<unsigned*>(bytes)), partial(reinterpret_cast<double*>(static_cast<char*>(bytes) + 16)) {}
+};
+static_assert(16 + kMaxBlocks * 2 * sizeof(double) <= kCudaWorkspaceBytes, "two sums of every block fit");
+
+// Whether this is the last block to come here: what the others wrote before is then visible to all of its threads.
+__device__ inline bool is_last_block(unsigned* counter, double* shared) {
+  const bool first_thread = threadIdx.x == 0 && threadIdx.y == 0;
+  bool* last = reinterpret_cast<bool*>(shared);
+  thread_fence();
+  __syncthreads();
+  if (first_thread) *last = atomic_increment(counter) == gridDim.x - 1;
+  __syncthreads();
+  const bool result = *last;
+  thread_fence();
+  __syncthreads();
+  return result;
+}
+
+// The sums over the grid, handed to `write` by one thread.
+template <int kCount, class F>
+__device__ void sum_of_grid(Sums<kCount> sums, const Workspace& workspace, double* shared, F write) {
+  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  sums = sum_of_block(sums, shared);
+  if (gridDim.x > 1) {
+    if (thread == 0) {
+      for (int i = 0; i < kCount; ++i) workspace.partial[blockIdx.x * kCount + i] = sums.values[i];
+    }
+    if (!is_last_block(workspace.counter, shared)) return;
+    sums = {};
+    for (int block = thread; block < int(gridDim.x); block += threads) {
+      for (int i = 0; i < kCount; ++i) sums.values[i] += workspace.partial[block * kCount + i];
+    }
+    sums = sum_of_block(sums, shared);
+  }
+  if (thread == 0) write(sums);
+}
+
+// ---- host side
+
+// In fp16 no gradient is made before its upstream gradient is known: that of a mean would underflow before a loss scale
+// could lift it.
+template <class S>
+constexpr bool makes_gradient_in_forward = !std::is_same_v<S, fp16>;
+
+inline int power_of_two_from(int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+struct Device {
+  int multiprocessors = 1, shared_bytes = 0;  // of a block that asks for more than the usual 48 KB
+  int clusters = 0;
+
+  Device() {
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  }
+  // The blocks that run at once, for kernels whose blocks go on to further work; their launch bounds promise as many.
+  int64_t resident_blocks(int of_multiprocessor) const {
+    return least(kMaxBlocks, int64_t(multiprocessors) * of_multiprocessor);
+  }
+};
+
+struct Launch {
+  int64_t blocks;
+  dim3 threads;
+  size_t shared = 0;
+  unsigned cluster = 1;
+  void* counter = nullptr;  // set to 0 first, where the grid has several blocks
+};
+
+// A launch as CUDA wants it; the attribute lives as long as the configuration.
+struct Configuration {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  Configuration(const Launch& how, CudaStream stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = how.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(unsigned(how.blocks), 1, 1);
+    config.blockDim = how.threads;
+    config.dynamicSmemBytes = how.shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = how.cluster > 1 ? 1 : 0;
+  }
+  Configuration(const Configuration&) = delete;
+};
+
+template <class... P>
+cudaError_t allow_shared(const Launch& how, void (*kernel)(P...)) {
+  if (how.shared <= (48 << 10)) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared));
+}
+
+// Whether the device, or the part of it this process was given, has room for a cluster.
+template <class... P>
+bool cluster_fits(const Launch& how, void (*kernel)(P...)) {
+  int clusters = 0;
+  if (allow_shared(how, kernel) != cudaSuccess) return false;
+  const Configuration configuration(how, nullptr);
+  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config) == cudaSuccess && clusters > 0;
+}
+
+template <class... P, class... A>
+cudaError_t launch(const Launch& how, CudaStream stream, void (*kernel)(P...), A... args) {
+  if (how.counter && how.blocks > 1) {
+    const cudaError_t error = cudaMemsetAsync(how.counter, 0, sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+  }
+  const cudaError_t error = allow_shared(how, kernel);
+  if (error != cudaSuccess) return error;
+  const Configuration configuration(how, stream);
+  return cudaLaunchKernelEx(&configuration.config, kernel, args...);
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA

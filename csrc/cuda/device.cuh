@@ -1,0 +1,39 @@
+// What only a GPU does, each behind a name. tests/cuda_on_cpu gives the same names to an executor on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  return shared_bytes;
+}
+
+// The value of the lane whose number differs by lane_mask; all 32 lanes take part.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+// 16 aligned bytes. Stores are streaming: nothing written is read again by the same kernel.
+__device__ __forceinline__ uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }
+__device__ __forceinline__ void store_vector_bits(void* to, uint4 bits) { __stcs(static_cast<uint4*>(to), bits); }
+
+__device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ void thread_fence() { __threadfence(); }
+
+// Thread-block clusters: no kernel is launched with one below sm_90.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The same shared variable in the block of that rank.
+template <class T>
+__device__ __forceinline__ T* cluster_shared(T* mine, [[maybe_unused]] unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
+#else
+  return mine;
+#endif
+}

@@ -1,0 +1,115 @@
+// Which threads do what part of which row: plain arithmetic on the shape and the device.
+#pragma once
+
+#include "common.cuh"
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+// Vectors in flight a thread: 64 bytes, half of it in double, whose arithmetic needs the registers.
+template <class S>
+constexpr int kUnroll = sizeof(S) == 8 ? 2 : 4;
+
+// Of kThreads, resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128.
+template <class S, bool kGrad>
+constexpr int kBlocks = sizeof(S) == 8 ? 2
+                        : kGrad        ? 3
+                                       : 4;
+
+struct RowsPlan {
+  int lanes = 1;    // threads of a row within a block: some of a warp, or all of the block
+  int threads = 1;  // of a block, kThreads at most
+  int parts = 1;    // blocks of a row
+  int cluster = 1;  // parts, where they form a cluster
+  int64_t blocks = 1;
+  int slice = 0;  // logits of a part
+  bool vectorised = false;
+  bool resident = false;  // a slice stays in shared memory between the two passes over it
+  int resident_vectors = 0;
+
+  FUSEDLOSS_HD bool split() const { return parts > cluster; }
+  size_t resident_bytes() const { return resident ? size_t(threads / lanes) * size_t(resident_vectors) * 16 : 0; }
+};
+
+// Lanes, threads and vectors of a row, before it is shared out between blocks.
+template <class S>
+RowsPlan plan_row(int64_t classes) {
+  constexpr int width = Vector<S>::width, kMostLoadsOfWarp = 8 * kWarp;
+  RowsPlan plan;
+  plan.slice = int(classes);
+  plan.vectorised = classes >= 4 * width;
+  const int64_t loads = plan.vectorised ? classes / width : classes;
+  if (loads <= kMostLoadsOfWarp) {
+    plan.lanes = int(least(kWarp, power_of_two_from(divide_up(loads, 2))));  // 2 loads a lane, then up to 8
+    plan.threads = kThreads;
+  } else {
+    plan.lanes = plan.threads = int(least(kThreads, power_of_two_from(divide_up(loads, 2 * kUnroll<S>))));
+  }
+  return plan;
+}
+
+// Logits of one part of a row; whole vectors, which keeps the row's alignment. The last parts may be empty.
+template <class S>
+int slice_of(int64_t classes, int64_t parts) {
+  return int(divide_up(divide_up(classes, parts), Vector<S>::width) * Vector<S>::width);
+}
+
+template <class S>
+RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
+  constexpr int kWaves = 4;
+  RowsPlan plan = plan_row<S>(layout.classes);
+  const int64_t resident = device.resident_blocks(kBlocks<S, false> * kThreads / plan.threads);
+  if (plan.lanes > kWarp) {
+    // Few rows: several blocks each, while a thread still has loads to do.
+    const int64_t most = layout.classes / (int64_t(plan.threads) * kUnroll<S> * Vector<S>::width);
+    const int64_t parts = least(least(kWaves * resident, kMaxBlocks) / layout.rows, most);
+    if (parts > 1) {
+      plan.parts = int(parts);
+      plan.slice = slice_of<S>(layout.classes, parts);
+      plan.blocks = layout.rows * parts;
+      return plan;
+    }
+  }
+  plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident);
+  return plan;
+}
+
+// A row stays in shared memory if it fits, in up to 64 KB of a block so that the loads of one overlap the stores of
+// another; a longer one in that of a cluster; what fits nowhere is read twice.
+template <class S>
+RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& device, int64_t other_shared_bytes) {
+  constexpr int kMostParts = 8;
+  constexpr int64_t kGoodBytes = 64 << 10;
+  RowsPlan plan = plan_row<S>(layout.classes);
+  const int64_t available = device.shared_bytes - other_shared_bytes;
+  const auto fits = [&](int parts, int64_t bytes) {
+    return slice_of<S>(layout.classes, parts) * int64_t(sizeof(S)) <= least(bytes, available);
+  };
+  if (plan.lanes > kWarp && device.clusters && fits(kMostParts, available)) {
+    while (plan.cluster < kMostParts && !fits(plan.cluster, kGoodBytes)) plan.cluster *= 2;
+    plan.parts = plan.cluster;
+    plan.slice = slice_of<S>(layout.classes, plan.parts);
+  }
+  plan.resident_vectors = plan.slice / Vector<S>::width;
+  plan.resident = plan.vectorised && plan.resident_vectors * int64_t(16) * (plan.threads / plan.lanes) <= available;
+  const int64_t fitting = device.shared_bytes / (other_shared_bytes + int64_t(plan.resident_bytes()));
+  const int64_t on_multiprocessor = least(fitting, kBlocks<S, true> * kThreads / plan.threads);
+  const int64_t resident = device.resident_blocks(int(on_multiprocessor)) / plan.parts;
+  plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident > 0 ? resident : 1) * plan.parts;
+  return plan;
+}
+
+// No reduction, so every block has its own slice, one round of loads a thread; in place, a row belongs to one
+// block, which reads the target's logit before anything is overwritten.
+template <class S>
+RowsPlan plan_backward(const SoftmaxLayout& layout, bool in_place) {
+  RowsPlan plan = plan_row<S>(layout.classes);
+  if (plan.lanes > kWarp && !in_place) {
+    plan.lanes = plan.threads = kThreads;
+    plan.slice = kThreads * kUnroll<S> * Vector<S>::width;
+    plan.parts = int(divide_up(layout.classes, plan.slice));
+  }
+  plan.blocks = divide_up(layout.rows, plan.threads / plan.lanes) * plan.parts;
+  return plan;
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA
