@@ -1,14 +1,37 @@
 """Builds fusedloss._C where there is a C++ compiler; installs the pure Python package where there is none."""
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
 
+
+def toolkit():
+    """Where nvcc's toolkit lies: nvcc itself knows, also where the one on the PATH is a wrapper elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)
+    return os.path.normpath(found[1].strip()) if found else None
+
+
+if "CUDA_HOME" not in os.environ and (found := toolkit()):
+    os.environ["CUDA_HOME"] = found  # torch would guess it from the path of nvcc
+
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        get_cxx_compiler,
+        include_paths,
+    )
 except ImportError as error:
     raise SystemExit(
         f"fusedloss is built against the torch it will run with, and that is missing here ({error}).\n"
@@ -18,26 +41,52 @@ except ImportError as error:
     ) from None
 
 HERE = Path(__file__).parent
+HEADERS = (".h", ".inl", ".cuh")
+
+
+# What a build without TORCH_CUDA_ARCH_LIST is for: A100, H100 and B200, and by PTX what comes after.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def with_cuda():
+    """Whether to build the CUDA kernels: a torch for CUDA, and its compiler."""
+    wanted = os.environ.get("FUSEDLOSS_CUDA")
+    if wanted == "0":
+        return False
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    if wanted == "1" and not possible:
+        found = f"torch for CUDA {torch.version.cuda}, a toolkit at {CUDA_HOME}"
+        raise SystemExit(f"FUSEDLOSS_CUDA=1: expected a torch built for CUDA and nvcc, found {found}")
+    return possible
 
 
 def extensions():
     if os.environ.get("FUSEDLOSS_NO_EXTENSION") == "1" or shutil.which(get_cxx_compiler().split()[0]) is None:
         print("fusedloss: no C++ compiler, or FUSEDLOSS_NO_EXTENSION=1: installing without kernels (native PyTorch)")
         return []
+    cuda = with_cuda()
+    folders = ["cpu", "torch", "torch/cpu"] + (["cuda", "torch/cuda"] if cuda else [])
     sources = [
-        str(path.relative_to(HERE)) for folder in ("cpu", "torch") for path in (HERE / "csrc" / folder).glob("*.cpp")
+        str(path.relative_to(HERE))
+        for folder in folders
+        for path in (HERE / "csrc" / folder).iterdir()
+        if path.suffix in (".cpp", ".cu")
     ]
-    headers = [str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.suffix in (".h", ".inl")]
-    macros = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"'), ("FUSEDLOSS_CUDA_ARCHITECTURES", '"none"')]
+    headers = [str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.suffix in HEADERS]
     # -fno-trapping-math and -fno-math-errno let comparisons and selects become vector code; no rounding changes.
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # As system headers, torch's own do not warn: every warning is about this project.
-    flags += [flag for path in include_paths() for flag in ("-isystem", path)]
-    return [
-        CppExtension(
-            "fusedloss._C", sorted(sources), depends=headers, define_macros=macros, extra_compile_args={"cxx": flags}
-        )
-    ]
+    cxx += [flag for path in include_paths("cuda" if cuda else "cpu") for flag in ("-isystem", path)]
+    macros = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"')]
+    if not cuda:
+        macros.append(("FUSEDLOSS_CUDA_ARCHITECTURES", '"none"'))
+        extension, flags = CppExtension, {"cxx": cxx}
+    else:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        macros += [("FUSEDLOSS_CUDA", "1"), ("FUSEDLOSS_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        nvcc = ["-O3", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"]
+        extension, flags = CUDAExtension, {"cxx": cxx, "nvcc": nvcc}
+    return [extension("fusedloss._C", sorted(sources), depends=headers, define_macros=macros, extra_compile_args=flags)]
 
 
 setup(

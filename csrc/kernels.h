@@ -6,6 +6,8 @@
 #include "losses/pointwise.h"
 #include "losses/softmax.h"
 
+struct CUstream_st;
+
 namespace fusedloss {
 
 enum class DType { Float, Double, BFloat16, Half };
@@ -84,7 +86,7 @@ const char* cpu_isas();
 // ---- CUDA: the same arguments with device pointers. Every function puts its kernels on the stream and returns a
 // cudaError_t; none synchronises or allocates, so that all of them can be captured in a CUDA graph.
 
-using CudaStream = struct CUstream_st*;
+using CudaStream = ::CUstream_st*;
 
 // Partial sums of one call, and the counter by which its last block knows that it is the last.
 constexpr int64_t kCudaWorkspaceBytes = 64 << 10;
@@ -107,7 +109,8 @@ struct BadTarget {
 struct CudaSoftmaxArgs : SoftmaxArgs {
   void* total;  // of dtype: the sum or mean; null for no reduction
   bool mean;
-  void* divisor;  // of arithmetic type, what a mean divides by: written by the forward, read wherever gradients are made
+  void*
+      divisor;  // of arithmetic type, what a mean divides by: written by the forward, read wherever gradients are made
   BadTarget* bad_target;
   bool in_place;  // grad is logits
   void* workspace;

@@ -1,8 +1,9 @@
 """Fused C++ kernels for the loss functions of PyTorch: drop-in replacements for the modules of ``torch.nn``."""
 
 from . import functional
+from ._library import check
 from .modules import CrossEntropyLoss, FocalLoss, HuberLoss, SigmoidFocalLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "SigmoidFocalLoss", "functional"]
+__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "SigmoidFocalLoss", "check", "functional"]

@@ -21,3 +21,19 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 extension, why_native = _load()
+
+
+def check() -> None:
+    """Raise what a GPU has met and could not raise: a class target out of range in an earlier call.
+
+    The loss of such a call is NaN and the gradient of such a row zero. Waits for nothing: call
+    ``torch.cuda.synchronize()`` first to hear of everything submitted so far. The next call of a softmax loss on a GPU
+    checks too. On the CPU a call raises at once, and there is nothing left to tell.
+
+    Raises:
+        IndexError: naming target, row and device; once for each device that met one.
+
+    >>> check()
+    """
+    if extension is not None:
+        extension.check()

@@ -42,6 +42,7 @@ LOSSES: dict[str, Loss] = {}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+_DEVICES = ("cpu",) if extension is None or extension.cuda_architectures == "none" else ("cpu", "cuda")
 
 
 def pointwise(name: str) -> Callable[[Formula], Formula]:
@@ -55,28 +56,38 @@ def softmax(name: str) -> Callable[[Formula], Formula]:
 
 
 def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
-    routed = formula if extension is None else _fused(name, formula, captures, fakes, integers)
+    routed = _unfused(formula) if extension is None else _fused(name, formula, captures, fakes, integers)
     defaults = [parameter.default for parameter in inspect.signature(formula).parameters.values()]
     family = "softmax" if integers else "pointwise"
     LOSSES[name] = Loss(family, routed, formula, tuple(d for d in defaults if d is not inspect.Parameter.empty))
     return routed
 
 
+def _unfused(formula: Formula) -> Formula:
+    def loss(*arguments: Any, **options: Any) -> Tensor:
+        return formula(*arguments)
+
+    return loss
+
+
 def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
     kernel: Any = getattr(extension, name)
     op: Any = getattr(torch.ops.fusedloss, name)
     getattr(extension, f"set_native_{name}")(formula)
-    torch.library.register_fake(f"fusedloss::{name}", fakes.forward)
-    torch.library.register_fake(f"fusedloss::{name}_backward", fakes.backward)
+    for suffix, fake in fakes.items():
+        torch.library.register_fake(f"fusedloss::{name}{suffix}", fake)
 
-    def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any) -> Tensor:
+    # The options, such as inplace, say where a gradient may be made: a hint that only the kernels take.
+    def loss(
+        input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any
+    ) -> Tensor:
         if is_compiling():
             if captures(input, target, weight, reduction):
                 params = [float(value) for value in rest[integers:]]
                 value = op(input, target, weight, REDUCTIONS[reduction], *rest[:integers], params)
                 return value[0] if isinstance(value, tuple) else value
         else:
-            value = kernel(input, target, weight, reduction, *rest)
+            value = kernel(input, target, weight, reduction, *rest, **options)
             if value is not None:
                 return value
         return formula(input, target, weight, reduction, *rest)
@@ -89,17 +100,18 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
 
 def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
     plain = all(
-        type(tensor).__name__ in _PLAIN and tensor.device.type == "cpu" and tensor.layout == torch.strided
+        type(tensor).__name__ in _PLAIN and tensor.device == input.device and tensor.layout == torch.strided
         for tensor in (input, target, weight)
         if tensor is not None
     )
     return (
         plain
+        and input.device.type in _DEVICES
         and reduction in REDUCTIONS
         and input.dtype in _DTYPES
         and input.numel() > 0
         and (weight is None or (weight.dtype == input.dtype and not weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(input.device.type)
     )
 
 

@@ -8,11 +8,32 @@ from . import functional
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss`, computed by :func:`fusedloss.functional.cross_entropy`.
 
-    Constructor, buffers, ``state_dict`` and derivatives are torch's.
+    Constructor, buffers, ``state_dict`` and derivatives are torch's; ``grad_in_forward`` and ``inplace`` are those of
+    the function.
 
     >>> CrossEntropyLoss(ignore_index=0)(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
+
+    # On the class too, for modules that were pickled without them.
+    grad_in_forward: bool | None = None
+    inplace: bool = False
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        grad_in_forward: bool | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.grad_in_forward = grad_in_forward
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
@@ -24,6 +45,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             None,
             self.reduction,
             self.label_smoothing,
+            grad_in_forward=self.grad_in_forward,
+            inplace=self.inplace,
         )
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -23,6 +23,9 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    grad_in_forward: bool | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     r"""Cross-entropy of logits, as :func:`torch.nn.functional.cross_entropy`.
 
@@ -39,16 +42,31 @@ def cross_entropy(
         ignore_index: targets of this value count nowhere and get no gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: as in torch.
+        grad_in_forward: ``True`` makes the gradient while forward has the logits at hand, one read and one write of
+            them in all; backward then multiplies it by the upstream gradient, which costs nothing where that is 1 and
+            a read and a write otherwise. ``False`` leaves it to backward: two reads and one write. ``None`` takes what
+            never moves more bytes, now ``False``. No effect on float16 (an unscaled gradient would underflow), on
+            ``reduction="none"``, or where nothing requires a gradient.
+        inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. They hold
+            their values until backward, or only until this call returns with ``grad_in_forward=True``. Without grad
+            mode nothing is overwritten. Like ``grad_in_forward`` it is ignored where the call runs natively.
 
     Raises:
-        IndexError: a target is out of range and not ``ignore_index``.
+        IndexError: a target is out of range and not ``ignore_index``. On a GPU the loss is NaN instead, and the next
+            call or :func:`fusedloss.check` raises.
+        RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or that overlap in memory, or a
+            backward through overwritten logits: a second one, or one with ``create_graph=True``.
         ValueError, RuntimeError: as torch, for shapes, dtypes and reductions that do not fit.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, -100]))
     tensor(0.1269)
     """
     if label_smoothing == 0.0 and size_average is None and reduce is None:
-        return _cross_entropy(input, target, weight, reduction, ignore_index)
+        if grad_in_forward is None and not inplace:
+            return _cross_entropy(input, target, weight, reduction, ignore_index)
+        return _cross_entropy(
+            input, target, weight, reduction, ignore_index, grad_in_forward=grad_in_forward, inplace=inplace
+        )
     return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 

@@ -219,8 +219,8 @@ struct Constants<double> {
 };
 
 #ifdef __CUDA_ARCH__
-// 2^(x log2 e) by the special function unit, within two units in the last place; the rounding of the product is put back,
-// so that the error does not grow with |x|.
+// 2^(x log2 e) by the special function unit, within two units in the last place; the rounding of the product is put
+// back, so that the error does not grow with |x|.
 FUSEDLOSS_HD float exp_by_exp2(float x) {
   constexpr float log2e = 1.44269504088896340736f, ln2 = 0.69314718055994530942f;
   float above, power_of_two;

@@ -1,6 +1,7 @@
 #include "common.h"
 
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/library.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -45,7 +46,7 @@ Tensor empty_gradient(const Tensor& like) {
   Tensor gradient = at::empty_like(like);
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
-  if (gradient.nbytes() >= kWorthwhile) {
+  if (gradient.is_cpu() && gradient.nbytes() >= kWorthwhile) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
     const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + gradient.nbytes()) / kPage * kPage;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal costs nothing
@@ -62,6 +63,19 @@ Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
   return {at::empty_like(like, upstream.options()).copy_(upstream), 1};
 }
 
+Tensor scale_(Tensor data, const Tensor& factor) {
+  static const auto op = find_op("fusedloss::scale_").typed<Tensor(Tensor, const Tensor&)>();
+  return op.call(data, factor);
+}
+
+Tensor take_grad(torch::autograd::AutogradContext* ctx) {
+  const auto found = ctx->saved_data.find("grad");
+  if (found == ctx->saved_data.end()) return Tensor();
+  const Tensor grad = found->second.toTensor();
+  ctx->saved_data.erase(found);
+  return grad;
+}
+
 PointwiseFormula& native_formula(Pointwise loss) {
   static std::vector<PointwiseFormula> formulas(std::size(kPointwiseNames));
   return formulas[size_t(loss)];
@@ -73,3 +87,10 @@ SoftmaxFormula& native_formula(Softmax loss) {
 }
 
 }  // namespace fusedloss
+
+TORCH_LIBRARY_FRAGMENT(fusedloss, m) { m.def("scale_(Tensor(a!) data, Tensor factor) -> Tensor(a!)"); }
+TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
+  m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
+    return factor.item<double>() == 1 ? data : data.mul_(factor);
+  });
+}

@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/util/ArrayRef.h>
 
+#include <torch/csrc/autograd/custom_function.h>
+
 #include <functional>
 #include <optional>
 #include <string>
@@ -30,19 +32,9 @@ constexpr const char* kSoftmaxNames[] = {FUSEDLOSS_SOFTMAX(FUSEDLOSS_NAME)};
 inline const char* name_of(Pointwise loss) { return kPointwiseNames[size_t(loss)]; }
 inline const char* name_of(Softmax loss) { return kSoftmaxNames[size_t(loss)]; }
 
-// The dispatcher's handles of a loss and of its backward.
-template <class Forward, class Backward>
-struct Ops {
-  c10::TypedOperatorHandle<Forward> forward;
-  c10::TypedOperatorHandle<Backward> backward;
-
-  explicit Ops(const std::string& name)
-      : forward(find(name).typed<Forward>()), backward(find(name + "_backward").typed<Backward>()) {}
-
-  static c10::OperatorHandle find(const std::string& name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
-  }
-};
+inline c10::OperatorHandle find_op(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+}
 
 std::optional<DType> kernel_dtype(at::ScalarType type);
 at::ScalarType arithmetic_type(at::ScalarType type);
@@ -63,13 +55,20 @@ struct Upstream {
 };
 Upstream read_upstream(const Tensor& upstream, const Tensor& like);
 
+// data *= factor, one element: left alone where that is 1, which a GPU finds out by itself.
+Tensor scale_(Tensor data, const Tensor& factor);
+
+// The gradient a forward has left in ctx for the first backward, which may scale and give it away; a later one finds
+// none and makes its own.
+Tensor take_grad(torch::autograd::AutogradContext* ctx);
+
 // The autograd side, callable without the dispatcher: a differentiable loss.
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                       int64_t reduction, Params params);
 Tensor softmax_loss(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, int64_t ignore_index, Params params);
+                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward, bool in_place);
 
-// The conditions under which the kernels own a call, tensors being plain CPU tensors.
+// The conditions under which the kernels own a call, tensors being plain ones on one device.
 bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     Params params);
 bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,

@@ -13,6 +13,9 @@
 #include <string>
 
 #include "common.h"
+#ifdef FUSEDLOSS_CUDA
+#include "cuda/common.h"
+#endif
 
 #if defined(__clang__)
 #define FUSEDLOSS_COMPILER "clang " __clang_version__
@@ -25,19 +28,25 @@ namespace py = pybind11;
 namespace fusedloss {
 namespace {
 
-// A tensor that kernels may read as it is: exactly torch.Tensor or Parameter, strided on the CPU, and none of what
-// torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse, nested, subclasses with
-// __torch_dispatch__.
+// A tensor that kernels may read as it is: exactly torch.Tensor or Parameter, strided on a device there are kernels
+// for, and none of what torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse, nested,
+// subclasses with __torch_dispatch__.
 bool is_plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;
-  static const c10::DispatchKeySet plain = at::empty({0}, at::kFloat).key_set();
+  static const c10::DispatchKeySet on_cpu = at::empty({0}, at::kFloat).key_set();
   const Tensor& tensor = THPVariable_Unpack(object);
-  return plain.has_all(tensor.key_set()) && !tensor._fw_grad(0).defined();
+  bool plain = on_cpu.has_all(tensor.key_set());
+#ifdef FUSEDLOSS_CUDA
+  using Key = c10::DispatchKey;
+  static const c10::DispatchKeySet on_cuda({Key::CUDA, Key::ADInplaceOrView, Key::AutogradCUDA, Key::AutocastCUDA});
+  plain = plain || on_cuda.has_all(tensor.key_set());
+#endif
+  return plain && !tensor._fw_grad(0).defined();
 }
 
 // Modes that change what a loss is: autocast casts, functorch and tracing want torch's own operators.
-bool mode_declines() {
-  return at::autocast::is_autocast_enabled(at::kCPU) || at::tracer::impl::is_dispatch_enabled() ||
+bool mode_declines(at::DeviceType device) {
+  return at::autocast::is_autocast_enabled(device) || at::tracer::impl::is_dispatch_enabled() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -64,12 +73,14 @@ struct Call {
   static std::optional<Call> read(py::handle input, py::handle target, py::handle weight, py::handle reduction,
                                   py::handle first, py::handle second) {
     Call call;
-    if (!is_plain(input.ptr()) || !is_plain(target.ptr()) || mode_declines()) return std::nullopt;
+    if (!is_plain(input.ptr()) || !is_plain(target.ptr())) return std::nullopt;
     call.input = THPVariable_Unpack(input.ptr());
     call.target = THPVariable_Unpack(target.ptr());
+    if (call.target.device() != call.input.device() || mode_declines(call.input.device().type())) return std::nullopt;
     if (!weight.is_none()) {
       if (!is_plain(weight.ptr())) return std::nullopt;
       call.weight = THPVariable_Unpack(weight.ptr());
+      if (call.weight->device() != call.input.device()) return std::nullopt;
     }
     const std::optional<int64_t> known = reduction_of(reduction);
     if (!known) return std::nullopt;
@@ -94,15 +105,19 @@ OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight,
   return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params());
 }
 
+// grad_in_forward None chooses what never moves more bytes: forward and backward apart read the logits twice and write
+// the gradient once; made in forward, it is read and written again where the upstream gradient is not 1.
 template <Softmax kLoss>
 OptionalTensor softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
-                       py::handle ignore_index, py::handle first, py::handle second) {
+                       py::handle ignore_index, py::handle first, py::handle second,
+                       std::optional<bool> grad_in_forward, bool inplace) {
   const std::optional<Call> call = Call::read(logits, target, weight, reduction, first, second);
   if (!call || !PyLong_Check(ignore_index.ptr())) return std::nullopt;
   if (!owns_softmax(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
   const int64_t ignored = ignore_index.cast<int64_t>();
   py::gil_scoped_release no_gil;
-  return softmax_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params());
+  return softmax_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params(),
+                      grad_in_forward.value_or(false), inplace);
 }
 
 // Holds a Python callable for the life of the process: released at exit it could outlive the interpreter.
@@ -145,7 +160,8 @@ void bind_formula(py::module_& m, const char* name, Loss loss) {
   pointwise.append(#name);
 #define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                     \
   m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a, "target"_a, \
-        "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none());            \
+        "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none(),             \
+        "grad_in_forward"_a = py::none(), "inplace"_a = false);                                                   \
   fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                    \
   softmax.append(#name);
 
@@ -161,4 +177,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = FUSEDLOSS_COMPILER;
   m.attr("torch_version") = FUSEDLOSS_TORCH_VERSION;
   m.attr("cuda_architectures") = FUSEDLOSS_CUDA_ARCHITECTURES;
+#ifdef FUSEDLOSS_CUDA
+  m.def("check", torch::wrap_pybind_function(fusedloss::raise_bad_target));
+#else
+  m.def("check", [] {});
+#endif
 }

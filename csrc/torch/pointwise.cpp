@@ -1,21 +1,16 @@
-// The pointwise family in torch: schemas, checks, allocation, autograd.
+// The pointwise family in torch: schemas, checks, autograd.
+
+#include "pointwise.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <vector>
 
-#include "common.h"
-
 namespace fusedloss {
 namespace {
-
-constexpr int64_t kChunk = 16384;       // elements summed on their own: part of the result, not of the machine
-constexpr int64_t kGrain = 4 * kChunk;  // elements worth waking a thread for
 
 struct Traits {
   bool of_difference, valid;
@@ -38,94 +33,67 @@ bool same_dense_order(const Tensor& a, const Tensor& b) {
   return a.is_contiguous() ? b.is_contiguous() : a.strides() == b.strides() && a.is_non_overlapping_and_dense();
 }
 
-// The inputs of an op as dense tensors of one order. Under torch.compile they may arrive in any layout.
-struct Inputs {
-  Tensor input, target;
-  OptionalTensor weight;
+}  // namespace
 
-  Inputs(Pointwise loss, const Tensor& input_, const Tensor& target_, const OptionalTensor& weight_, Params params)
-      : input(input_), target(target_), weight(weight_) {
-    const char* name = name_of(loss);
-    TORCH_CHECK(kernel_dtype(input.scalar_type()), name, ": expected a floating point input, got ",
-                input.scalar_type());
-    TORCH_CHECK(traits_of(loss, params).valid, name, ": parameters out of range: ", params);
-    if (!input.is_non_overlapping_and_dense()) input = input.clone();  // dense, in the order empty_like gives
-    align(target, "target", name);
-    if (weight) align(*weight, "weight", name);
-  }
-
-  PointwiseArgs args(Params params) const {
-    PointwiseArgs args = {};
-    args.dtype = *kernel_dtype(input.scalar_type());
-    args.input = input.const_data_ptr();
-    args.target = target.const_data_ptr();
-    args.weight = weight ? weight->const_data_ptr() : nullptr;
-    copy_params(params, args.params);
-    return args;
-  }
-
- private:
-  void align(Tensor& other, const char* what, const char* name) const {
-    TORCH_CHECK(other.sizes() == input.sizes(), name, ": expected ", what, " of the input's size ", input.sizes(),
-                ", got ", other.sizes());
-    TORCH_CHECK(other.scalar_type() == input.scalar_type(), name, ": expected ", what, " of the input's dtype ",
-                input.scalar_type(), ", got ", other.scalar_type());
-    if (!same_dense_order(input, other)) other = at::empty_like(input).copy_(other);
-  }
-};
-
-Tensor forward(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-               int64_t reduction, Params params) {
-  const Inputs inputs(loss, input, target, weight, params);
-  PointwiseArgs args = inputs.args(params);
-  const int64_t n = inputs.input.numel();
-  const CpuKernels& kernels = cpu_kernels();
-
-  if (reduction == kNone) {
-    Tensor losses = at::empty_like(inputs.input);
-    args.output = losses.mutable_data_ptr();
-    parallel_for(n, kGrain, [&](int64_t begin, int64_t end) { kernels.pointwise_losses(loss, args, begin, end); });
-    return losses;
-  }
-  double sum = 0;
-  if (n <= kChunk) {
-    sum = kernels.pointwise_sum(loss, args, 0, n);
-  } else {
-    std::vector<double> partial((n + kChunk - 1) / kChunk);
-    parallel_for(int64_t(partial.size()), kGrain / kChunk, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        partial[i] = kernels.pointwise_sum(loss, args, i * kChunk, std::min(n, (i + 1) * kChunk));
-      }
-    });
-    for (const double part : partial) sum += part;
-  }
-  return at::empty({}, inputs.input.options()).fill_(reduction == kMean ? sum / double(n) : sum);
+PointwiseInputs::PointwiseInputs(Pointwise loss, const Tensor& input_, const Tensor& target_,
+                                 const OptionalTensor& weight_, Params params_)
+    : input(input_), target(target_), weight(weight_), params(params_) {
+  const char* name = name_of(loss);
+  TORCH_CHECK(kernel_dtype(input.scalar_type()), name, ": expected a floating point input, got ", input.scalar_type());
+  TORCH_CHECK(traits_of(loss, params).valid, name, ": parameters out of range: ", params);
+  if (!input.is_non_overlapping_and_dense()) input = input.clone();  // dense, in the order empty_like gives
+  align(target, "target", name);
+  if (weight) align(*weight, "weight", name);
 }
 
-Tensor backward(Pointwise loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                const OptionalTensor& weight, int64_t reduction, Params params) {
-  const Inputs inputs(loss, input, target, weight, params);
-  TORCH_CHECK(upstream.scalar_type() == input.scalar_type(), name_of(loss),
-              "_backward: expected an upstream gradient of ", input.scalar_type(), ", got ", upstream.scalar_type());
-  TORCH_CHECK(upstream.sizes() == (reduction == kNone ? input.sizes() : at::IntArrayRef()), name_of(loss),
+void PointwiseInputs::align(Tensor& other, const char* what, const char* name) const {
+  TORCH_CHECK(other.sizes() == input.sizes(), name, ": expected ", what, " of the input's size ", input.sizes(),
+              ", got ", other.sizes());
+  TORCH_CHECK(other.scalar_type() == input.scalar_type(), name, ": expected ", what, " of the input's dtype ",
+              input.scalar_type(), ", got ", other.scalar_type());
+  if (!same_dense_order(input, other)) other = at::empty_like(input).copy_(other);
+}
+
+void PointwiseInputs::fill(PointwiseArgs& args) const {
+  args.dtype = *kernel_dtype(input.scalar_type());
+  args.input = input.const_data_ptr();
+  args.target = target.const_data_ptr();
+  args.weight = weight ? weight->const_data_ptr() : nullptr;
+  copy_params(params, args.params);
+}
+
+void check_backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction) {
+  TORCH_CHECK(upstream.scalar_type() == inputs.input.scalar_type(), name_of(loss),
+              "_backward: expected an upstream gradient of ", inputs.input.scalar_type(), ", got ",
+              upstream.scalar_type());
+  TORCH_CHECK(upstream.sizes() == (reduction == kNone ? inputs.input.sizes() : at::IntArrayRef()), name_of(loss),
               "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
-  PointwiseArgs args = inputs.args(params);
-  const int64_t n = inputs.input.numel();
-  const Upstream read = read_upstream(upstream, inputs.input);
-  args.upstream = read.tensor.const_data_ptr();
-  args.upstream_stride = read.stride;
-  args.scale = reduction == kMean ? 1.0 / double(n) : 1.0;
-  Tensor grad = empty_gradient(inputs.input);
-  args.output = grad.mutable_data_ptr();
-  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) { cpu_kernels().pointwise_grad(loss, args, begin, end); });
-  return grad;
 }
+
+void check_gradient_in_forward(Pointwise loss, const Tensor& input, int64_t reduction) {
+  TORCH_CHECK(reduction != kNone, name_of(loss), ": a gradient in forward needs a reduction, mean or sum");
+  TORCH_CHECK(input.scalar_type() != at::kHalf, name_of(loss), ": no gradient in forward in ", at::kHalf);
+}
+
+namespace {
 
 using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params);
+using WithGradOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params);
 
-const Ops<ForwardOp, BackwardOp>& ops_of(Pointwise loss) {
-  static const std::vector<Ops<ForwardOp, BackwardOp>> ops(std::begin(kPointwiseNames), std::end(kPointwiseNames));
+struct Ops {
+  c10::TypedOperatorHandle<ForwardOp> forward;
+  c10::TypedOperatorHandle<WithGradOp> with_grad;
+  c10::TypedOperatorHandle<BackwardOp> backward;
+
+  explicit Ops(const std::string& name)
+      : forward(find_op(name).typed<ForwardOp>()),
+        with_grad(find_op(name + "_with_grad").typed<WithGradOp>()),
+        backward(find_op(name + "_backward").typed<BackwardOp>()) {}
+};
+
+const Ops& ops_of(Pointwise loss) {
+  static const std::vector<Ops> ops(std::begin(kPointwiseNames), std::end(kPointwiseNames));
   return ops[size_t(loss)];
 }
 
@@ -151,6 +119,12 @@ variable_list differentiable_gradients(Pointwise loss, const Tensor& upstream, c
   return gradients;
 }
 
+// On a GPU a gradient in forward moves 3 elements where forward and backward apart move 5, and as many as they do where
+// the upstream gradient is not 1.
+bool grad_in_forward(const Tensor& input, int64_t reduction) {
+  return input.is_cuda() && reduction != kNone && input.scalar_type() != at::kHalf;
+}
+
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static Tensor forward(AutogradContext* ctx, int64_t loss, const Tensor& input, const Tensor& target,
                         const OptionalTensor& weight, int64_t reduction, Params params) {
@@ -159,7 +133,11 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["params"] = params.vec();
     at::AutoDispatchBelowADInplaceOrView guard;
-    return ops_of(Pointwise(loss)).forward.call(input, target, weight, reduction, params);
+    const Ops& ops = ops_of(Pointwise(loss));
+    if (!grad_in_forward(input, reduction)) return ops.forward.call(input, target, weight, reduction, params);
+    auto [value, grad] = ops.with_grad.call(input, target, weight, reduction, params);
+    ctx->saved_data["grad"] = grad;
+    return value;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -176,9 +154,11 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       gradients[1] = found[0];
       gradients[2] = found[1];
     } else {
-      const Tensor grad = ops_of(loss).backward.call(upstream[0], input, target, weight, reduction, params);
-      if (ctx->needs_input_grad(0)) gradients[1] = grad;
+      Tensor grad = take_grad(ctx);
+      grad = grad.defined() ? scale_(grad, upstream[0])
+                            : ops_of(loss).backward.call(upstream[0], input, target, weight, reduction, params);
       if (ctx->needs_input_grad(1)) gradients[2] = grad.neg();
+      if (ctx->needs_input_grad(0)) gradients[1] = std::move(grad);
     }
     return gradients;
   }
@@ -216,18 +196,6 @@ Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target,
 namespace {
 
 template <Pointwise kLoss>
-Tensor cpu_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                   Params params) {
-  return forward(kLoss, input, target, weight, reduction, params);
-}
-
-template <Pointwise kLoss>
-Tensor cpu_backward(const Tensor& upstream, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, Params params) {
-  return backward(kLoss, upstream, input, target, weight, reduction, params);
-}
-
-template <Pointwise kLoss>
 Tensor autograd_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                         Params params) {
   return pointwise_loss(kLoss, input, target, weight, reduction, params);
@@ -236,17 +204,15 @@ Tensor autograd_forward(const Tensor& input, const Tensor& target, const Optiona
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_DEFINE(name, Functor)                                                                  \
-  m.def(#name "(Tensor input, Tensor target, Tensor? weight, int reduction, float[] params) -> Tensor"); \
-  m.def(#name                                                                                            \
-        "_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, int reduction, "        \
+#define FUSEDLOSS_ARGUMENTS "(Tensor input, Tensor target, Tensor? weight, int reduction, float[] params)"
+#define FUSEDLOSS_DEFINE(name, Functor)                                                           \
+  m.def(#name FUSEDLOSS_ARGUMENTS " -> Tensor");                                                  \
+  m.def(#name "_with_grad" FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor grad)");                 \
+  m.def(#name                                                                                     \
+        "_backward(Tensor upstream, Tensor input, Tensor target, Tensor? weight, int reduction, " \
         "float[] params) -> Tensor");
-#define FUSEDLOSS_CPU(name, Functor)                                  \
-  m.impl(#name, &fusedloss::cpu_forward<fusedloss::Pointwise::name>); \
-  m.impl(#name "_backward", &fusedloss::cpu_backward<fusedloss::Pointwise::name>);
 #define FUSEDLOSS_AUTOGRAD(name, Functor) m.impl(#name, &fusedloss::autograd_forward<fusedloss::Pointwise::name>);
 
-TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_POINTWISE(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, CPU, m){
-    FUSEDLOSS_POINTWISE(FUSEDLOSS_CPU)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
+TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_POINTWISE(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   FUSEDLOSS_POINTWISE(FUSEDLOSS_AUTOGRAD)
 }

@@ -1,20 +1,16 @@
-// The softmax family in torch: schemas, checks, allocation, autograd.
+// The softmax family in torch: schemas, checks, autograd.
 
+#include "softmax.h"
+
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
-#include <tuple>
 #include <vector>
 
-#include "common.h"
-
 namespace fusedloss {
-namespace {
-
-constexpr int64_t kGrain = 32768;  // logits worth waking a thread for
 
 bool valid(Softmax loss, Params given) {
   double params[kMaxParams];
@@ -31,7 +27,6 @@ bool valid(Softmax loss, Params given) {
 
 int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
 
-// The layout of (C), (N, C) or (N, C, d1, ...), or none where the dimensions after C do not merge into one.
 std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
   const int64_t dim = logits.dim(), classes = logits.size(class_dim(logits));
   SoftmaxLayout layout = {logits.numel() / classes, classes, 1, 0, logits.stride(class_dim(logits)), 0};
@@ -56,7 +51,7 @@ std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
   return layout;
 }
 
-Tensor mergeable(const Tensor& logits) { return layout_of(logits) ? logits : logits.contiguous(); }
+namespace {
 
 void check(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Params params) {
   const char* name = name_of(loss);
@@ -78,167 +73,170 @@ void check(Softmax loss, const Tensor& logits, const Tensor& target, const Optio
               weight->sizes());
 }
 
-// The tensors behind the pointers of SoftmaxArgs.
-struct Inputs {
-  Tensor logits, target, weight;
-  SoftmaxArgs args = {};
+}  // namespace
 
-  Inputs(Softmax loss, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
-         int64_t ignore_index, Params params) {
-    check(loss, logits_, target_, weight_, params);
-    logits = mergeable(logits_);
-    target = target_.contiguous();
-    args.dtype = *kernel_dtype(logits.scalar_type());
-    args.logits_layout = *layout_of(logits);
-    args.logits = logits.const_data_ptr();
-    args.target = target.const_data_ptr<int64_t>();
-    if (weight_) {
-      weight = weight_->to(arithmetic_type(logits.scalar_type())).contiguous();
-      args.weight = weight.const_data_ptr();
-    }
-    args.ignore_index = ignore_index;
-    copy_params(params, args.params);
-  }
-};
-
-template <class F>
-void over_chunks(const SoftmaxLayout& layout, F f) {
-  const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
-  const int64_t grain = (kGrain + rows * layout.classes - 1) / (rows * layout.classes);
-  const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(i, i * rows, std::min(layout.rows, (i + 1) * rows));
-  };
-  if (chunks == 1) return run(0, 1);
-  parallel_for(chunks, grain, run);
+SoftmaxInputs::SoftmaxInputs(Softmax loss, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
+                             int64_t ignore_index_, Params params_)
+    : logits(logits_), target(target_), ignore_index(ignore_index_), params(params_) {
+  check(loss, logits, target, weight_, params);
+  if (!layout_of(logits)) logits = logits.contiguous();
+  target = target.contiguous();
+  if (weight_) weight = weight_->to(arithmetic_type(logits.scalar_type())).contiguous();
 }
 
-// The statistics are one tensor in arithmetic type: max and rest of every row, and last the divisor of a mean.
-std::tuple<Tensor, Tensor> forward(Softmax loss, const Tensor& logits, const Tensor& target,
-                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                   Params params) {
-  Inputs inputs(loss, logits, target, weight, ignore_index, params);
-  SoftmaxArgs& args = inputs.args;
-  const SoftmaxLayout& layout = args.logits_layout;
-  const auto type = arithmetic_type(logits.scalar_type());
-  Tensor losses = reduction == kNone ? at::empty(target.sizes(), logits.options()) : at::empty({}, logits.options());
-  Tensor statistics = at::empty({2 * layout.rows + 1}, logits.options().dtype(type));
-  args.losses = reduction == kNone ? losses.mutable_data_ptr() : nullptr;
-  args.statistics = statistics.mutable_data_ptr();
-
-  const CpuKernels& kernels = cpu_kernels();
-  SoftmaxSums total = {0, 0, -1};
-  const auto add = [&total](const SoftmaxSums& part) {
-    total.loss += part.loss;
-    total.weight += part.weight;
-    if (total.bad_row < 0) total.bad_row = part.bad_row;
-  };
-  const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
-  if (chunks == 1) {
-    add(kernels.softmax_forward(loss, args, 0, layout.rows));
-  } else {
-    std::vector<SoftmaxSums> partial(chunks);
-    over_chunks(layout, [&](int64_t i, int64_t begin, int64_t end) {
-      partial[i] = kernels.softmax_forward(loss, args, begin, end);
-    });
-    for (const SoftmaxSums& part : partial) add(part);
-  }
-  TORCH_CHECK_INDEX(total.bad_row < 0, "Target ", args.target[total.bad_row], " is out of bounds.");
-  if (reduction != kNone) losses.fill_(reduction == kMean ? total.loss / total.weight : total.loss);
-  const double divisor = reduction == kMean ? total.weight : 1.0;
-  if (type == at::kDouble) {
-    statistics.mutable_data_ptr<double>()[2 * layout.rows] = divisor;
-  } else {
-    statistics.mutable_data_ptr<float>()[2 * layout.rows] = float(divisor);
-  }
-  return {losses, statistics};
+void SoftmaxInputs::fill(SoftmaxArgs& args) const {
+  args.dtype = *kernel_dtype(logits.scalar_type());
+  args.logits_layout = layout();
+  args.logits = logits.const_data_ptr();
+  args.target = target.const_data_ptr<int64_t>();
+  args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+  args.ignore_index = ignore_index;
+  copy_params(params, args.params);
 }
 
-Tensor backward(Softmax loss, const Tensor& upstream, const Tensor& logits, const Tensor& target,
-                const OptionalTensor& weight, const Tensor& statistics, int64_t reduction, int64_t ignore_index,
-                Params params) {
-  Inputs inputs(loss, logits, target, weight, ignore_index, params);
-  SoftmaxArgs& args = inputs.args;
-  const SoftmaxLayout& layout = args.logits_layout;
+Tensor empty_statistics(const SoftmaxInputs& inputs) {
+  const auto options = inputs.logits.options().dtype(arithmetic_type(inputs.logits.scalar_type()));
+  return at::empty({2 * inputs.target.numel() + 1}, options);
+}
+
+Tensor empty_loss(const SoftmaxInputs& inputs, int64_t reduction) {
+  return at::empty(reduction == kNone ? inputs.target.sizes() : at::IntArrayRef(), inputs.logits.options());
+}
+
+void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream, const Tensor& statistics,
+                    int64_t reduction) {
   const char* name = name_of(loss);
-  TORCH_CHECK(upstream.scalar_type() == logits.scalar_type(), name, "_backward: expected an upstream gradient of ",
-              logits.scalar_type(), ", got ", upstream.scalar_type());
-  TORCH_CHECK(upstream.sizes() == (reduction == kNone ? target.sizes() : at::IntArrayRef()), name,
+  const at::ScalarType dtype = inputs.logits.scalar_type();
+  TORCH_CHECK(upstream.scalar_type() == dtype, name, "_backward: expected an upstream gradient of ", dtype, ", got ",
+              upstream.scalar_type());
+  TORCH_CHECK(upstream.sizes() == (reduction == kNone ? inputs.target.sizes() : at::IntArrayRef()), name,
               "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
-  TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == 2 * layout.rows + 1 &&
-                  statistics.scalar_type() == arithmetic_type(logits.scalar_type()),
+  TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == 2 * inputs.target.numel() + 1 &&
+                  statistics.scalar_type() == arithmetic_type(dtype),
               name, "_backward: expected the statistics of the forward, got ", statistics.sizes(), " of ",
               statistics.scalar_type());
-  for (int64_t row = 0; row < layout.rows; ++row) {
-    const int64_t y = args.target[row];
-    TORCH_CHECK_INDEX(y == ignore_index || uint64_t(y) < uint64_t(layout.classes), "Target ", y, " is out of bounds.");
-  }
-
-  Tensor result = empty_gradient(logits);
-  const bool in_place = layout_of(result).has_value();
-  Tensor grad = in_place ? result : empty_gradient(inputs.logits);
-  args.grad = grad.mutable_data_ptr();
-  args.grad_layout = *layout_of(grad);
-  args.statistics = const_cast<void*>(statistics.const_data_ptr());
-  const Upstream read = read_upstream(upstream, inputs.target);
-  args.upstream = read.tensor.const_data_ptr();
-  args.upstream_stride = read.stride;
-  const double divisor = statistics.scalar_type() == at::kDouble ? statistics.const_data_ptr<double>()[2 * layout.rows]
-                                                                 : statistics.const_data_ptr<float>()[2 * layout.rows];
-  args.scale = 1.0 / divisor;
-  over_chunks(layout,
-              [&](int64_t, int64_t begin, int64_t end) { cpu_kernels().softmax_backward(loss, args, begin, end); });
-  return in_place ? result : result.copy_(grad);
 }
+
+void check_gradient_in_forward(Softmax loss, const Tensor& logits, int64_t reduction) {
+  TORCH_CHECK(reduction != kNone, name_of(loss), ": a gradient in forward needs a reduction, mean or sum");
+  TORCH_CHECK(logits.scalar_type() != at::kHalf, name_of(loss), ": no gradient in forward in ", at::kHalf);
+}
+
+namespace {
 
 using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
                                              Params);
+using WithGradOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                                                      int64_t, Params);
+using WithGradInPlaceOp = std::tuple<Tensor, Tensor>(Tensor, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                                                     Params);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
                           int64_t, Params);
+using BackwardInPlaceOp = void(const Tensor&, Tensor, const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
+                               int64_t, Params);
 
-const Ops<ForwardOp, BackwardOp>& ops_of(Softmax loss) {
-  static const std::vector<Ops<ForwardOp, BackwardOp>> ops(std::begin(kSoftmaxNames), std::end(kSoftmaxNames));
+struct Ops {
+  c10::TypedOperatorHandle<ForwardOp> forward;
+  c10::TypedOperatorHandle<WithGradOp> with_grad;
+  c10::TypedOperatorHandle<WithGradInPlaceOp> with_grad_;
+  c10::TypedOperatorHandle<BackwardOp> backward;
+  c10::TypedOperatorHandle<BackwardInPlaceOp> backward_;
+
+  explicit Ops(const std::string& name)
+      : forward(find_op(name).typed<ForwardOp>()),
+        with_grad(find_op(name + "_with_grad").typed<WithGradOp>()),
+        with_grad_(find_op(name + "_with_grad_").typed<WithGradInPlaceOp>()),
+        backward(find_op(name + "_backward").typed<BackwardOp>()),
+        backward_(find_op(name + "_backward_").typed<BackwardInPlaceOp>()) {}
+};
+
+const Ops& ops_of(Softmax loss) {
+  static const std::vector<Ops> ops(std::begin(kSoftmaxNames), std::end(kSoftmaxNames));
   return ops[size_t(loss)];
 }
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// What a later backward needs to know; the tensors are saved beside it.
+struct Saved {
+  Softmax loss;
+  int64_t reduction, ignore_index;
+  std::vector<double> params;
+  bool in_place;
+
+  static Saved of(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    return {Softmax(data["loss"].toInt()), data["reduction"].toInt(), data["ignore_index"].toInt(),
+            data["params"].toDoubleVector(), data.count("in_place") > 0};
+  }
+};
+
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   static variable_list forward(AutogradContext* ctx, int64_t loss, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params) {
+                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params,
+                               bool grad_in_forward, bool in_place) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [value, statistics] =
-        ops_of(Softmax(loss)).forward.call(logits, target, weight, reduction, ignore_index, params);
+    const Ops& ops = ops_of(Softmax(loss));
+    Tensor value, statistics;
+    if (grad_in_forward && in_place) {
+      std::tie(value, statistics) = ops.with_grad_.call(logits, target, weight, reduction, ignore_index, params);
+      logits.unsafeGetTensorImpl()->bump_version();
+      // Saved as it is now, so that a change before backward is noticed like any other.
+      ctx->save_for_backward({logits, Tensor(), Tensor(), Tensor()});
+    } else {
+      if (grad_in_forward) {
+        Tensor grad;
+        std::tie(value, statistics, grad) = ops.with_grad.call(logits, target, weight, reduction, ignore_index, params);
+        ctx->saved_data["grad"] = grad;
+      } else {
+        std::tie(value, statistics) = ops.forward.call(logits, target, weight, reduction, ignore_index, params);
+      }
+      ctx->save_for_backward({logits, target, weight.value_or(Tensor()), statistics});
+    }
     ctx->mark_non_differentiable({statistics});
     ctx->set_materialize_grads(false);  // no zeros, 8 bytes a row, for a gradient of the statistics
-    ctx->save_for_backward({logits, target, weight.value_or(Tensor()), statistics});
     ctx->saved_data["loss"] = loss;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["params"] = params.vec();
+    if (in_place) ctx->saved_data["in_place"] = true;
     return {value, statistics};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    variable_list gradients(9);  // one for each argument of forward
+    if (!upstream[0].defined()) return gradients;
+    const Saved call = Saved::of(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const auto loss = Softmax(ctx->saved_data["loss"].toInt());
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const std::vector<double> params = ctx->saved_data["params"].toDoubleVector();
-    variable_list gradients(7);  // one for each argument of forward
-    if (!upstream[0].defined()) return gradients;
-    if (at::GradMode::is_enabled()) {
+    const Ops& ops = ops_of(call.loss);
+    if (call.in_place) {
+      TORCH_CHECK(!at::GradMode::is_enabled(), name_of(call.loss),
+                  ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
+                  "(create_graph=True)");
+      at::AutoDispatchBelowADInplaceOrView guard;
+      if (statistics.defined()) {
+        ops.backward_.call(upstream[0], logits, target, weight, statistics, call.reduction, call.ignore_index,
+                           call.params);
+      } else {
+        scale_(logits, upstream[0]);
+      }
+      logits.unsafeGetTensorImpl()->bump_version();  // a second backward is refused, with torch's own words
+      gradients[1] = logits.detach();
+    } else if (at::GradMode::is_enabled()) {
       // A gradient that carries a graph of its own: native autograd through the native formula.
-      const SoftmaxFormula& formula = native_formula(loss);
-      TORCH_CHECK(formula, name_of(loss), ": no native formula to differentiate twice");
+      const SoftmaxFormula& formula = native_formula(call.loss);
+      TORCH_CHECK(formula, name_of(call.loss), ": no native formula to differentiate twice");
       const Tensor x = logits.view_as(logits);
-      const Tensor value = formula(x, target, weight, reduction, ignore_index, params);
+      const Tensor value = formula(x, target, weight, call.reduction, call.ignore_index, call.params);
       gradients[1] = torch::autograd::grad({value}, {x}, {upstream[0]}, true, true)[0];
+    } else if (const Tensor grad = take_grad(ctx); grad.defined()) {
+      gradients[1] = scale_(grad, upstream[0]);
     } else {
-      gradients[1] =
-          ops_of(loss).backward.call(upstream[0], logits, target, weight, statistics, reduction, ignore_index, params);
+      gradients[1] = ops.backward.call(upstream[0], logits, target, weight, statistics, call.reduction,
+                                       call.ignore_index, call.params);
     }
     return gradients;
   }
@@ -246,10 +244,14 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 
 std::tuple<Tensor, Tensor> loss_and_statistics(Softmax loss, const Tensor& logits, const Tensor& target,
                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                               Params params) {
+                                               Params params, bool grad_in_forward, bool in_place) {
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    variable_list outputs =
-        SoftmaxFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index, params);
+    TORCH_CHECK(!in_place || !logits.is_leaf(),
+                "a leaf Variable that requires grad is being used in an in-place operation.");
+    if (in_place) at::assert_no_internal_overlap(logits);
+    grad_in_forward = grad_in_forward && reduction != kNone && logits.scalar_type() != at::kHalf;
+    variable_list outputs = SoftmaxFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index,
+                                                   params, grad_in_forward, in_place);
     return {outputs[0], outputs[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -263,6 +265,8 @@ bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, cons
   const int64_t dim = logits.dim();
   if (dim < 1 || target.dim() != dim - 1 || target.scalar_type() != at::kLong || logits.numel() == 0) return false;
   if (!kernel_dtype(logits.scalar_type()) || !valid(loss, params)) return false;
+  // Within a row, the CUDA kernels count in 32 bits.
+  if (!logits.is_cpu() && logits.size(class_dim(logits)) > INT32_MAX) return false;
   for (int64_t d = 0; d < target.dim(); ++d) {
     if (target.size(d) != logits.size(d == 0 ? 0 : d + 1)) return false;
   }
@@ -271,46 +275,35 @@ bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, cons
 }
 
 Tensor softmax_loss(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, int64_t ignore_index, Params params) {
-  return std::get<0>(loss_and_statistics(loss, logits, target, weight, reduction, ignore_index, params));
+                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward, bool in_place) {
+  return std::get<0>(
+      loss_and_statistics(loss, logits, target, weight, reduction, ignore_index, params, grad_in_forward, in_place));
 }
 
 namespace {
 
 template <Softmax kLoss>
-std::tuple<Tensor, Tensor> cpu_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                       int64_t reduction, int64_t ignore_index, Params params) {
-  return forward(kLoss, logits, target, weight, reduction, ignore_index, params);
-}
-
-template <Softmax kLoss>
-Tensor cpu_backward(const Tensor& upstream, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    const Tensor& statistics, int64_t reduction, int64_t ignore_index, Params params) {
-  return backward(kLoss, upstream, logits, target, weight, statistics, reduction, ignore_index, params);
-}
-
-template <Softmax kLoss>
 std::tuple<Tensor, Tensor> autograd_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                             int64_t reduction, int64_t ignore_index, Params params) {
-  return loss_and_statistics(kLoss, logits, target, weight, reduction, ignore_index, params);
+  return loss_and_statistics(kLoss, logits, target, weight, reduction, ignore_index, params, false, false);
 }
 
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_DEFINE(name, Functor)                                                                    \
-  m.def(#name                                                                                              \
-        "(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params) " \
-        "-> (Tensor loss, Tensor statistics)");                                                            \
-  m.def(#name                                                                                              \
-        "_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "     \
-        "int reduction, int ignore_index, float[] params) -> Tensor");
-#define FUSEDLOSS_CPU(name, Functor)                                \
-  m.impl(#name, &fusedloss::cpu_forward<fusedloss::Softmax::name>); \
-  m.impl(#name "_backward", &fusedloss::cpu_backward<fusedloss::Softmax::name>);
+#define FUSEDLOSS_ARGUMENTS "Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params)"
+#define FUSEDLOSS_DEFINE(name, Functor)                                                                              \
+  m.def(#name "(Tensor logits, " FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor statistics)");                        \
+  m.def(#name "_with_grad(Tensor logits, " FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor statistics, Tensor grad)"); \
+  m.def(#name "_with_grad_(Tensor(a!) logits, " FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor statistics)");         \
+  m.def(#name                                                                                                        \
+        "_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "               \
+        "int reduction, int ignore_index, float[] params) -> Tensor");                                               \
+  m.def(#name                                                                                                        \
+        "_backward_(Tensor upstream, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor statistics, "          \
+        "int reduction, int ignore_index, float[] params) -> ()");
 #define FUSEDLOSS_AUTOGRAD(name, Functor) m.impl(#name, &fusedloss::autograd_forward<fusedloss::Softmax::name>);
 
-TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_SOFTMAX(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, CPU, m){
-    FUSEDLOSS_SOFTMAX(FUSEDLOSS_CPU)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
+TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_SOFTMAX(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   FUSEDLOSS_SOFTMAX(FUSEDLOSS_AUTOGRAD)
 }

@@ -1,0 +1,61 @@
+#include "common.h"
+
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <torch/library.h>
+
+#include <atomic>
+
+namespace fusedloss {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+std::atomic<BadTarget*> flags{nullptr};
+
+BadTarget* allocate_flags() {
+  // Never freed: kernels may still be running when the process ends. Allowed while a CUDA graph is being captured.
+  c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  void* memory = nullptr;
+  C10_CUDA_CHECK(cudaHostAlloc(&memory, kMaxDevices * sizeof(BadTarget), cudaHostAllocPortable | cudaHostAllocMapped));
+  auto* allocated = static_cast<BadTarget*>(memory);
+  for (int device = 0; device < kMaxDevices; ++device) allocated[device] = {-1, 0};
+  BadTarget* expected = nullptr;
+  return flags.compare_exchange_strong(expected, allocated) ? allocated : expected;
+}
+
+}  // namespace
+
+BadTarget* bad_target(c10::DeviceIndex device) {
+  TORCH_CHECK(device < kMaxDevices, "fusedloss knows ", kMaxDevices, " CUDA devices, got number ", int(device));
+  BadTarget* all = flags.load();
+  return (all ? all : allocate_flags()) + device;
+}
+
+void raise_bad_target() {
+  BadTarget* all = flags.load();
+  if (!all) return;
+  for (int device = 0; device < kMaxDevices; ++device) {
+    volatile BadTarget& flag = all[device];
+    const int64_t row = flag.row, target = flag.target;
+    if (row < 0) continue;
+    flag.row = -1;
+    TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds. It stood in row ", row,
+                      " of an earlier call on cuda:", device, ", whose loss is NaN.");
+  }
+}
+
+}  // namespace fusedloss
+
+TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
+  m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
+    using namespace fusedloss;
+    const auto dtype = kernel_dtype(data.scalar_type());
+    if (!dtype || factor.scalar_type() != data.scalar_type() || !data.is_non_overlapping_and_dense()) {
+      return data.mul_(factor);
+    }
+    c10::cuda::CUDAGuard guard(data.device());
+    check_launch(cuda_scale(*dtype, data.mutable_data_ptr(), data.numel(), factor.const_data_ptr(),
+                            c10::cuda::getCurrentCUDAStream().stream()));
+    return data;
+  });
+}

@@ -1,0 +1,96 @@
+// The CUDA entry points for tests that have no torch tensors on a GPU: plain arguments, run by the executor.
+#include <cuda_on_cpu.h>
+
+#include "kernels.h"
+
+namespace {
+
+template <class Args>
+Args arguments(int dtype, const double* params) {
+  Args args = {};
+  args.dtype = fusedloss::DType(dtype);
+  for (int i = 0; i < fusedloss::kMaxParams; ++i) args.params[i] = params[i];
+  return args;
+}
+
+// Filled with what an earlier call may have left there.
+struct Workspace {
+  alignas(16) unsigned char bytes[fusedloss::kCudaWorkspaceBytes];
+  Workspace() { memset(bytes, 0xA5, sizeof bytes); }
+};
+
+fusedloss::SoftmaxLayout layout(const int64_t* of) { return {of[0], of[1], of[2], of[3], of[4], of[5]}; }
+
+}  // namespace
+
+extern "C" {
+
+void pretend(uint64_t seed, int multiprocessors, int shared_bytes, int clusters) {
+  cuda_on_cpu::set_seed(seed);
+  cuda_on_cpu::device.multiprocessors = multiprocessors;
+  cuda_on_cpu::device.shared_bytes = shared_bytes;
+  cuda_on_cpu::device.clusters = clusters != 0;
+}
+
+const char* fault() { return cuda_on_cpu::fault.c_str(); }
+int64_t launches() { return cuda_on_cpu::launches; }
+int64_t memsets() { return cuda_on_cpu::memsets; }
+
+int run_pointwise(int loss, int result, int dtype, const double* params, int64_t count, const void* input,
+                  const void* target, const void* weight, void* output, const void* upstream, int64_t upstream_stride,
+                  double scale, void* total, double divisor) {
+  auto args = arguments<fusedloss::CudaPointwiseArgs>(dtype, params);
+  Workspace workspace;
+  args.input = input;
+  args.target = target;
+  args.weight = weight;
+  args.output = output;
+  args.upstream = upstream;
+  args.upstream_stride = upstream_stride;
+  args.scale = scale;
+  args.count = count;
+  args.total = total;
+  args.divisor = divisor;
+  args.workspace = workspace.bytes;
+  return fusedloss::cuda_pointwise(fusedloss::Pointwise(loss), fusedloss::PointwiseResult(result), args, nullptr);
+}
+
+// what: 0 divisor, 1 forward, 2 backward
+int run_softmax(int what, int loss, int dtype, const double* params, const int64_t* logits_layout, const void* logits,
+                const int64_t* target, const void* weight, int64_t ignore_index, void* losses, void* total, int mean,
+                void* statistics, void* divisor, const int64_t* grad_layout, void* grad, const void* upstream,
+                int64_t upstream_stride, int in_place, int64_t* bad_target) {
+  auto args = arguments<fusedloss::CudaSoftmaxArgs>(dtype, params);
+  Workspace workspace;
+  fusedloss::BadTarget bad = {-1, 0};
+  args.logits_layout = layout(logits_layout);
+  args.grad_layout = layout(grad_layout);
+  args.logits = logits;
+  args.target = target;
+  args.weight = weight;
+  args.ignore_index = ignore_index;
+  args.losses = losses;
+  args.total = total;
+  args.mean = mean != 0;
+  args.statistics = statistics;
+  args.divisor = divisor;
+  args.grad = grad;
+  args.upstream = upstream;
+  args.upstream_stride = upstream_stride;
+  args.in_place = in_place != 0;
+  args.bad_target = &bad;
+  args.workspace = workspace.bytes;
+  const auto entry = what == 0   ? fusedloss::cuda_softmax_divisor
+                     : what == 1 ? fusedloss::cuda_softmax_forward
+                                 : fusedloss::cuda_softmax_backward;
+  const int error = entry(fusedloss::Softmax(loss), args, nullptr);
+  bad_target[0] = bad.row;
+  bad_target[1] = bad.target;
+  return error;
+}
+
+int run_scale(int dtype, void* data, int64_t count, const void* factor) {
+  return fusedloss::cuda_scale(fusedloss::DType(dtype), data, count, factor, nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,122 @@
+"""Builds the CUDA kernels for the CPU and calls them on torch tensors."""
+
+import ctypes
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fusedloss._library import extension
+
+ROOT = Path(__file__).parent.parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+LOSSES, SUM, SUM_AND_GRAD, GRAD = range(4)  # PointwiseResult
+DIVISOR, FORWARD, BACKWARD = range(3)
+
+
+def build(folder: Path, source: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Every .cu file as C++ with the executor's header in place of CUDA's, in one library."""
+    here = Path(__file__).parent
+    objects = []
+    commands = []
+    for file in [*sorted((source / "cuda").glob("*.cu")), here / "driver.cpp"]:
+        objects.append(folder / f"{file.stem}.o")
+        commands.append(
+            [COMPILER, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags, "-x", "c++", "-c"]
+            + [f"-I{source}", f"-I{here}", str(file), "-o", str(objects[-1])]
+        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+            assert done.returncode == 0, done.stderr
+    library = folder / "cuda_on_cpu.so"
+    subprocess.run([COMPILER, "-shared", *flags, *map(str, objects), "-o", str(library)], check=True)
+    kernels = ctypes.CDLL(str(library))
+    kernels.fault.restype = ctypes.c_char_p
+    return kernels
+
+
+@dataclass
+class Guarded:
+    """A tensor between guard elements, at an offset that decides its alignment: a write beyond it is seen."""
+
+    tensor: Tensor
+    storage: Tensor
+    before: Tensor
+
+    @classmethod
+    def like(cls, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> "Guarded":
+        count = int(torch.Size(shape).numel())
+        storage = torch.full((count + 64 + offset,), 77.0, dtype=dtype)
+        return cls(storage[32 + offset : 32 + offset + count].view(shape), storage, storage.clone())
+
+    def intact(self) -> bool:
+        begin = self.tensor.storage_offset()
+        end = begin + self.tensor.numel()
+        return torch.equal(self.storage[:begin], self.before[:begin]) and torch.equal(
+            self.storage[end:], self.before[end:]
+        )
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def layout_of(logits: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+    """SoftmaxLayout of (N, C) or (N, C, inner): as the torch layer finds it."""
+    rows, classes = logits.numel() // logits.shape[1], logits.shape[1]
+    if logits.dim() == 2:
+        return (ctypes.c_int64 * 6)(rows, classes, rows, 0, logits.stride(1), logits.stride(0))
+    inner, batch = logits.shape[2], logits.stride(0)
+    one_run = batch == inner * logits.stride(2) or logits.shape[0] == 1
+    return (ctypes.c_int64 * 6)(rows, classes, rows if one_run else inner, batch, logits.stride(1), logits.stride(2))
+
+
+def parameters(params: tuple[float, ...]) -> "ctypes.Array[ctypes.c_double]":
+    return (ctypes.c_double * 2)(*(params + (0.0, 0.0))[:2])
+
+
+def check(kernels: ctypes.CDLL, error: int) -> None:
+    assert error == 0 and kernels.fault() == b"", f"error {error}: {kernels.fault().decode()}"
+
+
+def run_pointwise(
+    kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, target: Tensor,
+    weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None, scale: float = 1.0,
+    total: Tensor | None = None, divisor: float = 1.0,
+) -> None:  # fmt: skip
+    error = kernels.run_pointwise(
+        extension.pointwise_losses.index(name), result, DTYPES.index(input.dtype), parameters(params),
+        ctypes.c_int64(input.numel()), pointer(input), pointer(target), pointer(weight), pointer(output),
+        pointer(upstream), ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), ctypes.c_double(scale),
+        pointer(total), ctypes.c_double(divisor),
+    )  # fmt: skip
+    check(kernels, error)
+
+
+def run_softmax(
+    kernels: ctypes.CDLL, what: int, name: str, params: tuple[float, ...], logits: Tensor, target: Tensor,
+    weight: Tensor | None = None, losses: Tensor | None = None, total: Tensor | None = None, mean: bool = False,
+    statistics: Tensor | None = None, divisor: Tensor | None = None, grad: Tensor | None = None,
+    upstream: Tensor | None = None, in_place: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    bad_target = (ctypes.c_int64 * 2)()
+    error = kernels.run_softmax(
+        what, extension.softmax_losses.index(name), DTYPES.index(logits.dtype), parameters(params), layout_of(logits),
+        pointer(logits), pointer(target), pointer(weight), ctypes.c_int64(-100), pointer(losses), pointer(total),
+        int(mean), pointer(statistics), pointer(divisor), layout_of(logits if grad is None else grad), pointer(grad),
+        pointer(upstream), ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), int(in_place),
+        bad_target,
+    )  # fmt: skip
+    check(kernels, error)
+    return bad_target[0], bad_target[1]
+
+
+def run_scale(kernels: ctypes.CDLL, data: Tensor, factor: Tensor) -> None:
+    dtype = DTYPES.index(data.dtype)
+    check(kernels, kernels.run_scale(dtype, pointer(data), ctypes.c_int64(data.numel()), pointer(factor)))

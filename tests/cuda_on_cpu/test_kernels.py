@@ -1,0 +1,388 @@
+"""The CUDA kernels on the CPU: every path, dtype and boundary against native PyTorch in float64.
+
+A run pretends a device so small that a few thousand logits reach every threshold: 2 multiprocessors, and 6000 bytes of
+shared memory a block where residency is at stake.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LOSSES, NATIVE, POINTWISE, SOFTMAX, Loss, needs_extension
+from kernels import (
+    BACKWARD,
+    COMPILER,
+    DIVISOR,
+    DTYPES,
+    FORWARD,
+    GRAD,
+    SANITIZERS,
+    SUM,
+    SUM_AND_GRAD,
+    Guarded,
+    build,
+    run_pointwise,
+    run_scale,
+    run_softmax,
+)
+from kernels import LOSSES as LOSSES_OF_EACH
+from torch import Tensor
+
+pytestmark = [
+    needs_extension,  # for the order of the losses
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler to build the kernels with"),
+]
+
+SANITIZED = os.environ.get("FUSEDLOSS_SANITIZED_KERNELS")  # set in the run under AddressSanitizer, to a folder
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+WIDTH = {torch.float64: 2, torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
+IN_FORWARD = [torch.float32, torch.float64, torch.bfloat16]  # fp16 never makes its gradient in forward
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    flags = ("-g", *SANITIZERS) if SANITIZED else ()
+    library = build(tmp_path_factory.mktemp("cuda_on_cpu"), flags=flags)
+    pretend(library)
+    return library
+
+
+def pretend(library, seed: int = 0, multiprocessors: int = 2, shared_bytes: int = 227 << 10, clusters: bool = True):
+    import ctypes
+
+    library.pretend(ctypes.c_uint64(seed), multiprocessors, shared_bytes, int(clusters))
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    assert torch.equal(got.isnan(), expected.isnan()), f"{what}: NaN at other places"
+    expected = expected.nan_to_num()
+    scale = expected.abs().max() if expected.numel() else torch.tensor(0.0)
+    error = (got.double().nan_to_num() - expected).abs().max() if expected.numel() else torch.tensor(0.0)
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of subnormals, where fp16 gradients may lie
+    assert error <= TOLERANCES[dtype] * scale + step, f"{what}: off by {error / scale:.1e} of the largest"
+
+
+def filled(values: Tensor, dtype: torch.dtype, offset: int = 0) -> Guarded:
+    guarded = Guarded.like(tuple(values.shape), dtype, offset)
+    guarded.tensor.copy_(values)
+    guarded.before.copy_(guarded.storage)
+    return guarded
+
+
+# ---- pointwise
+
+
+def pointwise_sizes(dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+    """(elements, offset of the input, offset of everything else), in elements."""
+    width = WIDTH[dtype]
+    one_block = 8 * 256 * width  # up to here a sum is one block
+    for count in (1, width - 1, width, width + 1, 31, 32, 33, 255 * width, 256 * width + 1, one_block, one_block + 1):
+        yield count, 0, 0
+    for offset in range(1, width):
+        yield 5 * width, offset, offset
+        yield 9, offset, offset
+    yield 1000, 1, 0  # no common alignment: scalars throughout
+    yield 3 * one_block + 5, 1, 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", POINTWISE, ids=lambda loss: loss.name)
+def test_pointwise_at_every_boundary(kernels, loss, dtype):
+    for seed, (count, of_input, of_others) in enumerate(pointwise_sizes(dtype)):
+        pretend(kernels, seed)
+        check_pointwise(kernels, loss, dtype, count, of_input, of_others, weighted=seed % 2 == 1)
+
+
+def check_pointwise(
+    kernels, loss: Loss, dtype: torch.dtype, count: int, of_input: int, of_others: int, weighted: bool
+) -> None:
+    values, targets = loss.data((count,), dtype, seed=count)
+    x, t = filled(values, dtype, of_input), filled(targets, dtype, of_others)
+    weight = filled(torch.rand(count) + 0.5, dtype, of_others) if weighted else None
+    w = weight.tensor if weight else None
+    what = f"{count} elements at {of_input}, {of_others}"
+
+    def exact(reduction: str, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.tensor.double().requires_grad_()
+        value = NATIVE[loss.op](leaf, t.tensor.double(), None if w is None else w.double(), reduction, *loss.params)
+        return value.detach(), torch.autograd.grad(value, leaf, upstream.double())[0]
+
+    each = filled(torch.rand(count) + 0.5, dtype, of_others)
+    one = torch.tensor(1.5, dtype=dtype)
+    output, total = Guarded.like((count,), dtype, of_others), torch.full((), 77.0, dtype=dtype)
+
+    run_pointwise(kernels, loss.op, loss.params, LOSSES_OF_EACH, x.tensor, t.tensor, w, output.tensor)
+    losses, grad = exact("none", each.tensor)
+    assert_close(output.tensor, losses, dtype, f"losses of {what}")
+    run_pointwise(kernels, loss.op, loss.params, GRAD, x.tensor, t.tensor, w, output.tensor, each.tensor)
+    assert_close(output.tensor, grad, dtype, f"gradients of {what}")
+    run_pointwise(kernels, loss.op, loss.params, SUM, x.tensor, t.tensor, w, total=total, divisor=count)
+    mean, grad = exact("mean", one)
+    assert_close(total, mean, dtype, f"mean of {what}")
+    run_pointwise(kernels, loss.op, loss.params, GRAD, x.tensor, t.tensor, w, output.tensor, one, scale=1 / count)
+    assert_close(output.tensor, grad, dtype, f"gradient of the mean of {what}")
+    if dtype in IN_FORWARD:
+        total.fill_(77)
+        run_pointwise(
+            kernels, loss.op, loss.params, SUM_AND_GRAD, x.tensor, t.tensor, w, output.tensor,
+            scale=1 / count, total=total, divisor=count,
+        )  # fmt: skip
+        assert_close(total, mean, dtype, f"mean with gradient of {what}")
+        assert_close(output.tensor, grad / 1.5, dtype, f"gradient in forward of {what}")
+    assert all(guarded.intact() for guarded in (x, t, each, output)), what
+
+
+# ---- softmax
+
+
+def row_shapes(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(rows, classes) around every threshold of plan.h."""
+    width = WIDTH[dtype]
+    vectors, warp = 4 * width, 256 * width  # the shortest row read by vectors, the longest one of a warp
+    part = 256 * (2 if dtype == torch.float64 else 4) * width  # the least that is worth a block of its own
+    for classes in (1, 2, 3, vectors - 1, vectors, vectors + 1, 31, 32, 33):
+        yield 1, classes
+        yield 40, classes
+    yield 600, 3
+    for classes in (warp - 1, warp, warp + width, warp + width + 1):
+        yield 9, classes
+    yield 1, 2 * part
+    yield 2, 3 * part + 5
+    yield 40, 2 * part - 1
+
+
+def column_shapes(dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+    """(batch, classes, inner)."""
+    width = WIDTH[dtype]
+    for inner in (2, width - 1 or 3, width, 2 * width, 33):
+        for classes in (1, 3, 21):
+            yield 3, classes, inner
+    yield 2, 70, 8 * width  # classes shared out between threads
+    yield 1, 5, 1500
+    yield 2, 4, 256 * width * 3
+
+
+def check_softmax(kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: bool, guarded: Guarded) -> None:
+    classes, rows = x.shape[1], x.numel() // x.shape[1]
+    _, target = loss.data(tuple(x.shape), dtype, seed=classes)
+    weight = torch.rand(classes, dtype=torch.float64).add(0.5).to(dtype) if weighted else None
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    w = None if weight is None else weight.to(arithmetic)
+    what = f"{tuple(x.shape)} of strides {x.stride()}"
+    original = x.clone()
+
+    def exact(reduction: str, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = original.double().requires_grad_()
+        native = NATIVE[loss.op]
+        value = native(leaf, target, None if weight is None else weight.double(), reduction, -100, *loss.params)
+        return value.detach(), torch.autograd.grad(value, leaf, upstream.double())[0]
+
+    statistics = Guarded.like((2 * rows + 1,), arithmetic)
+    divisor = statistics.tensor[2 * rows :]
+    losses, grad = Guarded.like(tuple(target.shape), dtype), Guarded.like(tuple(x.shape), dtype, x.storage_offset() % 8)
+    to = grad.tensor if x.is_contiguous() else torch.empty_like(x)
+    each, one = (torch.rand(target.shape, dtype=torch.float64) + 0.5).to(dtype), torch.tensor(1.5, dtype=dtype)
+    total = torch.full((), 77.0, dtype=dtype)
+    everything = dict(name=loss.op, params=loss.params, logits=x, target=target, weight=w, divisor=divisor)
+
+    run_softmax(kernels, FORWARD, **everything, losses=losses.tensor, statistics=statistics.tensor)
+    expected, expected_grad = exact("none", each)
+    assert_close(losses.tensor, expected, dtype, f"losses of {what}")
+    assert divisor == 1
+    run_softmax(kernels, BACKWARD, **everything, statistics=statistics.tensor, grad=to, upstream=each)
+    assert_close(to, expected_grad, dtype, f"gradients of {what}")
+
+    statistics.tensor.fill_(77)
+    run_softmax(kernels, FORWARD, **everything, total=total, mean=True, statistics=statistics.tensor)
+    expected, expected_grad = exact("mean", one)
+    assert_close(total, expected, dtype, f"mean of {what}")
+    run_softmax(kernels, BACKWARD, **everything, mean=True, statistics=statistics.tensor, grad=to, upstream=one)
+    expected_grad = expected_grad.nan_to_num() if (target == -100).all() else expected_grad
+    assert_close(to, expected_grad, dtype, f"gradient of the mean of {what}")
+    in_place = dict(grad=x, in_place=True)
+    run_softmax(kernels, BACKWARD, **everything, mean=True, statistics=statistics.tensor, upstream=one, **in_place)
+    assert torch.equal(x, to), f"gradient in place of {what}"
+    x.copy_(original)
+    if dtype in IN_FORWARD:
+        for destination in (dict(grad=to), in_place):
+            statistics.tensor.fill_(77)
+            run_softmax(kernels, DIVISOR, **everything, statistics=statistics.tensor, mean=True)
+            run_softmax(
+                kernels, FORWARD, **everything, total=total, mean=True, statistics=statistics.tensor, **destination
+            )
+            assert_close(total, expected, dtype, f"mean with gradient of {what}")
+            assert_close(destination["grad"], expected_grad / 1.5, dtype, f"gradient in forward of {what}")
+        x.copy_(original)
+    assert all(g.intact() for g in (guarded, statistics, losses, grad)), what
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", [SOFTMAX[0], SOFTMAX[3]], ids=lambda loss: loss.name)
+def test_rows_at_every_boundary(kernels, loss, dtype):
+    for seed, shape in enumerate(row_shapes(dtype)):
+        pretend(kernels, seed)
+        x = filled(loss.data(shape, dtype)[0], dtype, offset=seed % 3)
+        check_softmax(kernels, loss, dtype, x.tensor, weighted=seed % 2 == 1, guarded=x)
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("dtype", IN_FORWARD, ids=str)
+def test_rows_that_stay_in_a_block_in_a_cluster_or_nowhere(kernels, dtype, clusters):
+    size = torch.empty((), dtype=dtype).element_size()
+    reserved = 1568 if dtype == torch.float64 else 1040  # of the reductions
+    shared_bytes = 6000
+    block = (shared_bytes - reserved) // size
+    for seed, classes in enumerate((block - 9, block + 9, 2 * block, 3 * block + 1, 8 * block - 99, 8 * block + 99)):
+        pretend(kernels, seed, shared_bytes=shared_bytes, clusters=clusters)
+        x = filled(SOFTMAX[0].data((3, classes), dtype)[0], dtype, offset=seed % 2)
+        check_softmax(kernels, SOFTMAX[0], dtype, x.tensor, weighted=False, guarded=x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", [SOFTMAX[0], SOFTMAX[3]], ids=lambda loss: loss.name)
+def test_columns_at_every_boundary(kernels, loss, dtype):
+    for seed, shape in enumerate(column_shapes(dtype)):
+        pretend(kernels, seed)
+        x = filled(loss.data(shape, dtype)[0], dtype, offset=seed % 2 * 8)
+        check_softmax(kernels, loss, dtype, x.tensor, weighted=seed % 2 == 1, guarded=x)
+
+
+def test_layouts_that_are_neither(kernels):
+    for dtype in DTYPES:
+        storage = filled(torch.randn(6, 40, 10, dtype=torch.float64), dtype)
+        for view in (
+            storage.tensor[:, ::2, 0],  # classes 20 apart
+            storage.tensor[:, :, 1:9],  # a batch that is no run
+            storage.tensor.transpose(1, 2)[:, :, :7],  # classes side by side, within an inner dimension
+            storage.tensor[:, 3:8].transpose(1, 2),
+        ):
+            check_softmax(kernels, SOFTMAX[0], dtype, view, weighted=False, guarded=storage)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (9, 3000), (1, 20000), (2, 7, 40)])
+def test_a_bad_target_is_reported_reads_nothing_and_harms_no_other_row(kernels, shape):
+    pretend(kernels)
+    x, target = SOFTMAX[0].data(shape, torch.float32, seed=3)
+    rows = target.numel()
+    for bad in (shape[1], -1, 1 << 62):
+        flat = target.clone().view(-1)
+        flat[rows // 2] = bad
+        losses, statistics = torch.empty(target.shape), torch.empty(2 * rows + 1)
+        grad, upstream = torch.empty_like(x), torch.ones(target.shape)
+        shared = dict(name="cross_entropy", params=(), logits=x, target=flat, divisor=statistics[2 * rows :])
+        met = run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
+        assert met == (rows // 2, bad)
+        run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=upstream)
+        total = torch.empty(())
+        run_softmax(kernels, FORWARD, **shared, total=total, statistics=statistics)
+        assert total.isnan() and losses.view(-1)[rows // 2].isnan()
+
+        good = flat.clone()
+        good[rows // 2] = -100
+        leaf = x.clone().requires_grad_()
+        expected = NATIVE["cross_entropy"](leaf, good.view(target.shape), None, "none", -100)
+        expected.sum().backward()
+        others = torch.arange(rows) != rows // 2
+        torch.testing.assert_close(losses.view(-1)[others], expected.detach().view(-1)[others])
+        torch.testing.assert_close(grad, leaf.grad)
+
+
+def test_special_logits_are_those_of_the_cpu(kernels):
+    pretend(kernels)
+    for classes, special, column in product((6, 5000), (float("nan"), float("inf"), -float("inf")), (0, 1)):
+        x, target = torch.randn(3, classes), torch.zeros(3, dtype=torch.long)
+        x[1, column] = special
+        losses, statistics, grad = torch.empty(3), torch.empty(7), torch.empty_like(x)
+        shared = dict(name="cross_entropy", params=(), logits=x, target=target, divisor=statistics[6:])
+        run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
+        run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=torch.ones(3))
+        leaf = x.clone().requires_grad_()
+        expected = LOSSES[0].fused(leaf, target, "none")
+        expected.sum().backward()
+        torch.testing.assert_close(losses, expected.detach(), equal_nan=True)
+        torch.testing.assert_close(grad, leaf.grad, equal_nan=True)
+
+
+def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernels):
+    for shape in ((50, 70), (3, 20000), (2, 5, 300)):
+        x, target = SOFTMAX[0].data(shape, torch.float32)
+        results = []
+        for seed in range(8):
+            pretend(kernels, seed)
+            total, statistics = torch.empty(()), torch.empty(2 * target.numel() + 1)
+            run_softmax(
+                kernels, FORWARD, "cross_entropy", (), x, target,
+                total=total, mean=True, statistics=statistics, divisor=statistics[-1:],
+            )  # fmt: skip
+            results.append(torch.cat([total.view(1), statistics]))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_multiplies_and_leaves_a_factor_of_one_alone(kernels, dtype):
+    for count in (1, 7, 8, 9, 5000):
+        for offset in (0, 1):
+            data = filled(torch.randn(count), dtype, offset)
+            expected = (data.tensor.double() * 1.5).to(dtype)
+            run_scale(kernels, data.tensor, torch.tensor(1.0, dtype=dtype))
+            assert torch.equal(data.storage, data.before)
+            run_scale(kernels, data.tensor, torch.tensor(1.5, dtype=dtype))
+            assert torch.equal(data.tensor, expected) and data.intact()
+
+
+def test_small_shapes_need_one_launch(kernels):
+    pretend(kernels)
+    x, target = SOFTMAX[0].data((8, 10), torch.float32)
+    total, statistics = torch.empty(()), torch.empty(17)
+    before = kernels.launches(), kernels.memsets()
+    run_softmax(
+        kernels, FORWARD, "cross_entropy", (), x, target,
+        total=total, mean=True, statistics=statistics, divisor=statistics[-1:],
+    )  # fmt: skip
+    run_pointwise(kernels, "huber", (1.0,), SUM, x, x, total=total)
+    assert (kernels.launches() - before[0], kernels.memsets() - before[1]) == (2, 0)
+
+
+# ---- the same under sanitizers, and with bugs planted
+
+
+@pytest.mark.skipif(bool(SANITIZED), reason="this is that run")
+def test_no_sanitizer_finds_anything(tmp_path):
+    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("the compiler has no AddressSanitizer; the guard elements of the other tests see what it would")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
+        env={
+            **os.environ,
+            "FUSEDLOSS_SANITIZED_KERNELS": str(tmp_path),
+            "LD_PRELOAD": runtime,
+            # Python and torch leave memory at exit, and their libraries are of another build than these kernels.
+            "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+# name: (file, what stands there, what is put in its place, the test that must fail)
+PLANTED = {
+    "no barrier between a row's warps": (
+        "softmax_rows.cu",
+        "    if (lane == 0) shared.warps[turn][warp] = mine;\n    __syncthreads();",
+        "    if (lane == 0) shared.warps[turn][warp] = mine;",
+        test_rows_at_every_boundary,
+    ),
+}
+
+
+def test_placeholder() -> None:
+    assert Path(__file__).exists()
