@@ -1,8 +1,8 @@
 // In place of cuda_runtime.h and of what csrc/cuda/device.cuh names: kernels compiled as C++20 run on the CPU, where
 // sanitizers and a random order of threads, warps and blocks show what is wrong with them.
 //
-// Not seen: a missing thread_fence (memory is in one order here), and races that no order of whole steps between two
-// barriers makes visible.
+// Not seen: a missing thread_fence, as memory has one order here, and a race that shows only where a thread is
+// interrupted between two barriers, as it runs from one to the next undisturbed.
 #pragma once
 
 #include <algorithm>

@@ -136,13 +136,13 @@ struct Thread {
 };
 
 inline std::string text(const uint3& v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+  return std::string("(") + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
 }
 inline std::string text(const Source& source) {
   return std::string(source.file_name()) + ":" + std::to_string(source.line());
 }
 inline std::string text(const Thread& thread) {
-  return "thread " + text(thread.index) + " of block " + text(thread.block().index);
+  return std::string("thread ") + text(thread.index) + " of block " + text(thread.block().index);
 }
 inline std::string whereabouts(const Thread& thread) {
   const char* const meetings[] = {"shuffle_xor", "__syncwarp", "__syncthreads", "cluster_barrier"};
@@ -330,7 +330,8 @@ class Executor {
     Source& first = block().sync_source;
     if (block().at[kSyncThreads] == 0) first = source;
     if (first.line() == source.line() && first.column() == source.column()) return;
-    throw std::runtime_error("__syncthreads (" + text(source) + ") while others wait at another (" + text(first) + ")");
+    throw std::runtime_error(std::string("__syncthreads (") + text(source) + ") while others wait at another (" +
+                             text(first) + ")");
   }
 
   // Who does not come to the meeting; the exited need not come to one within a block.

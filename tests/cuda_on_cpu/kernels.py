@@ -20,20 +20,24 @@ LOSSES, SUM, SUM_AND_GRAD, GRAD = range(4)  # PointwiseResult
 DIVISOR, FORWARD, BACKWARD = range(3)
 
 
-def build(folder: Path, source: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """Every .cu file as C++ with the executor's header in place of CUDA's, in one library."""
+def build(folder: Path, source: Path = ROOT / "csrc", flags: tuple[str, ...] = (), only: str = "") -> ctypes.CDLL:
+    """Every .cu file as C++ with the executor's header in place of CUDA's, in one library.
+
+    `only` compiles the files it names, in a folder that has the objects of the others.
+    """
     here = Path(__file__).parent
-    objects = []
-    commands = []
-    for file in [*sorted((source / "cuda").glob("*.cu")), here / "driver.cpp"]:
-        objects.append(folder / f"{file.stem}.o")
-        commands.append(
-            [COMPILER, "-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags, "-x", "c++", "-c"]
-            + [f"-I{source}", f"-I{here}", str(file), "-o", str(objects[-1])]
-        )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+    options = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+
+    def compile(file: Path) -> Path:
+        to = folder / f"{file.stem}.o"
+        if only in file.name:
+            command = [COMPILER, *options, "-x", "c++", "-c", f"-I{source}", f"-I{here}", str(file), "-o", str(to)]
+            done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, [*sorted((source / "cuda").glob("*.cu")), here / "driver.cpp"]))
     library = folder / "cuda_on_cpu.so"
     subprocess.run([COMPILER, "-shared", *flags, *map(str, objects), "-o", str(library)], check=True)
     kernels = ctypes.CDLL(str(library))

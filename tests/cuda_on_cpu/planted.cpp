@@ -3,8 +3,15 @@
 // prints the result, the last error and the fault, a line each.
 #include <cuda_on_cpu.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace {
 

@@ -22,6 +22,7 @@ from kernels import (
     DTYPES,
     FORWARD,
     GRAD,
+    ROOT,
     SANITIZERS,
     SUM,
     SUM_AND_GRAD,
@@ -189,7 +190,14 @@ def check_softmax(kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: 
     to = grad.tensor if x.is_contiguous() else torch.empty_like(x)
     each, one = (torch.rand(target.shape, dtype=torch.float64) + 0.5).to(dtype), torch.tensor(1.5, dtype=dtype)
     total = torch.full((), 77.0, dtype=dtype)
-    everything = dict(name=loss.op, params=loss.params, logits=x, target=target, weight=w, divisor=divisor)
+    everything = {
+        "name": loss.op,
+        "params": loss.params,
+        "logits": x,
+        "target": target,
+        "weight": w,
+        "divisor": divisor,
+    }
 
     run_softmax(kernels, FORWARD, **everything, losses=losses.tensor, statistics=statistics.tensor)
     expected, expected_grad = exact("none", each)
@@ -205,12 +213,12 @@ def check_softmax(kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: 
     run_softmax(kernels, BACKWARD, **everything, mean=True, statistics=statistics.tensor, grad=to, upstream=one)
     expected_grad = expected_grad.nan_to_num() if (target == -100).all() else expected_grad
     assert_close(to, expected_grad, dtype, f"gradient of the mean of {what}")
-    in_place = dict(grad=x, in_place=True)
+    in_place = {"grad": x, "in_place": True}
     run_softmax(kernels, BACKWARD, **everything, mean=True, statistics=statistics.tensor, upstream=one, **in_place)
     assert torch.equal(x, to), f"gradient in place of {what}"
     x.copy_(original)
     if dtype in IN_FORWARD:
-        for destination in (dict(grad=to), in_place):
+        for destination in ({"grad": to}, in_place):
             statistics.tensor.fill_(77)
             run_softmax(kernels, DIVISOR, **everything, statistics=statistics.tensor, mean=True)
             run_softmax(
@@ -275,7 +283,7 @@ def test_a_bad_target_is_reported_reads_nothing_and_harms_no_other_row(kernels, 
         flat[rows // 2] = bad
         losses, statistics = torch.empty(target.shape), torch.empty(2 * rows + 1)
         grad, upstream = torch.empty_like(x), torch.ones(target.shape)
-        shared = dict(name="cross_entropy", params=(), logits=x, target=flat, divisor=statistics[2 * rows :])
+        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": flat, "divisor": statistics[2 * rows :]}
         met = run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
         assert met == (rows // 2, bad)
         run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=upstream)
@@ -299,7 +307,7 @@ def test_special_logits_are_those_of_the_cpu(kernels):
         x, target = torch.randn(3, classes), torch.zeros(3, dtype=torch.long)
         x[1, column] = special
         losses, statistics, grad = torch.empty(3), torch.empty(7), torch.empty_like(x)
-        shared = dict(name="cross_entropy", params=(), logits=x, target=target, divisor=statistics[6:])
+        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": target, "divisor": statistics[6:]}
         run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
         run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=torch.ones(3))
         leaf = x.clone().requires_grad_()
@@ -373,16 +381,87 @@ def test_no_sanitizer_finds_anything(tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-# name: (file, what stands there, what is put in its place, the test that must fail)
+def rows_of(*shape: int, **device: int):
+    def check(library, seed: int) -> None:
+        pretend(library, seed, **device)
+        x = filled(SOFTMAX[0].data(shape, torch.float32)[0], torch.float32)
+        check_softmax(library, SOFTMAX[0], torch.float32, x.tensor, weighted=False, guarded=x)
+
+    return check
+
+
+def elements(count: int):
+    def check(library, seed: int) -> None:
+        pretend(library, seed)
+        check_pointwise(library, POINTWISE[0], torch.float32, count, 0, 0, weighted=False)
+
+    return check
+
+
+# name: (file, what stands there, what is put in its place, what must fail for some order of the threads)
 PLANTED = {
     "no barrier between a row's warps": (
         "softmax_rows.cu",
-        "    if (lane == 0) shared.warps[turn][warp] = mine;\n    __syncthreads();",
-        "    if (lane == 0) shared.warps[turn][warp] = mine;",
-        test_rows_at_every_boundary,
+        "if (lane == 0) shared.warps[turn][warp] = mine;\n    __syncthreads();",
+        "if (lane == 0) shared.warps[turn][warp] = mine;",
+        rows_of(5, 3000),
+    ),
+    "one buffer for all rows": ("softmax_rows.cu", "turn ^= 1", "turn = 0", rows_of(40, 3000)),
+    "no barrier in a cluster": (
+        "softmax_rows.cu",
+        "shared.block[turn] = mine;\n    cluster_barrier();",
+        "shared.block[turn] = mine;",
+        rows_of(3, 5000, shared_bytes=6000),
+    ),
+    "a block leaves its cluster early": (
+        "softmax_rows.cu",
+        "if (plan.cluster > 1) cluster_barrier();",
+        "",
+        rows_of(1, 1100, shared_bytes=2500),
+    ),
+    "the target's logit overwritten too early": (
+        "softmax_rows.cu",
+        "if (args.in_place) __syncthreads();",
+        "",
+        rows_of(9, 3000),
+    ),
+    "no barrier between shares of the classes": (
+        "softmax_columns.cu",
+        "= *this;\n    __syncthreads();",
+        "= *this;",
+        rows_of(2, 70, 32),
+    ),
+    "a tail left out": (
+        "pointwise.cu",
+        "scalar < run.scalars(); scalar += threads",
+        "scalar < run.head; scalar += threads",
+        elements(1001),
+    ),
+    "a block's sum left out": (
+        "pointwise.cu",
+        "sums.values[0] += double(sum);\n  }\n\n  for",
+        "}\n\n  for",
+        elements(9000),
     ),
 }
 
 
-def test_placeholder() -> None:
-    assert Path(__file__).exists()
+@pytest.mark.skipif(bool(SANITIZED), reason="the other run does it")
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
+    name, old, new, check = PLANTED[bug]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for compiled in Path(kernels._name).parent.glob("*.o"):
+        shutil.copy(compiled, tmp_path)
+    file = tmp_path / "csrc" / "cuda" / name
+    source = file.read_text()
+    assert source.count(old) == 1, f"expected {old!r} once in {name}, found it {source.count(old)} times"
+    file.write_text(source.replace(old, new))
+    library = build(tmp_path, tmp_path / "csrc", only=name)
+    for seed in range(100):
+        check(kernels, seed)
+        try:
+            check(library, seed)
+        except AssertionError:
+            return
+    pytest.fail("100 orders of the threads, and every result was right")
