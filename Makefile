@@ -12,7 +12,7 @@ endif
 READY := build/ready-$(subst /,_,$(VENV))-$(subst =,_,$(TORCH))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test demo bench lint clean
+.PHONY: build test demo bench cuda gpu lint clean
 
 build: $(READY)
 
@@ -34,11 +34,21 @@ demo: build
 bench: build
 	$(PYTHON) -m pytest benchmarks
 
+# The CUDA extension, where there is nvcc: for TORCH_CUDA_ARCH_LIST, or for A100, H100, B200 and what comes after.
+cuda:
+	FUSEDLOSS_CUDA=1 $(MAKE) build VENV=.venv-cuda TORCH=torch==2.14.1
+	.venv-cuda/bin/python -m fusedloss
+
+# On a machine with a GPU, in the current environment: every test on it, then its speed, into benchmarks/results.
+gpu:
+	FUSEDLOSS_CUDA=1 $(MAKE) build VENV=none
+	bash benchmarks/gpu/run.sh
+
 lint: build
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(dir $(PYTHON))clang-format --dry-run --Werror $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.inl")
+	$(dir $(PYTHON))clang-format --dry-run --Werror $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.inl" -o -name "*.cu" -o -name "*.cuh")
 
 clean:
 	rm -rf build *.egg-info fusedloss/*.so

@@ -32,15 +32,21 @@ def value_and_grad(formula: Formula, loss: Loss, input: Tensor, target: Tensor) 
     return value.detach(), torch.autograd.grad(value, x)[0]
 
 
-def error(loss: Loss, dtype: torch.dtype) -> float:
+def error(loss: Loss, dtype: torch.dtype, device: str) -> float:
     """The largest error of value and gradient, relative to the largest exact one."""
     input, target = sample(loss)
-    input = input.to(dtype)
+    input, target = input.to(device, dtype), target.to(device)
     target = target.to(dtype) if target.is_floating_point() else target
     got = value_and_grad(loss.routed, loss, input, target)
     exact_target = target.double() if target.is_floating_point() else target
     exact = value_and_grad(loss.native, loss, input.double(), exact_target)
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, exact, strict=True))
+
+
+def devices() -> list[str]:
+    """The CPU, and a GPU where there is one and the kernels were built for it."""
+    on_gpu = extension is not None and extension.cuda_architectures != "none" and torch.cuda.is_available()
+    return ["cpu", "cuda"] if on_gpu else ["cpu"]
 
 
 def main() -> int:
@@ -50,17 +56,18 @@ def main() -> int:
     else:
         print(f"built: {extension.compiler}, for torch {extension.torch_version}")
         print(f"       instruction sets {extension.cpu_isas}; CUDA architectures {extension.cuda_architectures}")
-        print(
-            f"path:  fused on the CPU with {extension.cpu_isa()}, {torch.get_num_threads()} threads; native elsewhere"
-        )
+        threads = torch.get_num_threads()
+        cuda = "" if extension.cuda_architectures == "none" else " and on CUDA"
+        print(f"path:  fused on the CPU with {extension.cpu_isa()}, {threads} threads{cuda}; native elsewhere")
     failures = 0
-    print("\nlargest relative error of value and gradient against native float64")
-    for name, loss in LOSSES.items():
-        errors = {dtype: error(loss, dtype) for dtype in TOLERANCES}
-        good = all(errors[dtype] <= limit for dtype, limit in TOLERANCES.items())
-        failures += not good
-        columns = "  ".join(f"{str(dtype).removeprefix('torch.')} {value:.1e}" for dtype, value in errors.items())
-        print(f"  {name:20s} {columns}  {'ok' if good else 'OFF'}")
+    for device in devices():
+        print(f"\nlargest relative error of value and gradient against native float64, {device}")
+        for name, loss in LOSSES.items():
+            errors = {dtype: error(loss, dtype, device) for dtype in TOLERANCES}
+            good = all(errors[dtype] <= limit for dtype, limit in TOLERANCES.items())
+            failures += not good
+            columns = "  ".join(f"{str(dtype).removeprefix('torch.')} {value:.1e}" for dtype, value in errors.items())
+            print(f"  {name:20s} {columns}  {'ok' if good else 'OFF'}")
     return 1 if failures else 0
 
 

@@ -24,7 +24,7 @@ def huber_loss(
                                            \delta (|x - t| - \tfrac12 \delta) & \text{otherwise} \end{cases}
 
     Args:
-        input: predictions x, any shape; float32, float64, bfloat16 or float16 run fused on the CPU.
+        input: predictions x, any shape; float32, float64, bfloat16 or float16 run fused on the CPU and on CUDA.
         target: t, of the same shape; another shape broadcasts natively, with torch's warning.
         reduction: ``"mean"`` (over all elements, also with a weight), ``"sum"`` or ``"none"``.
         delta: where the quadratic part ends; positive.

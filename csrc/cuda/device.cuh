@@ -24,7 +24,7 @@ __device__ __forceinline__ void thread_fence() { __threadfence(); }
 // Thread-block clusters: no kernel is launched with one below sm_90.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

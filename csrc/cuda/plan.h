@@ -36,10 +36,12 @@ RowsPlan plan_row(int64_t classes) {
   constexpr int width = Vector<S>::width, kMostLoadsOfWarp = 8 * kWarp;
   RowsPlan plan;
   plan.slice = int(classes);
-  plan.vectorised = classes >= 4 * width;
+  // Below, heads and tails that are no vectors would be most of a row.
+  plan.vectorised = classes >= 16 * width;
   const int64_t loads = plan.vectorised ? classes / width : classes;
   if (loads <= kMostLoadsOfWarp) {
-    plan.lanes = int(least(kWarp, power_of_two_from(divide_up(loads, 2))));  // 2 loads a lane, then up to 8
+    const int64_t of_lane = plan.vectorised ? 2 : kUnroll<S>;
+    plan.lanes = int(least(kWarp, power_of_two_from(divide_up(loads, of_lane))));
     plan.threads = kThreads;
   } else {
     plan.lanes = plan.threads = int(least(kThreads, power_of_two_from(divide_up(loads, 2 * kUnroll<S>))));

@@ -145,7 +145,7 @@ def check_pointwise(
 def row_shapes(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """(rows, classes) around every threshold of plan.h."""
     width = WIDTH[dtype]
-    vectors, warp = 4 * width, 256 * width  # the shortest row read by vectors, the longest one of a warp
+    vectors, warp = 16 * width, 256 * width  # the shortest row read by vectors, the longest one of a warp
     part = 256 * (2 if dtype == torch.float64 else 4) * width  # the least that is worth a block of its own
     for classes in (1, 2, 3, vectors - 1, vectors, vectors + 1, 31, 32, 33):
         yield 1, classes
