@@ -11,9 +11,7 @@ constexpr int kUnroll = sizeof(S) == 8 ? 2 : 4;
 
 // Of kThreads, resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128.
 template <class S, bool kGrad>
-constexpr int kBlocks = sizeof(S) == 8 ? 2
-                        : kGrad        ? 3
-                                       : 4;
+constexpr int kBlocks = sizeof(S) == 8 ? 2 : (kGrad ? 3 : 4);
 
 struct RowsPlan {
   int lanes = 1;    // threads of a row within a block: some of a warp, or all of the block
@@ -57,21 +55,19 @@ int slice_of(int64_t classes, int64_t parts) {
 
 template <class S>
 RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
-  constexpr int kWaves = 4;
   RowsPlan plan = plan_row<S>(layout.classes);
   const int64_t resident = device.resident_blocks(kBlocks<S, false> * kThreads / plan.threads);
-  if (plan.lanes > kWarp) {
-    // Few rows: several blocks each, while a thread still has loads to do.
+  plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident);
+  if (plan.lanes > kWarp && layout.rows * 2 <= resident) {
+    // Rows that would leave half the device idle: several blocks each, while a thread still has loads to do.
     const int64_t most = layout.classes / (int64_t(plan.threads) * kUnroll<S> * Vector<S>::width);
-    const int64_t parts = least(least(kWaves * resident, kMaxBlocks) / layout.rows, most);
+    const int64_t parts = least(resident / layout.rows, most);
     if (parts > 1) {
       plan.parts = int(parts);
       plan.slice = slice_of<S>(layout.classes, parts);
       plan.blocks = layout.rows * parts;
-      return plan;
     }
   }
-  plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident);
   return plan;
 }
 

@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, kGrad>)
   const int lane = threadIdx.x % plan.lanes, group = threadIdx.x / plan.lanes, groups = blockDim.x / plan.lanes;
   const int parts = plan.parts, part = blockIdx.x % parts;
   const int classes = int(args.logits_layout.classes);
-  const int begin = int(least(classes, int64_t(part) * plan.slice)),
-            end = int(least(classes, int64_t(begin) + plan.slice));
+  const int begin = int(least(classes, int64_t(part) * plan.slice));
+  const int end = int(least(classes, int64_t(begin) + plan.slice));
   Vector<S>* resident = kGrad && plan.resident ? resident_rows<S>() + group * plan.resident_vectors : nullptr;
   RowStatistics<T>* partial = reinterpret_cast<RowStatistics<T>*>(Workspace(args.workspace).partial);
   Finish<S, Loss> finish(loss, args);
