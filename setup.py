@@ -48,6 +48,15 @@ HEADERS = (".h", ".inl", ".cuh")
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
+def cuda_architectures():
+    """TORCH_CUDA_ARCH_LIST without what the kernels are not written for; images often name every GPU there ever was."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    old = [entry for entry in wanted if re.match(r"[1-7]\.\d", entry)]
+    if old:
+        print(f"fusedloss: no CUDA kernels for {', '.join(old)}: they need 8.0 or more; such a GPU runs natively")
+    return ";".join(entry for entry in wanted if entry not in old) or CUDA_ARCHITECTURES
+
+
 def with_cuda():
     """Whether to build the CUDA kernels: a torch for CUDA, and its compiler."""
     wanted = os.environ.get("FUSEDLOSS_CUDA")
@@ -82,7 +91,7 @@ def extensions():
         macros.append(("FUSEDLOSS_CUDA_ARCHITECTURES", '"none"'))
         extension, flags = CppExtension, {"cxx": cxx}
     else:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures()
         macros += [("FUSEDLOSS_CUDA", "1"), ("FUSEDLOSS_CUDA_ARCHITECTURES", f'"{architectures}"')]
         nvcc = ["-O3", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"]
         extension, flags = CUDAExtension, {"cxx": cxx, "nvcc": nvcc}

@@ -102,7 +102,7 @@ struct CudaPointwiseArgs : PointwiseArgs {
 int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 
 // A target out of range, in pinned host memory: row -1 until a kernel has met one.
-struct BadTarget {
+struct alignas(16) BadTarget {
   int64_t row, target;
 };
 
@@ -120,6 +120,12 @@ int cuda_softmax_divisor(Softmax, const CudaSoftmaxArgs&, CudaStream);
 // With args.grad, also the gradient for an upstream gradient of 1; the divisor is then read, not written.
 int cuda_softmax_forward(Softmax, const CudaSoftmaxArgs&, CudaStream);
 int cuda_softmax_backward(Softmax, const CudaSoftmaxArgs&, CudaStream);
+
+// Within a row, kernels count in 32 bits, some steps past its end.
+constexpr int64_t kCudaMaxClasses = INT32_MAX - (1 << 16);
+
+// Whether this build has code for the current device.
+bool cuda_has_kernels();
 
 // data *= *factor, which is read on the device: at 1 nothing is touched.
 int cuda_scale(DType, void* data, int64_t count, const void* factor, CudaStream);

@@ -45,7 +45,7 @@ def error(loss: Loss, dtype: torch.dtype, device: str) -> float:
 
 def devices() -> list[str]:
     """The CPU, and a GPU where there is one and the kernels were built for it."""
-    on_gpu = extension is not None and extension.cuda_architectures != "none" and torch.cuda.is_available()
+    on_gpu = extension is not None and torch.cuda.is_available() and extension.has_kernels(torch.cuda.current_device())
     return ["cpu", "cuda"] if on_gpu else ["cpu"]
 
 

@@ -39,10 +39,13 @@ class Loss(NamedTuple):
 
 LOSSES: dict[str, Loss] = {}
 
+if extension is not None:
+    torch.library.register_fake("fusedloss::scale_", _fake.nothing)
+
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
-_DEVICES = ("cpu",) if extension is None or extension.cuda_architectures == "none" else ("cpu", "cuda")
+_CUDA_MAX_CLASSES = 2**31 - 1 - 2**16  # kCudaMaxClasses of csrc/kernels.h
 
 
 def pointwise(name: str) -> Callable[[Formula], Formula]:
@@ -98,6 +101,12 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
 # What a captured graph holds as a fused op. The extension cannot be asked: it would need real tensors.
 
 
+def _has_kernels(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return extension is not None and extension.has_kernels(device.index or 0)
+    return device.type == "cpu"
+
+
 def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
     plain = all(
         type(tensor).__name__ in _PLAIN and tensor.device == input.device and tensor.layout == torch.strided
@@ -106,7 +115,7 @@ def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: s
     )
     return (
         plain
-        and input.device.type in _DEVICES
+        and _has_kernels(input.device)
         and reduction in REDUCTIONS
         and input.dtype in _DTYPES
         and input.numel() > 0
@@ -129,6 +138,8 @@ def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, red
     if not _captures(logits, target, weight, reduction) or logits.dim() < 1 or target.dtype != torch.int64:
         return False
     class_dim = min(logits.dim() - 1, 1)
+    if logits.device.type == "cuda" and logits.shape[class_dim] > _CUDA_MAX_CLASSES:
+        return False
     return target.shape == logits.shape[:class_dim] + logits.shape[class_dim + 1 :] and (
         weight is None or weight.shape == logits.shape[class_dim : class_dim + 1]
     )

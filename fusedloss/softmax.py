@@ -48,12 +48,13 @@ def cross_entropy(
             never moves more bytes, now ``False``. No effect on float16 (an unscaled gradient would underflow), on
             ``reduction="none"``, or where nothing requires a gradient.
         inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. They hold
-            their values until backward, or only until this call returns with ``grad_in_forward=True``. Without grad
-            mode nothing is overwritten. Like ``grad_in_forward`` it is ignored where the call runs natively.
+            their values until backward, or only until this call returns with ``grad_in_forward=True``. The gradient
+            that backward hands on is their memory: what is written to them later changes it. Without grad mode nothing
+            is overwritten. Like ``grad_in_forward`` it is ignored where the call runs natively.
 
     Raises:
         IndexError: a target is out of range and not ``ignore_index``. On a GPU the loss is NaN instead, and the next
-            call or :func:`fusedloss.check` raises.
+            forward outside a replayed graph or :func:`fusedloss.check` raises.
         RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or that overlap in memory, or a
             backward through overwritten logits: a second one, or one with ``create_graph=True``.
         ValueError, RuntimeError: as torch, for shapes, dtypes and reductions that do not fit.
@@ -82,7 +83,8 @@ def _focal(
 ) -> Tensor:
     x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     class_dim = min(x.dim() - 1, 1)
-    logit = -F.nll_loss(x, target, ignore_index=ignore_index, reduction="none")  # picks, and rejects as torch does
+    # Picks, and rejects as torch does; its derivative knows no channels_last.
+    logit = -F.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
     kept = target != ignore_index
     index = torch.where(kept, target, 0).long()
     # The target against all others is a problem of two classes, in which no digit of a confident row is lost. Finite in
@@ -128,7 +130,7 @@ def focal_loss(
 
     Raises:
         ValueError: ``gamma`` is negative or NaN, ``alpha`` has the wrong length, or ``reduction`` is unknown.
-        IndexError: a target is out of range and not ``ignore_index``.
+        IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
     tensor(0.0018)

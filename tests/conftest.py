@@ -1,6 +1,9 @@
-"""The losses under test, in one table: each test runs over all of them, and over every loss declared since."""
+"""The losses under test, in one table: each test runs over all of them, and over every loss declared since.
 
-from collections.abc import Callable
+`pytest --device cuda` runs the tests on a GPU: tensors are made there unless a test says otherwise.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -27,17 +30,23 @@ class Loss:
     params: tuple[float, ...] = ()
 
     def data(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Logits or predictions of a shape, and a target that fits; an eighth of class targets is ignored."""
-        generator = torch.Generator().manual_seed(seed)
-        input = (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        """Logits or predictions of a shape, and a target that fits; an eighth of class targets is ignored.
+
+        The same numbers on every device.
+        """
+        device = torch.get_default_device()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        input = 3 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        input = input.to(dtype).to(device)
         if self.family == "pointwise":
-            target = torch.rand(shape, generator=generator, dtype=torch.float64)
-            return input, (target.round() if seed % 2 else target).to(dtype)
+            target = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+            return input, (target.round() if seed % 2 else target).to(dtype).to(device)
         classes = shape[1] if len(shape) > 1 else shape[0]
-        index = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=generator)
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        index = torch.randint(classes, rows, generator=generator, device="cpu")
         if index.numel() > 1:
             index.view(-1)[1::8] = -100
-        return input, index
+        return input, index.to(device)
 
 
 def _focal(gamma: float, alpha: float | None = None) -> Loss:
@@ -114,6 +123,54 @@ needs_extension = pytest.mark.skipif(
     extension is None, reason="no extension here; tests/test_fallback.py covers the native path"
 )
 
+ON_GPU = extension is not None and extension.cuda_architectures != "none" and torch.cuda.is_available()
+
+# What `--device cuda` leaves out: by file or folder here, by the marker below where a single test differs.
+OF_THE_CPU = {
+    "cuda_on_cpu": "runs the CUDA kernels on the CPU; tests/test_gpu.py runs them on a GPU",
+    "test_cpu.py": "about instruction sets and threads of the CPU",
+    "test_demo.py": "the demo trains on the CPU",
+    "test_mutants.py": "compiles mutants of the formulas for the CPU; the formulas are the same on a GPU",
+    "test_nvcc.py": "reads the compiler's output, which needs no GPU",
+}
+
+
+def on_cpu_alone(reason: str) -> pytest.MarkDecorator:
+    """For a test whose contract is another one on a GPU; the reason names what covers it there."""
+    return pytest.mark.on_cpu_alone(reason=reason)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu (default) or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "on_cpu_alone(reason): left out with --device cuda")
+    if torch.device(config.getoption("--device")).type != "cpu" and not ON_GPU:
+        raise pytest.UsageError("--device cuda needs a GPU and an extension built with its CUDA kernels")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.device(config.getoption("--device")).type == "cpu":
+        return
+    for item in items:
+        reasons = [OF_THE_CPU[part] for part in item.path.parts if part in OF_THE_CPU]
+        reasons += [mark.kwargs["reason"] for mark in item.iter_markers("on_cpu_alone")]
+        if reasons:
+            item.add_marker(pytest.mark.skip(reason=reasons[0]))
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For tests, not for doctests, whose text names no device."""
+    device = request.config.getoption("--device")
+    if device == "cpu" or isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
 
 def named(losses: list[Loss]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("loss", losses, ids=[loss.name for loss in losses])
@@ -133,9 +190,9 @@ def value_and_grad(
     x = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     value = function(x, target, reduction)
     if upstream is None:
-        generator = torch.Generator().manual_seed(7)
-        upstream = torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5
-    upstream = upstream.to(value.dtype)
+        generator = torch.Generator("cpu").manual_seed(7)
+        upstream = torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    upstream = upstream.to(value.device, value.dtype)
     (grad,) = torch.autograd.grad(value, x, upstream)
     return value.detach(), grad, upstream
 

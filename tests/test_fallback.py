@@ -7,6 +7,8 @@ import sys
 import torch
 from conftest import needs_extension
 
+from fusedloss.__main__ import devices
+
 SCRIPT = """
 import sys, torch, fusedloss, fusedloss.functional as L
 from fusedloss._library import extension
@@ -69,7 +71,7 @@ def self_check(**environment: str) -> subprocess.CompletedProcess:
 def test_self_check():
     done = self_check()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" ok\n") == 4 and "path:" in done.stdout
+    assert done.stdout.count(" ok\n") == 4 * len(devices()) and "path:" in done.stdout
     disabled = self_check(FUSEDLOSS_DISABLE="1")
     assert disabled.returncode == 0 and "native PyTorch (FUSEDLOSS_DISABLE=1)" in disabled.stdout
 
@@ -81,4 +83,18 @@ def test_self_check_fails_where_a_loss_is_off(monkeypatch, capsys):
     off = honest._replace(routed=lambda *arguments: 1.001 * honest.routed(*arguments))
     monkeypatch.setitem(program.LOSSES, "huber", off)
     assert program.main() == 1
-    assert capsys.readouterr().out.count("OFF") == 1
+    assert capsys.readouterr().out.count("OFF") == len(devices())
+
+
+@needs_extension
+def test_a_first_call_in_inference_mode_does_not_decide_for_the_others():
+    code = """
+import torch, fusedloss
+from fusedloss._library import extension
+x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+with torch.inference_mode():
+    fusedloss.CrossEntropyLoss()(x, y)
+    fusedloss.CrossEntropyLoss()(torch.randn(3, 4), torch.tensor([0, 1, 2]))
+assert extension.cross_entropy(x, y, None, "mean", -100) is not None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -46,6 +46,17 @@ def test_a_double_backward_carries_a_graph(loss):
     torch.testing.assert_close(third, torch.autograd.grad(expected_second.sum(), x)[0])
 
 
+@named(SOFTMAX)
+def test_a_double_backward_of_channels_last(loss):
+    x, target = loss.data((2, 5, 3, 4), torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    (grad,) = torch.autograd.grad(loss.fused(x, target, "mean"), x, create_graph=True)
+    (expected,) = torch.autograd.grad(loss.fused(x.contiguous(), target, "mean"), x, create_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(grad.square().sum(), x), torch.autograd.grad(expected.square().sum(), x)
+    )
+
+
 def test_a_target_computed_from_the_input_is_not_counted_twice():
     x = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: L.huber_loss(x, x**2), x)

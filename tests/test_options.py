@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, on_cpu_alone
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -158,6 +158,7 @@ def test_nothing_is_overwritten_without_a_gradient(options):
 
 
 @needs_extension
+@on_cpu_alone("a GPU tells of a bad target at the next call: test_gpu.py::test_a_bad_target_in_mid_training")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_bad_target_leaves_the_logits_alone(options):
     x, target = data((40, 30))
@@ -178,6 +179,7 @@ def test_fp16_never_makes_its_gradient_in_forward():
 
 
 @needs_extension
+@on_cpu_alone("counts the CPU's allocations: test_gpu.py::test_peak_memory counts a GPU's")
 def test_training_in_place_needs_memory_for_rows_alone():
     from torch.profiler import ProfilerActivity, profile
 
@@ -225,3 +227,28 @@ def test_under_torch_compile_they_are_hints_without_effect():
     leaf = x.clone().requires_grad_()
     compiled(leaf).backward()
     torch.testing.assert_close(leaf.grad, loss_and_grad(x, target, 1.0)[1])
+
+
+@needs_extension
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": True}], ids=str)
+def test_compiled_autograd_over_an_eager_loss(options):
+    x, target = data((6, 5))
+    expected = loss_and_grad(x, target, 1.0)[1]
+    leaf = x.clone().requires_grad_()
+    loss = L.cross_entropy(leaf * 1, target, **options)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+@needs_extension
+def test_the_op_that_scales_a_gradient():
+    scale = torch.ops.fusedloss.scale_
+    for factor in (1.0, 2.5):
+        grad = torch.randn(7)
+        expected = grad * factor
+        scale(grad, torch.tensor(factor))
+        assert torch.equal(grad, expected)
+    torch.library.opcheck(scale, (torch.randn(7), torch.tensor(2.0)), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="expected one factor, got 3"):
+        scale(torch.randn(3), torch.randn(3))

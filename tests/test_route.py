@@ -174,7 +174,7 @@ def test_declined_calls_run_natively(loss):
     assert not runs_fused(loss, x.as_subclass(Subclass), target)
     assert not runs_fused(loss, torch.view_as_complex(torch.stack([x, x], -1)).conj().imag, target)  # a negative view
     assert not runs_fused(loss, x, target, "elementwise_mean")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert not runs_fused(loss, x.bfloat16(), target)
     assert loss.fused(x.to("meta"), target.to("meta"), "none").shape == target.shape
 
@@ -182,7 +182,7 @@ def test_declined_calls_run_natively(loss):
 @needs_extension
 def test_autocast_gives_torchs_dtypes():
     x, y = torch.randn(4, 5, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 3])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert L.cross_entropy(x, y).dtype == nn.functional.cross_entropy(x, y).dtype == torch.float32
 
 

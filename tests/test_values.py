@@ -177,5 +177,6 @@ def test_huber_weight(reduction):
 def test_fp16_mean_of_many_rows_is_right_where_torchs_is_nan():
     x, y = torch.randn(100_000, 10, dtype=torch.float16), torch.randint(10, (100_000,))
     exact = F.cross_entropy(x.double(), y)
-    assert F.cross_entropy(x, y).isnan()
+    if x.is_cpu:  # on a GPU torch adds up in float32
+        assert F.cross_entropy(x, y).isnan()
     torch.testing.assert_close(L.cross_entropy(x, y).double(), exact, rtol=2**-11, atol=0)

@@ -186,19 +186,25 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
+// To the device's limit rather than this launch's: other threads launch the same kernel.
 template <class... P>
 cudaError_t allow_shared(const Launch& how, void (*kernel)(P...)) {
   if (how.shared <= (48 << 10)) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Device().shared_bytes);
 }
 
-// Whether the device, or the part of it this process was given, has room for a cluster.
+// Whether the kernel was compiled with clusters, which older PTX is not whatever the device, and the device, or the
+// part of it this stream was given, has room for one.
 template <class... P>
-bool cluster_fits(const Launch& how, void (*kernel)(P...)) {
+bool cluster_fits(const Launch& how, CudaStream stream, void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
   int clusters = 0;
-  if (allow_shared(how, kernel) != cudaSuccess) return false;
-  const Configuration configuration(how, nullptr);
-  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config) == cudaSuccess && clusters > 0;
+  const Configuration configuration(how, stream);
+  const bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+                     allow_shared(how, kernel) == cudaSuccess &&
+                     cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config) == cudaSuccess;
+  if (!known) cudaGetLastError();  // an answer, not an error for whoever asks next
+  return known && clusters > 0;
 }
 
 template <class... P, class... A>

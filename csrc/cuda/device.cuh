@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_vector_bits(void* to, uint4 bits) { __stcs
 __device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
 
-// Thread-block clusters: no kernel is launched with one below sm_90.
+// Thread-block clusters: no kernel is launched with one that was compiled for less than sm_90.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");

@@ -39,6 +39,13 @@ cudaError_t run_scale(void* data, int64_t count, const void* factor, CudaStream 
 
 namespace fusedloss {
 
+bool cuda_has_kernels() {
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, FUSEDLOSS_ISA::scale_kernel<float>) == cudaSuccess;
+  if (!found) cudaGetLastError();  // an answer, not an error for whoever asks next
+  return found;
+}
+
 int cuda_scale(DType dtype, void* data, int64_t count, const void* factor, CudaStream stream) {
   using namespace FUSEDLOSS_ISA;
   switch (dtype) {

@@ -95,7 +95,8 @@ struct Finish {
       sums.values[1] += Loss::mean_by_weight ? double(target.weight) : 1.0;
     } else if (target.out_of_range) {
       value = T(NAN);
-      *args.bad_target = {row, args.target[row]};
+      // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
+      store_vector_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, args.target[row]}));
     }
     sums.values[0] += double(value);
     if (args.losses) static_cast<S*>(args.losses)[row] = store<S>(value);
@@ -107,7 +108,7 @@ struct Finish {
   __device__ void write(const Sums<2>& totals) const {
     const double total = totals.values[0], divisor = totals.values[1];
     if (args.total) *static_cast<S*>(args.total) = store<S>(T(args.mean ? total / divisor : total));
-    if (!args.grad) *static_cast<T*>(args.divisor) = args.mean ? T(divisor) : T(1);
+    if (!args.grad || !args.mean) *static_cast<T*>(args.divisor) = args.mean ? T(divisor) : T(1);
   }
 };
 

@@ -249,7 +249,7 @@ cudaError_t run_forward_with_gradient(const Loss& loss, const CudaSoftmaxArgs& a
   };
   Device device;
   RowsPlan plan = plan_forward_with_gradient<S>(args.logits_layout, device, shared);
-  if (plan.cluster > 1 && !cluster_fits(how(plan), kernel)) {
+  if (plan.cluster > 1 && !cluster_fits(how(plan), stream, kernel)) {
     device.clusters = 0;
     plan = plan_forward_with_gradient<S>(args.logits_layout, device, shared);
   }

@@ -63,9 +63,15 @@ Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
   return {at::empty_like(like, upstream.options()).copy_(upstream), 1};
 }
 
-Tensor scale_(Tensor data, const Tensor& factor) {
-  static const auto op = find_op("fusedloss::scale_").typed<Tensor(Tensor, const Tensor&)>();
-  return op.call(data, factor);
+Tensor scale_(const Tensor& data, const Tensor& factor) {
+  static const auto op = find_op("fusedloss::scale_").typed<void(Tensor, const Tensor&)>();
+  op.call(data, factor);
+  return data;
+}
+
+void check_factor(const Tensor& data, const Tensor& factor) {
+  TORCH_CHECK(factor.numel() == 1, "scale_: expected one factor, got ", factor.numel());
+  check_device("scale_", "a factor", factor, data);
 }
 
 Tensor take_grad(torch::autograd::AutogradContext* ctx) {
@@ -88,9 +94,10 @@ SoftmaxFormula& native_formula(Softmax loss) {
 
 }  // namespace fusedloss
 
-TORCH_LIBRARY_FRAGMENT(fusedloss, m) { m.def("scale_(Tensor(a!) data, Tensor factor) -> Tensor(a!)"); }
+TORCH_LIBRARY_FRAGMENT(fusedloss, m) { m.def("scale_(Tensor(a!) data, Tensor factor) -> ()"); }
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
   m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
-    return factor.item<double>() == 1 ? data : data.mul_(factor);
+    fusedloss::check_factor(data, factor);
+    if (factor.item<double>() != 1) data.mul_(factor);
   });
 }

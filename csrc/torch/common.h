@@ -55,8 +55,14 @@ struct Upstream {
 };
 Upstream read_upstream(const Tensor& upstream, const Tensor& like);
 
-// data *= factor, one element: left alone where that is 1, which a GPU finds out by itself.
-Tensor scale_(Tensor data, const Tensor& factor);
+// data *= factor, one element: left alone where that is 1, which a GPU finds out by itself. Returns data.
+Tensor scale_(const Tensor& data, const Tensor& factor);
+void check_factor(const Tensor& data, const Tensor& factor);
+
+inline void check_device(const char* name, const char* what, const Tensor& tensor, const Tensor& like) {
+  TORCH_CHECK(tensor.device() == like.device(), name, ": expected ", what, " on ", like.device(), ", got ",
+              tensor.device());
+}
 
 // The gradient a forward has left in ctx for the first backward, which may scale and give it away; a later one finds
 // none and makes its own.
@@ -64,7 +70,7 @@ Tensor take_grad(torch::autograd::AutogradContext* ctx);
 
 // The autograd side, callable without the dispatcher: a differentiable loss.
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, Params params);
+                      int64_t reduction, Params params, bool grad_in_forward);
 Tensor softmax_loss(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                     int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward, bool in_place);
 

@@ -33,13 +33,13 @@ namespace {
 // subclasses with __torch_dispatch__.
 bool is_plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return false;
-  static const c10::DispatchKeySet on_cpu = at::empty({0}, at::kFloat).key_set();
+  using Key = c10::DispatchKey;
+  static const c10::DispatchKeySet on_cpu({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU});
   const Tensor& tensor = THPVariable_Unpack(object);
   bool plain = on_cpu.has_all(tensor.key_set());
 #ifdef FUSEDLOSS_CUDA
-  using Key = c10::DispatchKey;
   static const c10::DispatchKeySet on_cuda({Key::CUDA, Key::ADInplaceOrView, Key::AutogradCUDA, Key::AutocastCUDA});
-  plain = plain || on_cuda.has_all(tensor.key_set());
+  plain = plain || (on_cuda.has_all(tensor.key_set()) && has_kernels(tensor.device().index()));
 #endif
   return plain && !tensor._fw_grad(0).defined();
 }
@@ -102,7 +102,7 @@ OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight,
   const std::optional<Call> call = Call::read(input, target, weight, reduction, first, second);
   if (!call || !owns_pointwise(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
   py::gil_scoped_release no_gil;
-  return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params());
+  return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params(), true);
 }
 
 // grad_in_forward None chooses what never moves more bytes: forward and backward apart read the logits twice and write
@@ -179,7 +179,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_architectures") = FUSEDLOSS_CUDA_ARCHITECTURES;
 #ifdef FUSEDLOSS_CUDA
   m.def("check", torch::wrap_pybind_function(fusedloss::raise_bad_target));
+  m.def("has_kernels", &fusedloss::has_kernels);
 #else
   m.def("check", [] {});
+  m.def("has_kernels", [](c10::DeviceIndex) { return false; });
 #endif
 }

@@ -42,6 +42,8 @@ PointwiseInputs::PointwiseInputs(Pointwise loss, const Tensor& input_, const Ten
   TORCH_CHECK(kernel_dtype(input.scalar_type()), name, ": expected a floating point input, got ", input.scalar_type());
   TORCH_CHECK(traits_of(loss, params).valid, name, ": parameters out of range: ", params);
   if (!input.is_non_overlapping_and_dense()) input = input.clone();  // dense, in the order empty_like gives
+  check_device(name, "a target", target, input);
+  if (weight) check_device(name, "a weight", *weight, input);
   align(target, "target", name);
   if (weight) align(*weight, "weight", name);
 }
@@ -66,6 +68,7 @@ void check_backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor&
   TORCH_CHECK(upstream.scalar_type() == inputs.input.scalar_type(), name_of(loss),
               "_backward: expected an upstream gradient of ", inputs.input.scalar_type(), ", got ",
               upstream.scalar_type());
+  check_device(name_of(loss), "an upstream gradient", upstream, inputs.input);
   TORCH_CHECK(upstream.sizes() == (reduction == kNone ? inputs.input.sizes() : at::IntArrayRef()), name_of(loss),
               "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
 }
@@ -121,20 +124,21 @@ variable_list differentiable_gradients(Pointwise loss, const Tensor& upstream, c
 
 // On a GPU a gradient in forward moves 3 elements where forward and backward apart move 5, and as many as they do where
 // the upstream gradient is not 1.
-bool grad_in_forward(const Tensor& input, int64_t reduction) {
+bool pays_in_forward(const Tensor& input, int64_t reduction) {
   return input.is_cuda() && reduction != kNone && input.scalar_type() != at::kHalf;
 }
 
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static Tensor forward(AutogradContext* ctx, int64_t loss, const Tensor& input, const Tensor& target,
-                        const OptionalTensor& weight, int64_t reduction, Params params) {
+                        const OptionalTensor& weight, int64_t reduction, Params params, bool grad_in_forward) {
     ctx->save_for_backward({input, target, weight.value_or(Tensor())});
     ctx->saved_data["loss"] = loss;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["params"] = params.vec();
     at::AutoDispatchBelowADInplaceOrView guard;
     const Ops& ops = ops_of(Pointwise(loss));
-    if (!grad_in_forward(input, reduction)) return ops.forward.call(input, target, weight, reduction, params);
+    if (!grad_in_forward || !pays_in_forward(input, reduction))
+      return ops.forward.call(input, target, weight, reduction, params);
     auto [value, grad] = ops.with_grad.call(input, target, weight, reduction, params);
     ctx->saved_data["grad"] = grad;
     return value;
@@ -147,7 +151,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const auto loss = Pointwise(ctx->saved_data["loss"].toInt());
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const std::vector<double> params = ctx->saved_data["params"].toDoubleVector();
-    variable_list gradients(6);  // one for each argument of forward
+    variable_list gradients(7);  // one for each argument of forward
     if (!upstream[0].defined()) return gradients;
     if (at::GradMode::is_enabled()) {
       const variable_list found = differentiable_gradients(loss, upstream[0], input, target, weight, reduction, params);
@@ -183,11 +187,11 @@ bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, c
 }
 
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, Params params) {
+                      int64_t reduction, Params params, bool grad_in_forward) {
   if (wants_grad(input, target)) {
     TORCH_CHECK(!target.requires_grad() || traits_of(loss, params).of_difference, name_of(loss),
                 " is not differentiable with respect to its target");
-    return PointwiseFunction::apply(int64_t(loss), input, target, weight, reduction, params);
+    return PointwiseFunction::apply(int64_t(loss), input, target, weight, reduction, params, grad_in_forward);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops_of(loss).forward.call(input, target, weight, reduction, params);
@@ -198,7 +202,8 @@ namespace {
 template <Pointwise kLoss>
 Tensor autograd_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                         Params params) {
-  return pointwise_loss(kLoss, input, target, weight, reduction, params);
+  // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
+  return pointwise_loss(kLoss, input, target, weight, reduction, params, false);
 }
 
 }  // namespace

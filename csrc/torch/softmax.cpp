@@ -65,7 +65,11 @@ void check(Softmax loss, const Tensor& logits, const Tensor& target, const Optio
   TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), name, ": expected target size ", at::IntArrayRef(expected),
               ", got ", target.sizes());
   TORCH_CHECK(valid(loss, params), name, ": parameters out of range: ", params);
+  TORCH_CHECK(logits.is_cpu() || logits.size(class_dim(logits)) <= kCudaMaxClasses, name, ": expected at most ",
+              kCudaMaxClasses, " classes, got ", logits.size(class_dim(logits)));
+  check_device(name, "a target", target, logits);
   if (!weight) return;
+  check_device(name, "a weight", *weight, logits);
   TORCH_CHECK(weight->scalar_type() == logits.scalar_type(), name, ": expected a weight of the logits' dtype ",
               logits.scalar_type(), ", got ", weight->scalar_type());
   TORCH_CHECK(weight->dim() == 1 && weight->numel() == logits.size(class_dim(logits)), name,
@@ -109,6 +113,8 @@ void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& ups
   const at::ScalarType dtype = inputs.logits.scalar_type();
   TORCH_CHECK(upstream.scalar_type() == dtype, name, "_backward: expected an upstream gradient of ", dtype, ", got ",
               upstream.scalar_type());
+  check_device(name, "an upstream gradient", upstream, inputs.logits);
+  check_device(name, "statistics", statistics, inputs.logits);
   TORCH_CHECK(upstream.sizes() == (reduction == kNone ? inputs.target.sizes() : at::IntArrayRef()), name,
               "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
   TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == 2 * inputs.target.numel() + 1 &&
@@ -173,9 +179,10 @@ struct Saved {
 };
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
-  static variable_list forward(AutogradContext* ctx, int64_t loss, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params,
-                               bool grad_in_forward, bool in_place) {
+  // The statistics go out beside the differentiable outputs: compiled autograd knows no others.
+  static Tensor forward(AutogradContext* ctx, int64_t loss, const Tensor& logits, const Tensor& target,
+                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params,
+                        bool grad_in_forward, bool in_place, Tensor* statistics_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Ops& ops = ops_of(Softmax(loss));
     Tensor value, statistics;
@@ -194,18 +201,17 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       }
       ctx->save_for_backward({logits, target, weight.value_or(Tensor()), statistics});
     }
-    ctx->mark_non_differentiable({statistics});
-    ctx->set_materialize_grads(false);  // no zeros, 8 bytes a row, for a gradient of the statistics
     ctx->saved_data["loss"] = loss;
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["params"] = params.vec();
     if (in_place) ctx->saved_data["in_place"] = true;
-    return {value, statistics};
+    *statistics_out = statistics;
+    return value;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    variable_list gradients(9);  // one for each argument of forward
+    variable_list gradients(10);  // one for each argument of forward
     if (!upstream[0].defined()) return gradients;
     const Saved call = Saved::of(ctx);
     const auto saved = ctx->get_saved_variables();
@@ -250,9 +256,10 @@ std::tuple<Tensor, Tensor> loss_and_statistics(Softmax loss, const Tensor& logit
                 "a leaf Variable that requires grad is being used in an in-place operation.");
     if (in_place) at::assert_no_internal_overlap(logits);
     grad_in_forward = grad_in_forward && reduction != kNone && logits.scalar_type() != at::kHalf;
-    variable_list outputs = SoftmaxFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index,
-                                                   params, grad_in_forward, in_place);
-    return {outputs[0], outputs[1]};
+    Tensor statistics;
+    const Tensor value = SoftmaxFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index, params,
+                                                grad_in_forward, in_place, &statistics);
+    return {value, statistics};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return ops_of(loss).forward.call(logits, target, weight, reduction, ignore_index, params);
@@ -265,8 +272,7 @@ bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, cons
   const int64_t dim = logits.dim();
   if (dim < 1 || target.dim() != dim - 1 || target.scalar_type() != at::kLong || logits.numel() == 0) return false;
   if (!kernel_dtype(logits.scalar_type()) || !valid(loss, params)) return false;
-  // Within a row, the CUDA kernels count in 32 bits.
-  if (!logits.is_cpu() && logits.size(class_dim(logits)) > INT32_MAX) return false;
+  if (!logits.is_cpu() && logits.size(class_dim(logits)) > kCudaMaxClasses) return false;
   for (int64_t d = 0; d < target.dim(); ++d) {
     if (target.size(d) != logits.size(d == 0 ? 0 : d + 1)) return false;
   }

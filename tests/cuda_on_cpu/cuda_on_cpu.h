@@ -200,6 +200,16 @@ cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int val
   return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  attributes->ptxVersion = 10 * cuda_on_cpu::device.major;
+  return cudaSuccess;
+}
+
 template <class F>
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, F* kernel, const cudaLaunchConfig_t* config) {
   using namespace cuda_on_cpu;

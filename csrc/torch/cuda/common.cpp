@@ -31,14 +31,28 @@ BadTarget* bad_target(c10::DeviceIndex device) {
   return (all ? all : allocate_flags()) + device;
 }
 
+bool has_kernels(c10::DeviceIndex device) {
+  enum Answer : signed char { kUnknown, kNo, kYes };
+  static std::atomic<signed char> answers[kMaxDevices] = {};
+  if (device < 0 || device >= kMaxDevices) return false;
+  signed char answer = answers[device].load(std::memory_order_relaxed);
+  if (answer == kUnknown) {
+    c10::cuda::CUDAGuard guard(device);
+    answer = cuda_has_kernels() ? kYes : kNo;
+    answers[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == kYes;
+}
+
 void raise_bad_target() {
   BadTarget* all = flags.load();
   if (!all) return;
   for (int device = 0; device < kMaxDevices; ++device) {
-    volatile BadTarget& flag = all[device];
-    const int64_t row = flag.row, target = flag.target;
-    if (row < 0) continue;
-    flag.row = -1;
+    BadTarget& flag = all[device];
+    if (std::atomic_ref<int64_t>(flag.row).load(std::memory_order_acquire) < 0) continue;
+    const int64_t target = std::atomic_ref<int64_t>(flag.target).load(std::memory_order_relaxed);
+    const int64_t row = std::atomic_ref<int64_t>(flag.row).exchange(-1);
+    if (row < 0) continue;  // another thread raises it
     TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds. It stood in row ", row,
                       " of an earlier call on cuda:", device, ", whose loss is NaN.");
   }
@@ -49,13 +63,14 @@ void raise_bad_target() {
 TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
   m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
     using namespace fusedloss;
+    check_factor(data, factor);
     const auto dtype = kernel_dtype(data.scalar_type());
     if (!dtype || factor.scalar_type() != data.scalar_type() || !data.is_non_overlapping_and_dense()) {
-      return data.mul_(factor);
+      data.mul_(factor);
+      return;
     }
     c10::cuda::CUDAGuard guard(data.device());
     check_launch(cuda_scale(*dtype, data.mutable_data_ptr(), data.numel(), factor.const_data_ptr(),
                             c10::cuda::getCurrentCUDAStream().stream()));
-    return data;
   });
 }

@@ -27,6 +27,9 @@ inline void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(er
 // Pinned memory where the kernels of a device leave a target out of range.
 BadTarget* bad_target(c10::DeviceIndex device);
 
+// Whether this build has code for the device: a GPU older or newer than the architectures it was made for has none.
+bool has_kernels(c10::DeviceIndex device);
+
 // IndexError, once, if a kernel has met one on any device. Reads host memory; waits for nothing.
 void raise_bad_target();
 

@@ -1,0 +1,68 @@
+"""What a figure depends on besides the code: device, driver, clocks, versions, date and revision."""
+
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+PACKAGES = {"Liger": "liger-kernel", "QuACK": "quack-kernels", "flash-attn": "flash-attn", "triton": "triton"}
+UNKNOWN = "unknown"
+
+
+def facts() -> dict[str, str]:
+    device = torch.cuda.get_device_properties(0)
+    smi = _under_load()
+    found = {
+        "device": device.name,
+        "multiprocessors": str(device.multi_processor_count),
+        "L2": f"{device.L2_cache_size >> 20} MiB",
+        "driver": smi["driver_version"],
+        "SM clock under load": f"{smi['clocks.sm']} MHz of {smi['clocks.max.sm']}",
+        "memory clock under load": f"{smi['clocks.mem']} MHz of {smi['clocks.max.mem']}",
+        "power limit": f"{smi['power.limit']} W",
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda or UNKNOWN,
+        "Python": platform.python_version(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "revision": _revision(),
+    }
+    for name, package in PACKAGES.items():
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _under_load() -> dict[str, str]:
+    """What nvidia-smi reports while copies run: an idle device clocks down."""
+    source = torch.ones(1 << 28, device="cuda")
+    copy = torch.empty_like(source)
+    for _ in range(4000):  # 2 seconds of an H200
+        copy.copy_(source)
+    device = f"GPU-{getattr(torch.cuda.get_device_properties(0), 'uuid', '')}"
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    answer = _ask(command + ["-i", device]) or _ask(command)
+    torch.cuda.synchronize()
+    values = [value.strip() for value in answer.splitlines()[0].split(",")] if answer else []
+    return dict(zip(QUERY, values, strict=True)) if len(values) == len(QUERY) else dict.fromkeys(QUERY, UNKNOWN)
+
+
+def _revision() -> str:
+    here = ["git", "-C", str(Path(__file__).parent)]
+    revision = _ask([*here, "rev-parse", "--short=12", "HEAD"])
+    changed = _ask([*here, "status", "--porcelain", "--untracked-files=no"])
+    return (revision or UNKNOWN) + (" with changes" if changed else "")
+
+
+def _ask(command: list[str]) -> str:
+    """What the command prints, or nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
