@@ -45,6 +45,8 @@ if extension is not None:
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+# What was built, not what runs on this GPU: to ask that would break the graph, and the op itself says so.
+_DEVICES = ("cpu",) if extension is None or extension.cuda_architectures == "none" else ("cpu", "cuda")
 _CUDA_MAX_CLASSES = 2**31 - 1 - 2**16  # kCudaMaxClasses of csrc/kernels.h
 
 
@@ -101,12 +103,6 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
 # What a captured graph holds as a fused op. The extension cannot be asked: it would need real tensors.
 
 
-def _has_kernels(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return extension is not None and extension.has_kernels(device.index or 0)
-    return device.type == "cpu"
-
-
 def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
     plain = all(
         type(tensor).__name__ in _PLAIN and tensor.device == input.device and tensor.layout == torch.strided
@@ -115,7 +111,7 @@ def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: s
     )
     return (
         plain
-        and _has_kernels(input.device)
+        and input.device.type in _DEVICES
         and reduction in REDUCTIONS
         and input.dtype in _DTYPES
         and input.numel() > 0
