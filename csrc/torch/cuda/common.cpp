@@ -49,9 +49,9 @@ void raise_bad_target() {
   if (!all) return;
   for (int device = 0; device < kMaxDevices; ++device) {
     BadTarget& flag = all[device];
-    if (std::atomic_ref<int64_t>(flag.row).load(std::memory_order_acquire) < 0) continue;
-    const int64_t target = std::atomic_ref<int64_t>(flag.target).load(std::memory_order_relaxed);
-    const int64_t row = std::atomic_ref<int64_t>(flag.row).exchange(-1);
+    if (__atomic_load_n(&flag.row, __ATOMIC_ACQUIRE) < 0) continue;
+    const int64_t target = __atomic_load_n(&flag.target, __ATOMIC_RELAXED);
+    const int64_t row = __atomic_exchange_n(&flag.row, int64_t(-1), __ATOMIC_ACQ_REL);
     if (row < 0) continue;  // another thread raises it
     TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds. It stood in row ", row,
                       " of an earlier call on cuda:", device, ", whose loss is NaN.");
