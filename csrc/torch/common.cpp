@@ -74,6 +74,15 @@ void check_factor(const Tensor& data, const Tensor& factor) {
   check_device("scale_", "a factor", factor, data);
 }
 
+bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {
+  return reduction != kNone && input.scalar_type() != at::kHalf;
+}
+
+void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction) {
+  TORCH_CHECK(reduction != kNone, name, ": a gradient in forward needs a reduction, mean or sum");
+  TORCH_CHECK(may_make_gradient_in_forward(input, reduction), name, ": no gradient in forward in ", at::kHalf);
+}
+
 Tensor take_grad(torch::autograd::AutogradContext* ctx) {
   const auto found = ctx->saved_data.find("grad");
   if (found == ctx->saved_data.end()) return Tensor();

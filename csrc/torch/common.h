@@ -64,6 +64,11 @@ inline void check_device(const char* name, const char* what, const Tensor& tenso
               tensor.device());
 }
 
+// Whether forward may make the gradient of a call, before its upstream gradient is known: of a reduction to one value,
+// and not in fp16, where that of a mean would underflow before a loss scale could lift it.
+bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction);
+void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction);
+
 // The gradient a forward has left in ctx for the first backward, which may scale and give it away; a later one finds
 // none and makes its own.
 Tensor take_grad(torch::autograd::AutogradContext* ctx);

@@ -73,11 +73,6 @@ void check_backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor&
               "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
 }
 
-void check_gradient_in_forward(Pointwise loss, const Tensor& input, int64_t reduction) {
-  TORCH_CHECK(reduction != kNone, name_of(loss), ": a gradient in forward needs a reduction, mean or sum");
-  TORCH_CHECK(input.scalar_type() != at::kHalf, name_of(loss), ": no gradient in forward in ", at::kHalf);
-}
-
 namespace {
 
 using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params);
@@ -125,7 +120,7 @@ variable_list differentiable_gradients(Pointwise loss, const Tensor& upstream, c
 // On a GPU a gradient in forward moves 3 elements where forward and backward apart move 5, and as many as they do where
 // the upstream gradient is not 1.
 bool pays_in_forward(const Tensor& input, int64_t reduction) {
-  return input.is_cuda() && reduction != kNone && input.scalar_type() != at::kHalf;
+  return input.is_cuda() && may_make_gradient_in_forward(input, reduction);
 }
 
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {

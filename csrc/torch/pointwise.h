@@ -31,7 +31,6 @@ struct PointwiseInputs {
 };
 
 void check_backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction);
-void check_gradient_in_forward(Pointwise loss, const Tensor& input, int64_t reduction);
 
 template <class Device, Pointwise kLoss>
 struct PointwiseOps {
@@ -46,7 +45,7 @@ struct PointwiseOps {
   static std::tuple<Tensor, Tensor> with_grad(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                               int64_t reduction, Params params) {
     const PointwiseInputs inputs(kLoss, input, target, weight, params);
-    check_gradient_in_forward(kLoss, input, reduction);
+    check_gradient_in_forward(name_of(kLoss), input, reduction);
     Tensor loss = at::empty({}, inputs.input.options()), grad = empty_gradient(inputs.input);
     Device::forward(kLoss, inputs, reduction, loss, &grad);
     return {loss, grad};

@@ -11,6 +11,7 @@
 #include <vector>
 
 namespace fusedloss {
+namespace {
 
 bool valid(Softmax loss, Params given) {
   double params[kMaxParams];
@@ -26,6 +27,8 @@ bool valid(Softmax loss, Params given) {
 }
 
 int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+
+}  // namespace
 
 std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
   const int64_t dim = logits.dim(), classes = logits.size(class_dim(logits));
@@ -121,11 +124,6 @@ void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& ups
                   statistics.scalar_type() == arithmetic_type(dtype),
               name, "_backward: expected the statistics of the forward, got ", statistics.sizes(), " of ",
               statistics.scalar_type());
-}
-
-void check_gradient_in_forward(Softmax loss, const Tensor& logits, int64_t reduction) {
-  TORCH_CHECK(reduction != kNone, name_of(loss), ": a gradient in forward needs a reduction, mean or sum");
-  TORCH_CHECK(logits.scalar_type() != at::kHalf, name_of(loss), ": no gradient in forward in ", at::kHalf);
 }
 
 namespace {
@@ -255,7 +253,7 @@ std::tuple<Tensor, Tensor> loss_and_statistics(Softmax loss, const Tensor& logit
     TORCH_CHECK(!in_place || !logits.is_leaf(),
                 "a leaf Variable that requires grad is being used in an in-place operation.");
     if (in_place) at::assert_no_internal_overlap(logits);
-    grad_in_forward = grad_in_forward && reduction != kNone && logits.scalar_type() != at::kHalf;
+    grad_in_forward = grad_in_forward && may_make_gradient_in_forward(logits, reduction);
     Tensor statistics;
     const Tensor value = SoftmaxFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index, params,
                                                 grad_in_forward, in_place, &statistics);

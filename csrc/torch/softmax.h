@@ -1,7 +1,8 @@
 // What the softmax family is in torch whatever the device: its ops' arguments, checks and results. A device adds
 //
-//   static void forward(Softmax, const SoftmaxInputs&, int64_t reduction, Tensor& loss, Tensor& statistics, Tensor*
-//   grad); static void backward(Softmax, const SoftmaxInputs&, const Tensor& upstream, const Tensor& statistics,
+//   static void forward(Softmax, const SoftmaxInputs&, int64_t reduction,
+//                       Tensor& loss, Tensor& statistics, Tensor* grad);
+//   static void backward(Softmax, const SoftmaxInputs&, const Tensor& upstream, const Tensor& statistics,
 //                        int64_t reduction, Tensor& grad);
 //
 // where grad has a layout of its own and may be the logits. A null one is not wanted; in forward it is made for an
@@ -15,10 +16,6 @@
 #include "common.h"
 
 namespace fusedloss {
-
-bool valid(Softmax loss, Params params);
-
-int64_t class_dim(const Tensor& logits);
 
 // The layout of (C), (N, C) or (N, C, d1, ...), or none where the dimensions after C do not merge into one.
 std::optional<SoftmaxLayout> layout_of(const Tensor& logits);
@@ -40,7 +37,6 @@ Tensor empty_statistics(const SoftmaxInputs& inputs);
 Tensor empty_loss(const SoftmaxInputs& inputs, int64_t reduction);
 void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream, const Tensor& statistics,
                     int64_t reduction);
-void check_gradient_in_forward(Softmax loss, const Tensor& logits, int64_t reduction);
 
 // Where a gradient goes: `result` itself, or where that has no layout, a dense tensor that is copied into it.
 struct Destination {
@@ -48,6 +44,11 @@ struct Destination {
 
   Destination(const Tensor& result_, const Tensor& dense) : result(result_), writable(result_) {
     if (!layout_of(result)) writable = dense;
+  }
+  // A gradient of its own, in the order of the logits.
+  static Destination fresh(const Tensor& logits, const SoftmaxInputs& inputs) {
+    const Tensor grad = empty_gradient(logits);
+    return {grad, layout_of(grad) ? grad : empty_gradient(inputs.logits)};
   }
   Tensor finish() const { return writable.is_same(result) ? result : result.copy_(writable); }
 };
@@ -66,10 +67,9 @@ struct SoftmaxOps {
                                                       const OptionalTensor& weight, int64_t reduction,
                                                       int64_t ignore_index, Params params) {
     const SoftmaxInputs inputs(kLoss, logits, target, weight, ignore_index, params);
-    check_gradient_in_forward(kLoss, logits, reduction);
+    check_gradient_in_forward(name_of(kLoss), logits, reduction);
     Tensor loss = empty_loss(inputs, reduction), statistics = empty_statistics(inputs);
-    const Tensor grad = empty_gradient(logits);
-    Destination to(grad, layout_of(grad) ? grad : empty_gradient(inputs.logits));
+    Destination to = Destination::fresh(logits, inputs);
     Device::forward(kLoss, inputs, reduction, loss, statistics, &to.writable);
     return {loss, statistics, to.finish()};
   }
@@ -77,7 +77,7 @@ struct SoftmaxOps {
   static std::tuple<Tensor, Tensor> with_grad_(Tensor logits, const Tensor& target, const OptionalTensor& weight,
                                                int64_t reduction, int64_t ignore_index, Params params) {
     const SoftmaxInputs inputs(kLoss, logits, target, weight, ignore_index, params);
-    check_gradient_in_forward(kLoss, logits, reduction);
+    check_gradient_in_forward(name_of(kLoss), logits, reduction);
     Tensor loss = empty_loss(inputs, reduction), statistics = empty_statistics(inputs);
     Destination to(logits, inputs.logits);
     Device::forward(kLoss, inputs, reduction, loss, statistics, &to.writable);
@@ -90,8 +90,7 @@ struct SoftmaxOps {
                          int64_t ignore_index, Params params) {
     const SoftmaxInputs inputs(kLoss, logits, target, weight, ignore_index, params);
     check_backward(kLoss, inputs, upstream, statistics, reduction);
-    const Tensor grad = empty_gradient(logits);
-    Destination to(grad, layout_of(grad) ? grad : empty_gradient(inputs.logits));
+    Destination to = Destination::fresh(logits, inputs);
     Device::backward(kLoss, inputs, upstream, statistics, reduction, to.writable);
     return to.finish();
   }
