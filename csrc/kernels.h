@@ -17,7 +17,7 @@ enum class Pointwise { FUSEDLOSS_POINTWISE(FUSEDLOSS_ENUMERATOR) };
 enum class Softmax { FUSEDLOSS_SOFTMAX(FUSEDLOSS_ENUMERATOR) };
 #undef FUSEDLOSS_ENUMERATOR
 
-constexpr int kMaxParams = 2;
+constexpr int kMaxParams = 3;
 
 // One loss per element of dense tensors that share one order in memory.
 struct PointwiseArgs {
@@ -39,23 +39,37 @@ struct SoftmaxLayout {
   int64_t outer_stride, class_stride, inner_stride;
 };
 
+// Results (losses, second, and their upstream gradients) are of dtype, or of its arithmetic type where `wide`.
 struct SoftmaxArgs {
   DType dtype;
+  bool wide;
   SoftmaxLayout logits_layout;
   const void* logits;
-  const int64_t* target;  // [rows]
-  const void* weight;     // [classes] in arithmetic type; null: 1
+  const void* target;  // [rows] of int64, or of uint8 where byte_target; null where targets are probabilities
+  bool byte_target;
+  const void* probabilities;  // of dtype, or of its arithmetic type where wide_probabilities
+  bool wide_probabilities;
+  SoftmaxLayout probabilities_layout;
+  const void* weight;  // [classes] in arithmetic type; null: 1
   int64_t ignore_index;
   double params[kMaxParams];
-  void* losses;      // forward: [rows] in dtype, null where the reduction needs only the sums
-  void* statistics;  // [2, rows] in arithmetic type: max and rest
-  // Backward.
+  void* losses;      // forward: [rows], null where the reduction needs only the sums
+  void* second;      // forward: [rows], null where only the loss is wanted; also that of ignored rows
+  void* statistics;  // [2 or 3, rows] in arithmetic type: max, rest, and what else a loss sums or its mass
+  // Backward. Strides are 0 where one value serves all rows. A null upstream is 1, a null upstream_second 0.
   SoftmaxLayout grad_layout;
   void* grad;
-  const void* upstream;  // of dtype; upstream_stride 0 where one value serves all
+  const void* upstream;
   int64_t upstream_stride;
+  const void* upstream_second;
+  int64_t upstream_second_stride;
   double scale;  // 1 / total weight for a mean
 };
+
+FUSEDLOSS_HD int64_t target_of(const SoftmaxArgs& args, int64_t row) {
+  return args.byte_target ? static_cast<const uint8_t*>(args.target)[row]
+                          : static_cast<const int64_t*>(args.target)[row];
+}
 
 // How many rows are summed on their own: part of the result, so chosen from the shape alone.
 int64_t softmax_chunk(const SoftmaxLayout& layout);
@@ -65,6 +79,12 @@ struct SoftmaxSums {
   int64_t bad_row;      // the first row whose target is out of range, or -1
 };
 
+// Where rows are few and long, each is cut into parts of kSoftmaxPart classes, whose statistics are collected apart.
+constexpr int64_t kSoftmaxPart = 16384;
+struct SoftmaxPart {
+  double max, rest, sum, mass;
+};
+
 // Every function works on a range, so that the caller may split the work over threads: the ranges are chosen from the
 // shape alone, and their sums are added in order, which makes the result independent of the thread count.
 struct CpuKernels {
@@ -72,8 +92,12 @@ struct CpuKernels {
   double (*pointwise_sum)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
   void (*pointwise_losses)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
   void (*pointwise_grad)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
-  SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+  // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
+  SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
   void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+  // Part number `part` of a row whose classes lie side by side.
+  SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+  void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 };
 
 // The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.
@@ -89,7 +113,7 @@ const char* cpu_isas();
 using CudaStream = ::CUstream_st*;
 
 // Partial sums of one call, and the counter by which its last block knows that it is the last.
-constexpr int64_t kCudaWorkspaceBytes = 64 << 10;
+constexpr int64_t kCudaWorkspaceBytes = 72 << 10;
 
 enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad };
 
@@ -107,8 +131,9 @@ struct alignas(16) BadTarget {
 };
 
 struct CudaSoftmaxArgs : SoftmaxArgs {
-  void* total;  // of dtype: the sum or mean; null for no reduction
+  void* total;  // the sum or mean; null for no reduction
   bool mean;
+  bool zero_for_none;  // a mean over nothing is 0, not NaN
   void*
       divisor;  // of arithmetic type, what a mean divides by: written by the forward, read wherever gradients are made
   BadTarget* bad_target;
@@ -127,7 +152,7 @@ constexpr int64_t kCudaMaxClasses = INT32_MAX - (1 << 16);
 // Whether this build has code for the current device.
 bool cuda_has_kernels();
 
-// data *= *factor, which is read on the device: at 1 nothing is touched.
-int cuda_scale(DType, void* data, int64_t count, const void* factor, CudaStream);
+// data *= *factor, of dtype or its arithmetic type, which is read on the device: at 1 nothing is touched.
+int cuda_scale(DType, void* data, int64_t count, const void* factor, bool wide_factor, CudaStream);
 
 }  // namespace fusedloss

@@ -10,6 +10,21 @@ constexpr bool has_twin = false;
 template <class Functor>
 constexpr bool has_twin<Functor, std::void_t<typename Functor::Twin>> = true;
 
+// Calls f with a value of the storage type.
+template <class F>
+auto with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::Double:
+      return f(double());
+    case DType::BFloat16:
+      return f(bf16());
+    case DType::Half:
+      return f(fp16());
+    default:
+      return f(float());
+  }
+}
+
 // Calls f with a functor, or with its faster twin where it has one that fits the parameters, and a storage type.
 template <class Functor, class S, class F>
 auto with_twin(const double* params, S storage, F f) {
@@ -19,38 +34,45 @@ auto with_twin(const double* params, S storage, F f) {
   return f(Functor(params), storage);
 }
 
-template <template <class> class Functor, class F>
-auto with_dtype(DType dtype, const double* params, F f) {
-  switch (dtype) {
-    case DType::Double:
-      return with_twin<Functor<double>>(params, double(), f);
-    case DType::BFloat16:
-      return with_twin<Functor<float>>(params, bf16(), f);
-    case DType::Half:
-      return with_twin<Functor<float>>(params, fp16(), f);
-    default:
-      return with_twin<Functor<float>>(params, float(), f);
+// The same of a softmax loss, whose twin may have one of its own.
+template <class Functor, class S, class F>
+auto with_twin(const SoftmaxArgs& args, S storage, F f) {
+  if constexpr (has_twin<Functor>) {
+    if (Functor::twin_fits(args.params)) return with_twin<typename Functor::Twin>(args, storage, f);
   }
+  return f(Functor(args.params, args.logits_layout.classes), storage);
 }
 
-#define FUSEDLOSS_CASE(name, Functor) \
-  case Loss::name:                    \
-    return with_dtype<Functor>(dtype, params, f);
+#define FUSEDLOSS_CASE(name, Functor)                                                  \
+  case Loss::name:                                                                     \
+    return with_storage(dtype, [&](auto storage) {                                     \
+      return with_twin<Functor<Accumulate<decltype(storage)>>>(arguments, storage, f); \
+    });
 
 template <class F>
-auto with_functor(Pointwise loss, DType dtype, const double* params, F f) {
+auto with_functor(Pointwise loss, DType dtype, const double* arguments, F f) {
   using Loss = Pointwise;
   switch (loss) { FUSEDLOSS_POINTWISE(FUSEDLOSS_CASE) }
   __builtin_unreachable();
 }
 
 template <class F>
-auto with_functor(Softmax loss, DType dtype, const double* params, F f) {
+auto with_functor(Softmax loss, const SoftmaxArgs& arguments, F f) {
   using Loss = Softmax;
+  const DType dtype = arguments.dtype;
   switch (loss) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_CASE) }
   __builtin_unreachable();
 }
 
 #undef FUSEDLOSS_CASE
+
+// Calls f with the storage type of class probabilities beside logits of type S.
+template <class S, class F>
+auto with_probabilities(const SoftmaxArgs& args, S storage, F f) {
+  if constexpr (!std::is_same_v<S, Accumulate<S>>) {
+    if (args.wide_probabilities) return f(Accumulate<S>());
+  }
+  return f(storage);
+}
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

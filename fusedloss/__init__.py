@@ -2,8 +2,17 @@
 
 from . import functional
 from ._library import check
-from .modules import CrossEntropyLoss, FocalLoss, HuberLoss, SigmoidFocalLoss
+from .modules import CrossEntropyLoss, FocalLoss, HuberLoss, NLLLoss, NLLLoss2d, SigmoidFocalLoss
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "SigmoidFocalLoss", "check", "functional"]
+__all__ = [
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "HuberLoss",
+    "NLLLoss",
+    "NLLLoss2d",
+    "SigmoidFocalLoss",
+    "check",
+    "functional",
+]

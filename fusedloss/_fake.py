@@ -18,20 +18,22 @@ def _pointwise_with_grad(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return input.new_empty(()), torch.empty_like(input)
 
 
-def _softmax(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float]
-) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(target.shape if reduction == 0 else ())
+def _results(
+    logits: Tensor, rows: torch.Size, reduction: int, wide: bool, second: bool, saved: int
+) -> tuple[Tensor, Tensor, Tensor]:
     arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return loss, logits.new_empty((2 * target.numel() + 1,), dtype=arithmetic)
-
-
-def _softmax_with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *_softmax(logits, *rest), torch.empty_like(logits)
+    dtype = arithmetic if wide else logits.dtype
+    loss = logits.new_empty(rows if reduction == 0 else (), dtype=dtype)
+    of_second = logits.new_empty(rows if second else (0,), dtype=dtype)
+    return loss, of_second, logits.new_empty((saved * rows.numel() + 1,), dtype=arithmetic)
 
 
 def _backward(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(input)
+
+
+def _softmax_backward(upstream: Tensor, upstream_second: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits)
 
 
 def nothing(*arguments: Any) -> None:
@@ -39,10 +41,31 @@ def nothing(*arguments: Any) -> None:
 
 
 pointwise: Fakes = {"": _pointwise, "_with_grad": _pointwise_with_grad, "_backward": _backward}
-softmax: Fakes = {
-    "": _softmax,
-    "_with_grad": _softmax_with_grad,
-    "_with_grad_": _softmax,
-    "_backward": _backward,
-    "_backward_": nothing,
-}
+
+
+def softmax(saved: Callable[[list[float]], int]) -> Fakes:
+    """``saved(params)`` numbers of a row are left to backward."""
+
+    def forward(
+        logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
+        wide: bool = False, second: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        class_dim = min(logits.dim() - 1, 1)
+        rows = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+        return _results(logits, rows, reduction, wide, second, saved(params))
+
+    def with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, _, statistics = forward(logits, *rest)
+        return loss, statistics, torch.empty_like(logits)
+
+    def with_grad_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        loss, _, statistics = forward(logits, *rest)
+        return loss, statistics
+
+    return {
+        "": forward,
+        "_with_grad": with_grad,
+        "_with_grad_": with_grad_,
+        "_backward": _softmax_backward,
+        "_backward_": nothing,
+    }

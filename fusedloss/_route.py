@@ -35,6 +35,7 @@ class Loss(NamedTuple):
     routed: Formula
     native: Formula
     params: tuple[float, ...]  # the defaults of the formula's parameters
+    soft: bool = False  # targets are class probabilities
 
 
 LOSSES: dict[str, Loss] = {}
@@ -43,7 +44,9 @@ if extension is not None:
     torch.library.register_fake("fusedloss::scale_", _fake.nothing)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MEAN_OR_ZERO = 3  # kMeanOrZero of csrc/torch/common.h
+_HALVES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_HALVES)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 # What was built, not what runs on this GPU: to ask that would break the graph, and the op itself says so.
 _DEVICES = ("cpu",) if extension is None or extension.cuda_architectures == "none" else ("cpu", "cuda")
@@ -55,22 +58,42 @@ def pointwise(name: str) -> Callable[[Formula], Formula]:
     return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, integers=0)
 
 
-def softmax(name: str) -> Callable[[Formula], Formula]:
-    """Route ``formula(logits, target, weight, reduction, ignore_index, *params)`` through the softmax kernels."""
-    return lambda formula: _routed(name, formula, _captures_softmax, _fake.softmax, integers=1)
+def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
+    """Route ``formula(logits, target, weight, reduction, ignore_index, *params, wide, second, zero)``.
+
+    ``soft``: targets are class probabilities.
+
+    The options: ``wide`` gives results in float32 for bfloat16 and float16, ``second`` a pair of the loss and the
+    second result (the lse, of :func:`log_probs` the entropy), ``zero`` a mean over nothing that is 0. Beside them, the
+    hints ``grad_in_forward`` and ``inplace`` say where a gradient may be made; only the kernels take them.
+    """
+    captures = _captures_probabilities if soft else _captures_indices
+    fakes = {} if extension is None else _fake.softmax(getattr(extension, f"saved_by_{name}"))
+    return lambda formula: _routed(name, formula, captures, fakes, integers=1)
 
 
 def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
     routed = _unfused(formula) if extension is None else _fused(name, formula, captures, fakes, integers)
-    defaults = [parameter.default for parameter in inspect.signature(formula).parameters.values()]
+    defaults = [
+        parameter.default
+        for parameter in inspect.signature(formula).parameters.values()
+        if parameter.default is not parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+    ]
     family = "softmax" if integers else "pointwise"
-    LOSSES[name] = Loss(family, routed, formula, tuple(d for d in defaults if d is not inspect.Parameter.empty))
+    LOSSES[name] = Loss(family, routed, formula, tuple(defaults), captures is _captures_probabilities)
     return routed
 
 
+_HINTS = ("grad_in_forward", "inplace")
+
+
+def _without_hints(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in _HINTS}
+
+
 def _unfused(formula: Formula) -> Formula:
-    def loss(*arguments: Any, **options: Any) -> Tensor:
-        return formula(*arguments)
+    def loss(*arguments: Any, **options: Any) -> Any:
+        return formula(*arguments, **_without_hints(options))
 
     return loss
 
@@ -82,22 +105,34 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
     for suffix, fake in fakes.items():
         torch.library.register_fake(f"fusedloss::{name}{suffix}", fake)
 
-    # The options, such as inplace, say where a gradient may be made: a hint that only the kernels take.
-    def loss(
-        input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any
-    ) -> Tensor:
+    def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any) -> Any:
         if is_compiling():
-            if captures(input, target, weight, reduction):
+            if captures(input, target, weight, reduction, **_without_hints(options)):
                 params = [float(value) for value in rest[integers:]]
-                value = op(input, target, weight, REDUCTIONS[reduction], *rest[:integers], params)
-                return value[0] if isinstance(value, tuple) else value
+                call = (input, target, weight, REDUCTIONS[reduction], *rest[:integers], params)
+                return _softmax_op(op, *call, **_without_hints(options)) if integers else op(*call)
         else:
             value = kernel(input, target, weight, reduction, *rest, **options)
             if value is not None:
                 return value
-        return formula(input, target, weight, reduction, *rest)
+        return formula(input, target, weight, reduction, *rest, **_without_hints(options))
 
     return loss
+
+
+def _softmax_op(
+    op: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+    params: list[float], wide: bool = False, second: bool = False, zero: bool = False,
+) -> Any:  # fmt: skip
+    if zero and reduction == REDUCTIONS["mean"]:
+        reduction = _MEAN_OR_ZERO
+    # Under autocast, and beside probabilities of the wider dtype, a loss is float32 as torch's is.
+    wide = wide or torch.is_autocast_enabled(logits.device.type)
+    wide = wide or (target.is_floating_point() and target.dtype != logits.dtype)
+    value, of_second, _ = op(
+        logits, target, weight, reduction, ignore_index, params, wide and logits.dtype in _HALVES, second
+    )
+    return (value, of_second) if second else value
 
 
 # What a captured graph holds as a fused op. The extension cannot be asked: it would need real tensors.
@@ -115,27 +150,57 @@ def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: s
         and reduction in REDUCTIONS
         and input.dtype in _DTYPES
         and input.numel() > 0
-        and (weight is None or (weight.dtype == input.dtype and not weight.requires_grad))
-        and not torch.is_autocast_enabled(input.device.type)
+        and not (weight is not None and weight.requires_grad)
     )
 
 
 def _captures_pointwise(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
     return (
         _captures(input, target, weight, reduction)
+        and not torch.is_autocast_enabled(input.device.type)
         and target.dtype == input.dtype
         and target.shape == input.shape
         and not target.requires_grad
-        and (weight is None or weight.shape == input.shape)
+        and (weight is None or (weight.dtype == input.dtype and weight.shape == input.shape))
     )
 
 
-def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
-    if not _captures(logits, target, weight, reduction) or logits.dim() < 1 or target.dtype != torch.int64:
+def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, wide: bool) -> bool:
+    if not _captures(logits, target, weight, reduction) or logits.dim() < 1:
         return False
     class_dim = min(logits.dim() - 1, 1)
     if logits.device.type == "cuda" and logits.shape[class_dim] > _CUDA_MAX_CLASSES:
         return False
-    return target.shape == logits.shape[:class_dim] + logits.shape[class_dim + 1 :] and (
-        weight is None or weight.shape == logits.shape[class_dim : class_dim + 1]
+    if weight is None:
+        return True
+    wide = wide or torch.is_autocast_enabled(logits.device.type)
+    return (
+        weight.shape == logits.shape[class_dim : class_dim + 1]
+        and weight.dtype in (logits.dtype, _arithmetic(logits.dtype) if wide else logits.dtype)
+    )  # fmt: skip
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALVES else dtype
+
+
+def _captures_indices(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, wide: bool = False, **options: bool
+) -> bool:
+    if not _captures_softmax(logits, target, weight, reduction, wide):
+        return False
+    class_dim = min(logits.dim() - 1, 1)
+    rows = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    return target.dtype in (torch.int64, torch.uint8) and target.shape == rows
+
+
+def _captures_probabilities(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, wide: bool = False, **options: bool
+) -> bool:
+    wide = wide or target.dtype != logits.dtype
+    return (
+        _captures_softmax(logits, target, weight, reduction, wide)
+        and target.shape == logits.shape
+        and target.dtype in (logits.dtype, _arithmetic(logits.dtype))
+        and not target.requires_grad
     )

@@ -1,6 +1,11 @@
 """The losses as modules: where torch.nn has them, subclasses with nothing but ``forward`` changed."""
 
+import warnings
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from typing_extensions import deprecated  # torch depends on it
 
 from . import functional
 
@@ -8,14 +13,19 @@ from . import functional
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss`, computed by :func:`fusedloss.functional.cross_entropy`.
 
-    Constructor, buffers, ``state_dict`` and derivatives are torch's; ``grad_in_forward`` and ``inplace`` are those of
-    the function.
+    Constructor, buffers, ``state_dict`` and derivatives are torch's; the keywords beyond torch's are those of the
+    function.
 
     >>> CrossEntropyLoss(ignore_index=0)(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
 
     # On the class too, for modules that were pickled without them.
+    z_loss: float = 0.0
+    softcap: float | None = None
+    out_dtype: torch.dtype | None = None
+    all_ignored: str = "nan"
+    return_lse: bool = False
     grad_in_forward: bool | None = None
     inplace: bool = False
 
@@ -28,14 +38,24 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        out_dtype: torch.dtype | None = None,
+        all_ignored: str = "nan",
+        return_lse: bool = False,
         grad_in_forward: bool | None = None,
         inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.out_dtype = out_dtype
+        self.all_ignored = all_ignored
+        self.return_lse = return_lse
         self.grad_in_forward = grad_in_forward
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Any:
         return functional.cross_entropy(
             input,
             target,
@@ -45,12 +65,42 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             None,
             self.reduction,
             self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            out_dtype=self.out_dtype,
+            all_ignored=self.all_ignored,
+            return_lse=self.return_lse,
             grad_in_forward=self.grad_in_forward,
             inplace=self.inplace,
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
         return _as_native(self, nn.CrossEntropyLoss)
+
+
+class NLLLoss(nn.NLLLoss):
+    """:class:`torch.nn.NLLLoss`, computed by :func:`fusedloss.functional.nll_loss`.
+
+    >>> NLLLoss()(torch.tensor([[-0.5, -1.0], [-2.0, -0.1]]), torch.tensor([0, 1]))
+    tensor(0.3000)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.nll_loss(input, target, self.weight, None, self.ignore_index, None, self.reduction)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.NLLLoss)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # torch warns of its deprecated class where it is derived from
+
+    @deprecated("`NLLLoss2d` has been deprecated. Please use `NLLLoss` instead.", category=FutureWarning)
+    class NLLLoss2d(NLLLoss, nn.NLLLoss2d):
+        """:class:`torch.nn.NLLLoss2d`, which torch deprecates in favour of :class:`NLLLoss`."""
+
+        def __prepare_scriptable__(self) -> nn.Module:
+            return _as_native(self, nn.NLLLoss2d)
 
 
 class HuberLoss(nn.HuberLoss):
@@ -141,4 +191,4 @@ class SigmoidFocalLoss(nn.Module):
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
 
 
-__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "SigmoidFocalLoss"]
+__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "NLLLoss", "NLLLoss2d", "SigmoidFocalLoss"]

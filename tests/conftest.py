@@ -28,6 +28,11 @@ class Loss:
     native: Callable[..., Tensor]
     op: str
     params: tuple[float, ...] = ()
+    soft: bool = False  # targets are class probabilities
+
+    def losses_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the losses of an input of a shape: its rows in the softmax family."""
+        return shape if self.family == "pointwise" else shape[:1] + shape[2:] if len(shape) > 1 else ()
 
     def data(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Logits or predictions of a shape, and a target that fits; an eighth of class targets is ignored.
@@ -37,12 +42,17 @@ class Loss:
         device = torch.get_default_device()
         generator = torch.Generator("cpu").manual_seed(seed)
         input = 3 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        if self.op == "nll":
+            input = -input.abs()  # log-probabilities
         input = input.to(dtype).to(device)
         if self.family == "pointwise":
             target = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
             return input, (target.round() if seed % 2 else target).to(dtype).to(device)
         classes = shape[1] if len(shape) > 1 else shape[0]
         rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        if self.soft:
+            scores = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+            return input, scores.softmax(min(len(shape) - 1, 1)).to(dtype).to(device)
         index = torch.randint(classes, rows, generator=generator, device="cpu")
         if index.numel() > 1:
             index.view(-1)[1::8] = -100
@@ -83,6 +93,18 @@ def _huber(delta: float) -> Loss:
     )
 
 
+def _softmax(op: str, *params: float) -> Loss:
+    name = f"{op} {', '.join(map(str, params))}".strip()
+    return _declared(name, op, params)
+
+
+def _declared(name: str, op: str, params: tuple[float, ...]) -> Loss:
+    declared = _route.LOSSES[op]
+    middle = (-100,) if declared.family == "softmax" else ()
+    call = lambda formula: lambda x, t, r: formula(x, t, None, r, *middle, *params)  # noqa: E731
+    return Loss(name, declared.family, call(declared.routed), call(declared.native), op, params, declared.soft)
+
+
 LOSSES = [
     Loss(
         "cross_entropy",
@@ -100,21 +122,27 @@ LOSSES = [
     _sigmoid_focal(0.5),
     _sigmoid_focal(2.0),
     _sigmoid_focal(3.0, alpha=0.7),
+    _softmax("soft_cross_entropy", 0.0, 0.0, 0.0),
+    _softmax("nll"),
+    _softmax("log_probs", 0.7, 0.0),
+    _softmax("cross_entropy", 0.1, 0.0, 0.0),
+    _softmax("cross_entropy", 0.1, 1e-2, 5.0),
+    _softmax("soft_cross_entropy", 0.1, 1e-2, 5.0),
+    _softmax("log_probs", 1.3, 1.0),
 ]
 
 
-def _declared(name: str, declared: _route.Loss) -> Loss:
-    """A loss the table above does not name, with its default parameters: a new one is tested from its first day."""
-    middle = (-100,) if declared.family == "softmax" else ()
-    call = lambda formula: lambda x, t, r: formula(x, t, None, r, *middle, *declared.params)  # noqa: E731
-    return Loss(name, declared.family, call(declared.routed), call(declared.native), name, declared.params)
-
-
-_NEW = [_declared(name, loss) for name, loss in _route.LOSSES.items() if name not in {loss.op for loss in LOSSES}]
+# A loss the table above does not name, with its default parameters: a new one is tested from its first day.
+_NEW = [
+    _declared(name, name, loss.params)
+    for name, loss in _route.LOSSES.items()
+    if name not in {loss.op for loss in LOSSES}
+]
 LOSSES += _NEW
-ONE_OF_EACH = [LOSSES[0], LOSSES[3], LOSSES[4], LOSSES[8], *_NEW]
+ONE_OF_EACH = [LOSSES[0], LOSSES[3], LOSSES[4], LOSSES[8], *LOSSES[10:14], *_NEW]
 POINTWISE = [loss for loss in LOSSES if loss.family == "pointwise"]
 SOFTMAX = [loss for loss in LOSSES if loss.family == "softmax"]
+INDEXED = [loss for loss in SOFTMAX if not loss.soft]
 
 REDUCTIONS = ["mean", "sum", "none"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

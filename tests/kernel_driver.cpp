@@ -1,6 +1,8 @@
 // The kernels of one instruction set without torch, for tests that compile them anew: value and gradient of one loss
 // over float64 or float32 data.
 #include "cpu/isa_baseline.cpp"
+#include "cpu/isa_baseline_backward.cpp"
+#include "cpu/isa_baseline_forward.cpp"
 
 namespace {
 
@@ -8,8 +10,7 @@ template <class Args>
 Args with_params(bool is_double, const double* params) {
   Args args = {};
   args.dtype = is_double ? fusedloss::DType::Double : fusedloss::DType::Float;
-  args.params[0] = params[0];
-  args.params[1] = params[1];
+  for (int i = 0; i < fusedloss::kMaxParams; ++i) args.params[i] = params[i];
   return args;
 }
 
@@ -37,19 +38,21 @@ extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* 
 }
 
 extern "C" double run_softmax(int loss, int is_double, int64_t rows, int64_t classes, const void* logits,
-                              const int64_t* target, const double* params, void* statistics, void* losses, void* grad) {
+                              const int64_t* target, const void* probabilities, const double* params, void* statistics,
+                              void* losses, void* grad) {
   auto args = with_params<fusedloss::SoftmaxArgs>(is_double, params);
   const auto kind = fusedloss::Softmax(loss);
   const fusedloss::CpuKernels& kernels = fusedloss::baseline::kernels;
-  args.logits_layout = args.grad_layout = {rows, classes, rows, 0, 1, classes};
+  args.logits_layout = args.probabilities_layout = args.grad_layout = {rows, classes, rows, 0, 1, classes};
   args.logits = logits;
   args.target = target;
+  args.probabilities = probabilities;
   args.ignore_index = -100;
   args.losses = losses;
   args.statistics = statistics;
   args.upstream = one(is_double);
   args.scale = 1;
-  const fusedloss::SoftmaxSums sums = kernels.softmax_forward(kind, args, 0, rows);
+  const fusedloss::SoftmaxSums sums = kernels.softmax_forward(kind, args, nullptr, 0, rows);
   args.grad = grad;
   kernels.softmax_backward(kind, args, 0, rows);
   return sums.weight == 0 ? 0 : sums.loss;

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    INDEXED,
     ONE_OF_EACH,
     POINTWISE,
     REDUCTIONS,
@@ -53,7 +54,7 @@ def test_layouts(loss, shape, reduction):
         torch.testing.assert_close(grad, expected_grad, msg=name)
 
 
-@named(SOFTMAX)
+@named(INDEXED)
 def test_expanded_logits_and_targets(loss):
     row = torch.randn(1, 30, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([3]).expand(8)
@@ -88,7 +89,7 @@ def test_empty(loss, reduction):
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 200), (2, 7, 50)])
-@named(SOFTMAX)
+@named(INDEXED)
 def test_all_ignored(loss, shape):
     x, target = loss.data(shape, torch.float32)
     target.fill_(-100)
@@ -99,7 +100,7 @@ def test_all_ignored(loss, shape):
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 200), (2, 7, 50)])
-@named(SOFTMAX)
+@named(INDEXED)
 def test_ignored_rows_may_hold_anything(loss, shape):
     x, target = loss.data(shape, torch.float32)
     expected, expected_grad, _ = value_and_grad(loss.fused, x, target, "mean")
@@ -244,7 +245,7 @@ def test_ops_check_what_they_are_given(op):
         (y[:2], None, [1.0, 2.0]),
         (y.int(), None, [1.0, 2.0]),
         (y, torch.ones(3), [1.0, 2.0]),
-        (y, None, [1.0] * 3),
+        (y, None, [1.0] * 4),
     ]:
         with pytest.raises(RuntimeError, match="expected"):
             op(x, target, weight, 1, -100, params)

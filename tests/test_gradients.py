@@ -32,7 +32,7 @@ def test_gradcheck_with_weights_and_targets(reduction):
         assert gradgradcheck(lambda x: function(x, y, classes, reduction=reduction), x)  # noqa: B023
 
 
-@named(ONE_OF_EACH)
+@named([loss for loss in ONE_OF_EACH if loss.op != "nll"])  # which is linear
 def test_a_double_backward_carries_a_graph(loss):
     x, target = loss.data((6, 5), torch.float64, seed=2)
     x.requires_grad_()
@@ -76,9 +76,10 @@ def test_retain_graph_gives_the_same_gradient_twice(loss):
 @named(ONE_OF_EACH)
 def test_an_upstream_gradient_may_be_expanded_or_strided(loss):
     x, target = loss.data((6, 5, 4), torch.float64)
+    shape = loss.losses_shape(x.shape)
     for upstream in (
-        torch.tensor(3.0).expand(target.shape),
-        torch.rand(target.shape[::-1]).permute(*range(target.dim())[::-1]),
+        torch.tensor(3.0).expand(shape),
+        torch.rand(shape[::-1]).permute(*range(len(shape))[::-1]),
     ):
         _, grad, _ = value_and_grad(loss.fused, x, target, "none", upstream)
         _, expected, _ = value_and_grad(loss.native, x, target, "none", upstream)

@@ -5,6 +5,7 @@ Each mutant is the kernels' source with one edit, compiled on its own (a few sec
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,12 +31,24 @@ MUTANTS = {
     "sigmoid focal gamma": ("losses/pointwise.h", "modulation.gamma * (T(1)", "T(2) * (T(1)"),
     "sigmoid focal alpha": ("losses/pointwise.h", "T(2 * alpha - 1)", "T(1 - 2 * alpha)"),
     "sigmoid focal certain": ("losses/pointwise.h", "s.p * (T(1) - t) - s.q * t", "s.p - t"),
-    "softmax q by subtraction": ("losses/softmax.h", "rest * inverse, max", "T(1) - own * inverse, max"),
-    "softmax log without 1p": ("losses/softmax.h", "log1p(excess)", "log(T(1) + excess)"),
+    "softmax q by subtraction": ("losses/softmax.h", "rest * inverse,", "T(1) - own * inverse,"),
+    "softmax log without 1p": ("losses/softmax.h", "log1p(select(", "log(T(1) + select("),
     "focal ratio": ("losses/softmax.h", "T(1) + gamma * ratio", "T(1) + gamma"),
-    "target left in": ("cpu/softmax.inl", "if (hole >= 0) to[hole] = -infinity<T>();", ""),
-    "block rescale": ("cpu/softmax.inl", "if (block > 0) rest *= double(exp(max - block_max));", ""),
-    "column rescale": ("cpu/softmax.inl", "tile.rest[j] * e + T(1)", "tile.rest[j] + T(1)"),
+    "smoothing kept whole": ("losses/softmax.h", "b = upstream * kept * weight", "b = upstream * weight"),
+    "smoothing without the target": ("losses/softmax.h", "sum += linear_term(factor_of_target, max - logit);", ""),
+    "z-loss slope": ("losses/softmax.h", "{smooth + T(2) * upstream * z_loss", "{smooth + upstream * z_loss"),
+    "softcap slope": ("losses/logit.h", "T(4) * e.value * one_over * one_over", "T(1)"),
+    "probabilities unsmoothed": ("losses/softmax.h", "probability * kept + share", "probability"),
+    "nll sign": ("losses/softmax.h", "return -weight * upstream;", "return weight * upstream;"),
+    "temperature slope": ("losses/logit.h", "return {x * scale, scale};", "return {x * scale, T(1)};"),
+    "target left in": ("cpu/softmax_rows.inl", "if (hole >= 0) to[hole] = -infinity<T>();", ""),
+    "block rescale": ("cpu/softmax_rows.inl", "if (block > begin) total = raised<Loss::sum>(total, max);", ""),
+    "column rescale": (
+        "cpu/softmax_columns.inl",
+        "totals.rest[j] * double(shrunk) + double(tile.rest[j])",
+        "totals.rest[j] + double(tile.rest[j])",
+    ),
+    "column sum not moved": ("cpu/softmax_columns.inl", "double(tile.sum[j]) - moved", "double(tile.sum[j])"),
     "tail of a sum": (
         "cpu/pointwise.inl",
         "for (int lane = 0; i + lane < stop; ++lane) lanes[lane] += at(i + lane);",
@@ -52,6 +65,11 @@ def build(folder: Path, mutant: str | None) -> ctypes.CDLL:
         source = path.read_text()
         assert source.count(old) == 1, f"{mutant}: expected {old!r} once in {name}, found it {source.count(old)} times"
         path.write_text(source.replace(old, new))
+    # Of the storage types the one that is run, so that a mutant compiles in seconds.
+    header = folder / "csrc" / "with_functor.h"
+    source = re.sub(r"  switch \(dtype\) \{.*?\n  \}\n", "  return f(double());\n", header.read_text(), flags=re.DOTALL)
+    assert source != header.read_text()
+    header.write_text(source)
     library = folder / "kernels.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
     subprocess.run(
@@ -66,14 +84,15 @@ def build(folder: Path, mutant: str | None) -> ctypes.CDLL:
 def run(kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:
     """Sum of the losses, the losses and the gradient of their sum."""
     pointer = lambda tensor: ctypes.c_void_p(tensor.data_ptr())  # noqa: E731
-    params = (ctypes.c_double * 2)(*(loss.params + (0.0, 0.0))[:2])
-    losses, grad = torch.empty(target.shape, dtype=x.dtype), torch.empty_like(x)
+    params = (ctypes.c_double * 3)(*(loss.params + (0.0,) * 3)[:3])
+    losses, grad = torch.empty(loss.losses_shape(x.shape), dtype=x.dtype), torch.empty_like(x)
     head = (INDEX[loss.op], int(x.dtype == torch.float64))
     if loss in SOFTMAX:
-        statistics = torch.empty(2 * len(x), dtype=x.dtype)
+        statistics = torch.empty(3 * len(x), dtype=x.dtype)
+        index, probabilities = (None, pointer(target)) if loss.soft else (pointer(target), None)
         total = kernels.run_softmax(
-            *head, ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), pointer(x), pointer(target), params,
-            pointer(statistics), pointer(losses), pointer(grad),
+            *head, ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), pointer(x), index, probabilities,
+            params, pointer(statistics), pointer(losses), pointer(grad),
         )  # fmt: skip
     else:
         total = kernels.run_pointwise(
@@ -84,21 +103,24 @@ def run(kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor) -> tuple[fl
 
 def agrees_with_native(kernels: ctypes.CDLL) -> bool:
     for loss in LOSSES:
-        native = LOSSES[1].native if loss.op == "cross_entropy" else loss.native  # see test_values: digits
-        for shape in [(40, 7), (5, 200), (2, 9000)] if loss in SOFTMAX else [(5000,), (77,)]:
+        confident = loss in (LOSSES[0], *LOSSES[1:4])  # see test_values: digits
+        native = LOSSES[1].native if loss is LOSSES[0] else loss.native
+        for shape in [(40, 7), (40, 50), (5, 200), (2, 9000)] if loss in SOFTMAX else [(5000,), (77,)]:
             x, target = loss.data(shape, torch.float64, seed=1)
-            if loss in SOFTMAX:
-                x[0, target[0]] += 60  # a confident row
-            else:
+            if confident:
+                x[0, target[0]] += 60
+            if loss not in SOFTMAX:
                 x[:20] *= 12  # confident elements
             exact_x = x.clone().requires_grad_()
             exact = native(exact_x, target, "none")
             (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x)
             total, losses, grad = run(kernels, loss, x, target)
+            # Every single digit, but where the gradient is itself a difference.
+            cancelled = 1e-300 if confident or loss not in SOFTMAX else 1e-13 * exact_grad.abs().max().item()
             close = [
                 torch.allclose(torch.tensor(total, dtype=torch.float64), exact.detach().sum(), rtol=1e-12, atol=0),
                 torch.allclose(losses, exact.detach(), rtol=1e-12, atol=1e-300),
-                torch.allclose(grad, exact_grad, rtol=1e-10, atol=1e-300),
+                torch.allclose(grad, exact_grad, rtol=1e-10, atol=cancelled),
             ]
             if not all(close):
                 return False

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     DTYPES,
+    INDEXED,
     LOSSES,
     REDUCTIONS,
     SOFTMAX,
@@ -68,11 +69,14 @@ def test_value_and_gradient_against_float64(loss: Loss, shape, dtype, reduction)
     exact, exact_grad, _ = value_and_grad(loss.native, x.double(), exact_target, reduction, upstream)
     assert value.dtype == grad.dtype == dtype
     # One rounding of the result in half types; a few of them in the arithmetic otherwise.
-    bound = (1.01 if dtype in (torch.bfloat16, torch.float16) else 24) * EPSILON[dtype]
+    steps = 1.01 if dtype in (torch.bfloat16, torch.float16) else 24
+    if dtype == torch.float64 and loss in SOFTMAX:
+        steps = 200  # the sums of the native formula are of the same precision, and less careful
+    bound = steps * EPSILON[dtype]
     assert largest_error(value, exact) <= bound
     assert largest_error(grad, exact_grad) <= bound
     if reduction == "none":
-        assert value.shape == target.shape
+        assert value.shape == loss.losses_shape(shape)
 
 
 @needs_extension
@@ -86,7 +90,13 @@ def test_these_cases_run_fused(loss, dtype):
 
 @pytest.mark.parametrize("gap", [5, 10, 20, 40, 60, 80])
 @pytest.mark.parametrize("classes", [2, 10, 150, 5000])
-@named(SOFTMAX)
+@named(
+    [
+        loss
+        for loss in INDEXED
+        if loss.op in ("cross_entropy", "focal") and not any(loss.params[2:]) and "0.1" not in loss.name
+    ]
+)
 def test_confident_rows_keep_their_digits(loss, classes, gap):
     x = torch.zeros(3, classes)
     x[:, 1] = gap

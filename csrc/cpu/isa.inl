@@ -1,14 +1,17 @@
-// One instruction set's table of kernels. The including file has included the standard headers, set the target and
-// named FUSEDLOSS_ISA: whatever is compiled from here on stays in that namespace.
+// One instruction set's table of kernels.
 
-#include "../with_functor.h"
 #include "pointwise.inl"
-#include "softmax.inl"
 
 #define FUSEDLOSS_STRING_(x) #x
 #define FUSEDLOSS_STRING(x) FUSEDLOSS_STRING_(x)
 
 namespace fusedloss::FUSEDLOSS_ISA {
+
+// In files of their own, which compile side by side.
+SoftmaxSums softmax_forward(Softmax, const SoftmaxArgs&, const SoftmaxPart*, int64_t begin, int64_t end);
+SoftmaxPart softmax_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+void softmax_backward(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
@@ -16,6 +19,8 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             pointwise_losses,
                             pointwise_grad,
                             softmax_forward,
-                            softmax_backward};
+                            softmax_backward,
+                            softmax_part,
+                            softmax_backward_part};
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -9,9 +9,10 @@ namespace fusedloss::FUSEDLOSS_ISA {
 template <class S>
 constexpr int kUnroll = sizeof(S) == 8 ? 2 : 4;
 
-// Of kThreads, resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128.
-template <class S, bool kGrad>
-constexpr int kBlocks = sizeof(S) == 8 ? 2 : (kGrad ? 3 : 4);
+// Of kThreads, resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128. What a loss sums
+// beside the exponentials needs its share.
+template <class S, class Loss, bool kGrad>
+constexpr int kBlocks = sizeof(S) == 8 || Loss::sum == Sum::linear ? 2 : (kGrad || Loss::sum != Sum::none ? 3 : 4);
 
 struct RowsPlan {
   int lanes = 1;    // threads of a row within a block: some of a warp, or all of the block
@@ -53,10 +54,10 @@ int slice_of(int64_t classes, int64_t parts) {
   return int(divide_up(divide_up(classes, parts), Vector<S>::width) * Vector<S>::width);
 }
 
-template <class S>
+template <class S, class Loss>
 RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
   RowsPlan plan = plan_row<S>(layout.classes);
-  const int64_t resident = device.resident_blocks(kBlocks<S, false> * kThreads / plan.threads);
+  const int64_t resident = device.resident_blocks(kBlocks<S, Loss, false> * kThreads / plan.threads);
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident);
   if (plan.lanes > kWarp && layout.rows * 2 <= resident) {
     // Rows that would leave half the device idle: several blocks each, while a thread still has loads to do.
@@ -73,7 +74,7 @@ RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
 
 // A row stays in shared memory if it fits, in up to 64 KB of a block so that the loads of one overlap the stores of
 // another; a longer one in that of a cluster; what fits nowhere is read twice.
-template <class S>
+template <class S, class Loss>
 RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& device, int64_t other_shared_bytes) {
   constexpr int kMostParts = 8;
   constexpr int64_t kGoodBytes = 64 << 10;
@@ -90,7 +91,7 @@ RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& d
   plan.resident_vectors = plan.slice / Vector<S>::width;
   plan.resident = plan.vectorised && plan.resident_vectors * int64_t(16) * (plan.threads / plan.lanes) <= available;
   const int64_t fitting = device.shared_bytes / (other_shared_bytes + int64_t(plan.resident_bytes()));
-  const int64_t on_multiprocessor = least(fitting, kBlocks<S, true> * kThreads / plan.threads);
+  const int64_t on_multiprocessor = least(fitting, kBlocks<S, Loss, true> * kThreads / plan.threads);
   const int64_t resident = device.resident_blocks(int(on_multiprocessor)) / plan.parts;
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident > 0 ? resident : 1) * plan.parts;
   return plan;

@@ -8,9 +8,9 @@ constexpr int kVectorsOfThread = 4;
 
 // At a factor of 1, as after a plain loss.backward(), the 2 * 16 bytes a vector are left alone.
 template <class S>
-__global__ void __launch_bounds__(kThreads) scale_kernel(S* data, Run<S, int64_t> run, const S* factor_) {
+__global__ void __launch_bounds__(kThreads) scale_kernel(S* data, Run<S, int64_t> run, const void* factor_, bool wide) {
   using T = Accumulate<S>;
-  const T factor = load(*factor_);
+  const T factor = wide ? *static_cast<const T*>(factor_) : load(*static_cast<const S*>(factor_));
   if (factor == T(1)) return;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
 #pragma unroll 4
@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(S* data, Run<S, int64_t
 }
 
 template <class S>
-cudaError_t run_scale(void* data, int64_t count, const void* factor, CudaStream stream) {
+cudaError_t run_scale(void* data, int64_t count, const void* factor, bool wide, CudaStream stream) {
   const Run<S, int64_t> run(data, count, true);
   const int64_t blocks = divide_up(run.vectors, kVectorsOfThread * kThreads);
   const Launch how = {least(blocks > 0 ? blocks : 1, Device().resident_blocks(8)), dim3(kThreads)};
-  return launch(how, stream, scale_kernel<S>, static_cast<S*>(data), run, static_cast<const S*>(factor));
+  return launch(how, stream, scale_kernel<S>, static_cast<S*>(data), run, factor, wide);
 }
 
 }  // namespace
@@ -46,18 +46,10 @@ bool cuda_has_kernels() {
   return found;
 }
 
-int cuda_scale(DType dtype, void* data, int64_t count, const void* factor, CudaStream stream) {
-  using namespace FUSEDLOSS_ISA;
-  switch (dtype) {
-    case DType::Double:
-      return run_scale<double>(data, count, factor, stream);
-    case DType::BFloat16:
-      return run_scale<bf16>(data, count, factor, stream);
-    case DType::Half:
-      return run_scale<fp16>(data, count, factor, stream);
-    default:
-      return run_scale<float>(data, count, factor, stream);
-  }
+int cuda_scale(DType dtype, void* data, int64_t count, const void* factor, bool wide_factor, CudaStream stream) {
+  return FUSEDLOSS_ISA::with_storage(dtype, [&](auto storage) -> int {
+    return FUSEDLOSS_ISA::run_scale<decltype(storage)>(data, count, factor, wide_factor, stream);
+  });
 }
 
 }  // namespace fusedloss

@@ -7,29 +7,41 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 // RowStatistics of the logits seen so far.
-template <class T>
+template <class T, Sum kSum>
 struct Online : RowStatistics<T> {
-  using RowStatistics<T>::max, RowStatistics<T>::rest;
+  using RowStatistics<T>::max, RowStatistics<T>::rest, RowStatistics<T>::sum, RowStatistics<T>::mass;
 
   // Finite, so that a row of -infinity masks is no inf - inf.
-  __device__ Online() : RowStatistics<T>{lowest<T>(), T(0)} {}
+  __device__ Online() : RowStatistics<T>{lowest<T>(), T(0), T(0), T(0)} {}
 
-  // One rescale for all of them: -infinity stands for no logit.
+  __device__ void raise(T to) { static_cast<RowStatistics<T>&>(*this) = raised<kSum>(*this, to); }
+
+  // One rescale for all of them: z = -infinity and factor 0 stand for no logit.
   template <int kCount>
-  __device__ void add(const T (&logits)[kCount]) {
+  __device__ void add(const T (&z)[kCount], const T (&factor)[kCount]) {
     T peak = max;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) peak = logits[i] > peak ? logits[i] : peak;
-    rest *= exp(max - peak);
-    max = peak;
+    for (int i = 0; i < kCount; ++i) peak = z[i] > peak ? z[i] : peak;
+    raise(peak);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) rest += exp(logits[i] - peak);
+    for (int i = 0; i < kCount; ++i) {
+      const T gap = z[i] - peak, e = exp(gap);
+      rest += e;
+      if constexpr (kSum == Sum::entropy) sum += entropy_term(e, gap);
+      if constexpr (kSum == Sum::linear) {
+        sum += linear_term(factor[i], -gap);
+        mass += factor[i];
+      }
+    }
   }
 
-  __device__ void merge(const RowStatistics<T>& other) {
+  __device__ void merge(RowStatistics<T> other) {
     const T peak = other.max > max ? other.max : max;
-    rest = rest * exp(max - peak) + other.rest * exp(other.max - peak);
-    max = peak;
+    raise(peak);
+    other = raised<kSum>(other, peak);
+    rest += other.rest;
+    if constexpr (kSum != Sum::none) sum += other.sum;
+    if constexpr (kSum == Sum::linear) mass += other.mass;
   }
 
   // Over 2, 4, .. 32 neighbouring lanes; every lane gets the same bits.
@@ -39,29 +51,40 @@ struct Online : RowStatistics<T> {
       const T other = shuffle_xor(peak, mask);
       peak = other > peak ? other : peak;
     }
-    rest *= exp(max - peak);
-    max = peak;
-    for (int mask = lanes / 2; mask; mask /= 2) rest += shuffle_xor(rest, mask);
+    raise(peak);
+    for (int mask = lanes / 2; mask; mask /= 2) {
+      rest += shuffle_xor(rest, mask);
+      if constexpr (kSum != Sum::none) sum += shuffle_xor(sum, mask);
+      if constexpr (kSum == Sum::linear) mass += shuffle_xor(mass, mask);
+    }
   }
 };
 
-// index -1: the row is ignored, or its target is out of range. Neither reads memory by the target.
+// index -1: the row is ignored, its target is out of range, which reads no memory, or targets are probabilities.
 template <class T>
 struct Target {
   int index = -1;
   T weight = 0;
+  bool counts = false, active = false;  // active: there is a gradient, or a second result
   bool out_of_range = false;
 
   __device__ Target() {}
-  __device__ Target(const SoftmaxArgs& args, int64_t row) {
-    const int64_t given = args.target[row];
-    if (given == args.ignore_index) return;
-    out_of_range = uint64_t(given) >= uint64_t(args.logits_layout.classes);
-    if (out_of_range) return;
-    index = int(given);
-    weight = args.weight ? static_cast<const T*>(args.weight)[given] : T(1);
+  template <class Loss>
+  __device__ Target(const Loss&, const SoftmaxArgs& args, int64_t row) {
+    if constexpr (Loss::soft) {
+      counts = active = true;
+      weight = T(1);
+    } else {
+      const int64_t given = target_of(args, row);
+      const bool ignored = given == args.ignore_index;
+      out_of_range = !ignored && uint64_t(given) >= uint64_t(args.logits_layout.classes);
+      counts = !ignored && !out_of_range;
+      active = counts || (ignored && Loss::second_of_ignored && (args.second || args.upstream_second));
+      if (!counts) return;
+      index = int(given);
+      weight = args.weight ? static_cast<const T*>(args.weight)[given] : T(1);
+    }
   }
-  __device__ bool counts() const { return index >= 0; }
 };
 
 __device__ inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
@@ -77,9 +100,33 @@ template <class S>
 __device__ S* grad_of(const SoftmaxArgs& args, int64_t row) {
   return static_cast<S*>(args.grad) + row_offset(args.grad_layout, row);
 }
+template <class P>
+__device__ const P* probabilities_of(const SoftmaxArgs& args, int64_t row) {
+  return static_cast<const P*>(args.probabilities) + row_offset(args.probabilities_layout, row);
+}
+
+// Results and upstream gradients are of the storage type or, where wide, of its arithmetic type.
+template <class S>
+__device__ void store_result(void* to, int64_t i, Accumulate<S> value, bool wide) {
+  if (wide) {
+    static_cast<Accumulate<S>*>(to)[i] = value;
+  } else {
+    static_cast<S*>(to)[i] = store<S>(value);
+  }
+}
+template <class S>
+__device__ Accumulate<S> upstream_of(const void* from, int64_t i, bool wide) {
+  return wide ? static_cast<const Accumulate<S>*>(from)[i] : load(static_cast<const S*>(from)[i]);
+}
+
+// k_c of the target, which the statistics leave out.
+template <class Loss, class T>
+__device__ T factor_of(const Target<T>& target) {
+  return Loss::sum == Sum::linear && !Loss::soft ? target.weight : T(0);
+}
 
 // Adds up losses and the divisor of a mean over the rows that a thread finishes.
-template <class S, class Loss>
+template <class S, class Loss, bool kSecond = true>
 struct Finish {
   using T = Accumulate<S>;
   const Loss& loss;
@@ -88,62 +135,126 @@ struct Finish {
 
   __device__ Finish(const Loss& loss_, const CudaSoftmaxArgs& args_) : loss(loss_), args(args_) {}
 
+  // `logit` is z of the target, -infinity where there is none.
   __device__ void row(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
     T value = 0;
-    if (target.counts()) {
-      value = loss(complete(statistics, logit)).loss * target.weight;
-      sums.values[1] += Loss::mean_by_weight ? double(target.weight) : 1.0;
-    } else if (target.out_of_range) {
+    if constexpr (Loss::reads_row) {
+      if (target.active) {
+        const Row<T> completed = complete<Loss::sum>(statistics, logit, factor_of<Loss>(target));
+        if (target.counts) value = loss.value(completed, target.weight);
+        if (kSecond && args.second) store_result<S>(args.second, row, loss.second(completed), args.wide);
+      } else if (kSecond && args.second) {
+        store_result<S>(args.second, row, target.out_of_range ? T(NAN) : T(0), args.wide);
+      }
+      T* saved = static_cast<T*>(args.statistics);
+      const int64_t rows = args.logits_layout.rows;
+      saved[row] = statistics.max;
+      saved[rows + row] = statistics.rest;
+      if (Loss::sum == Sum::linear) saved[2 * rows + row] = statistics.mass;
+      if (Loss::sum == Sum::entropy) saved[2 * rows + row] = statistics.sum;
+    } else if (target.counts) {
+      value = loss.value(logit, target.weight);
+    }
+    if (target.counts) sums.values[1] += Loss::mean_by_weight ? double(target.weight) : 1.0;
+    if (target.out_of_range) {
       value = T(NAN);
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
-      store_vector_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, args.target[row]}));
+      store_vector_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, target_of(args, row)}));
     }
     sums.values[0] += double(value);
-    if (args.losses) static_cast<S*>(args.losses)[row] = store<S>(value);
-    T* saved = static_cast<T*>(args.statistics);
-    saved[row] = statistics.max;
-    saved[args.logits_layout.rows + row] = statistics.rest;
+    if (args.losses) store_result<S>(args.losses, row, value, args.wide);
   }
 
   __device__ void write(const Sums<2>& totals) const {
-    const double total = totals.values[0], divisor = totals.values[1];
-    if (args.total) *static_cast<S*>(args.total) = store<S>(T(args.mean ? total / divisor : total));
-    if (!args.grad || !args.mean) *static_cast<T*>(args.divisor) = args.mean ? T(divisor) : T(1);
+    const double total = totals.values[0], divisor = divisor_of(args, totals.values[1]);
+    if (args.total) store_result<S>(args.total, 0, T(total / divisor), args.wide);
+    if (!args.grad || !args.mean) *static_cast<T*>(args.divisor) = T(divisor);
+  }
+
+  // Over infinity a mean over nothing is 0, and its gradient.
+  static __device__ double divisor_of(const CudaSoftmaxArgs& args, double weight) {
+    if (!args.mean) return 1;
+    return args.zero_for_none && weight == 0 ? double(INFINITY) : weight;
   }
 };
 
-// The gradient of one row: factor * exp(x - max), and `own` at the target; 0 where the row does not count.
-template <class T>
+// z of the target's logit.
+template <class Loss, class T>
+__device__ ZAndSlope<T> target_logit(const Loss& loss, const Target<T>& target, T logit) {
+  if (target.index < 0) return {-infinity<T>(), T(0)};
+  return loss.logit(logit);
+}
+
+template <class S>
+__device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t row) {
+  using T = Accumulate<S>;
+  const T upstream = args.upstream ? upstream_of<S>(args.upstream, row * args.upstream_stride, args.wide) : T(1);
+  return args.mean ? upstream / *static_cast<const T*>(args.divisor) : upstream;
+}
+
+// The gradient of one row; 0 where the row is not active.
+template <class T, class Loss>
 struct RowGradient {
-  T max = 0, factor = 0, own = 0;
+  T max = 0, factor = 0, lean = 0, share = 0, own = 0;
   int target = -1;
+  bool active = false;
 
   __device__ RowGradient() {}
 
-  template <class S, class Loss>
+  template <class S>
   __device__ RowGradient(const Loss& loss, const CudaSoftmaxArgs& args, int64_t row, const Target<T>& to,
-                         const RowStatistics<T>& statistics, T logit, S)
-      : target(to.index) {
-    if (!to.counts()) return;
-    const Row<T> completed = complete(statistics, logit);
-    const T upstream = args.upstream ? load(static_cast<const S*>(args.upstream)[row * args.upstream_stride]) : T(1);
-    const T scale = args.mean ? upstream / *static_cast<const T*>(args.divisor) : upstream;
-    const T a = scale * to.weight * loss(completed).a;
+                         const RowStatistics<T>& statistics, T x, S)
+      : target(to.index), active(to.active) {
+    if (!active) return;
+    const T upstream = to.counts ? scaled_upstream<S>(args, row) : T(0);
+    const T second = args.upstream_second
+                         ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide)
+                         : T(0);
+    const ZAndSlope<T> logit = target_logit(loss, to, x);
+    const Row<T> completed = complete<Loss::sum>(statistics, logit.z, factor_of<Loss>(to));
+    const Coefficients<T> of = loss.gradient(completed, to.weight, upstream, second);
+    own = of.own(completed, logit.z, factor_of<Loss>(to)) * logit.slope;
     max = completed.max;
-    factor = a * completed.inverse;
-    own = -a * completed.q;
+    factor = (of.a + of.b) * completed.inverse;
+    lean = of.h * completed.inverse;
+    share = of.s;
   }
 
-  __device__ T operator()(T logit, int column) const {
-    if (target < 0) return T(0);  // the logits of a row that does not count may be NaN
-    return column == target ? own : factor * exp(logit - max);
+  __device__ T operator()(const Loss& loss, T x, int column, T factor_of_column) const {
+    if (!active) return T(0);  // the logits of a row that does not count may be NaN
+    if (column == target) return own;
+    const ZAndSlope<T> logit = loss.logit(x);
+    const T gap = logit.z - max, e = exp(gap);
+    T value = factor * e;
+    if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
+    if constexpr (Loss::sum == Sum::linear) value -= share * factor_of_column;
+    return decltype(loss.logit)::changes ? value * logit.slope : value;
   }
 };
 
-// The two drivers; which one serves a call is the layout's matter.
+// Whether a loss makes its gradient in the forward kernel; the others launch both.
+template <class S, class Loss>
+constexpr bool makes_gradient_of = makes_gradient_in_forward<S> && Loss::sum == Sum::none && Loss::reads_row;
+
+// Calls f with a functor, a storage type and that of the probabilities.
+template <class F>
+int with_types(Softmax loss, const SoftmaxArgs& args, F f) {
+  return with_functor(loss, args, [&](const auto& functor, auto storage) -> int {
+    using Loss = std::decay_t<decltype(functor)>;
+    if constexpr (Loss::soft) {
+      return with_probabilities(args, storage, [&](auto probability) { return f(functor, storage, probability); });
+    } else {
+      return f(functor, storage, storage);
+    }
+  });
+}
+
+// The drivers; which one serves a call is the layout's matter, or the loss's: of the target's logit alone.
 int forward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int backward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int forward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int backward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
+int forward_of_targets(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
+int backward_of_targets(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -11,47 +11,74 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-constexpr int kClasses = 4;  // loads in flight a thread
-constexpr int kBlocks = 2;   // resident on a multiprocessor: up to 8 rows a thread need their registers
+// Loads in flight a thread.
+template <class Loss>
+constexpr int kClasses = Loss::sum == Sum::linear ? 2 : 4;
+constexpr int kBlocks = 2;  // resident on a multiprocessor: up to 8 rows a thread need their registers
+
+// kRows neighbouring values at one class; by a vector where there are several.
+template <class P, int kRows>
+__device__ void read_values(const P* from, Accumulate<P> (&values)[kRows]) {
+  if constexpr (kRows == 1) {
+    values[0] = load(*from);
+  } else {
+    constexpr int width = Vector<P>::width;
+#pragma unroll
+    for (int i = 0; i < kRows; i += width) {
+      const Vector<P> packed = load_vector(from + i);
+#pragma unroll
+      for (int r = 0; r < width; ++r) values[i + r] = load(packed.values[r]);
+    }
+  }
+}
+
+// k_c of a class for kRows neighbouring rows.
+template <class P, class Loss, int kRows, class T>
+__device__ void read_factors(const Loss& loss, const SoftmaxArgs& args, const P* probabilities, int c,
+                             T (&factors)[kRows]) {
+  T probability[kRows] = {};
+  if constexpr (Loss::soft) {
+    read_values<P, kRows>(probabilities + c * args.probabilities_layout.class_stride, probability);
+  }
+  const T weight = Loss::sum == Sum::linear && args.weight ? static_cast<const T*>(args.weight)[c] : T(1);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    factors[r] = T(0);
+    if constexpr (Loss::sum == Sum::linear) factors[r] = loss.factor(weight, probability[r]);
+  }
+}
 
 // kRows neighbouring rows as one thread sees them: their statistics, and the logits of their targets.
-template <class S, int kRows>
+template <class S, class P, class Loss, int kRows>
 struct Rows {
   using T = Accumulate<S>;
-  Online<T> statistics[kRows];
+  Online<T, Loss::sum> statistics[kRows];
   T logit[kRows] = {};
 
   // Classes first, first + step, ... of the rows that begin at `logits`.
-  __device__ void collect(const S* logits, const SoftmaxLayout& layout, const Target<T> (&target)[kRows], int first,
-                          int step) {
-    const int classes = int(layout.classes);
-    for (; first < classes; first += kClasses * step) {
-      T x[kRows][kClasses];
+  __device__ void collect(const Loss& loss, const SoftmaxArgs& args, const S* logits, const P* probabilities,
+                          const Target<T> (&target)[kRows], int first, int step) {
+    const int classes = int(args.logits_layout.classes);
+    for (; first < classes; first += kClasses<Loss> * step) {
+      T z[kRows][kClasses<Loss>], factor[kRows][kClasses<Loss>];
 #pragma unroll
-      for (int i = 0; i < kClasses; ++i) {
+      for (int i = 0; i < kClasses<Loss>; ++i) {
         const int c = first + i * step;
-        T values[kRows];
-        read(logits + c * layout.class_stride, c < classes, values);
+        T values[kRows] = {}, factors[kRows] = {};
+        if (c < classes) {
+          read_values<S, kRows>(logits + c * args.logits_layout.class_stride, values);
+          read_factors<P>(loss, args, probabilities, c, factors);
+        }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const bool is_target = c == target[r].index;
           logit[r] = is_target ? values[r] : logit[r];
-          x[r][i] = is_target ? -infinity<T>() : values[r];
+          z[r][i] = is_target || c >= classes ? -infinity<T>() : loss.logit(values[r]).z;
+          factor[r][i] = is_target ? T(0) : factors[r];
         }
       }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) statistics[r].add(x[r]);
-    }
-  }
-
-  static __device__ void read(const S* logits, bool inside, T (&values)[kRows]) {
-    if constexpr (kRows == 1) {
-      values[0] = inside ? load(*logits) : -infinity<T>();
-    } else {
-      Vector<S> packed = {};
-      if (inside) packed = load_vector(logits);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) values[r] = inside ? load(packed.values[r]) : -infinity<T>();
+      for (int r = 0; r < kRows; ++r) statistics[r].add(z[r], factor[r]);
     }
   }
 
@@ -63,44 +90,46 @@ struct Rows {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      statistics[r] = Online<T>();
+      statistics[r] = Online<T, Loss::sum>();
       for (int share = 0; share < int(blockDim.y); ++share) {
         statistics[r].merge(shared[share * blockDim.x + threadIdx.x].statistics[r]);
       }
-      if (target[r].counts()) {
+      if (target[r].index >= 0) {
         logit[r] = shared[target[r].index % blockDim.y * blockDim.x + threadIdx.x].logit[r];
       }
     }
   }
 };
 
-template <class S, int kRows>
-__device__ void write_gradient(const S* logits, S* grad, const SoftmaxLayout& from, const SoftmaxLayout& to,
-                               const RowGradient<Accumulate<S>> (&gradient)[kRows], int first, int step) {
+template <class S, class P, class Loss, int kRows>
+__device__ void write_gradient(const Loss& loss, const SoftmaxArgs& args, const S* logits, const P* probabilities,
+                               S* grad, const RowGradient<Accumulate<S>, Loss> (&gradient)[kRows], int first,
+                               int step) {
   using T = Accumulate<S>;
-  const int classes = int(from.classes);
+  const int classes = int(args.logits_layout.classes);
 #pragma unroll 2
   for (int c = first; c < classes; c += step) {
-    T values[kRows];
-    Rows<S, kRows>::read(logits + c * from.class_stride, true, values);
-    S* place = grad + c * to.class_stride;
+    T values[kRows], factors[kRows];
+    read_values<S, kRows>(logits + c * args.logits_layout.class_stride, values);
+    read_factors<P>(loss, args, probabilities, c, factors);
+    S* place = grad + c * args.grad_layout.class_stride;
     if constexpr (kRows == 1) {
-      *place = store<S>(gradient[0](values[0], c));
+      *place = store<S>(gradient[0](loss, values[0], c, factors[0]));
     } else {
       Vector<S> packed;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) packed.values[r] = store<S>(gradient[r](values[r], c));
+      for (int r = 0; r < kRows; ++r) packed.values[r] = store<S>(gradient[r](loss, values[r], c, factors[r]));
       store_vector(place, packed);
     }
   }
 }
 
-template <class S, class Loss, int kRows, bool kGrad>
+template <class S, class P, class Loss, int kRows, bool kGrad>
 __global__ void __launch_bounds__(kThreads, kBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
   const int share = threadIdx.y, shares = blockDim.y;
-  Finish<S, Loss> finish(loss, args);
+  Finish<S, Loss, !kGrad> finish(loss, args);
   const int64_t step = int64_t(gridDim.x) * blockDim.x * kRows;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x * kRows; first < layout.rows; first += step) {
     const int64_t row = first + threadIdx.x * kRows;
@@ -109,50 +138,55 @@ __global__ void __launch_bounds__(kThreads, kBlocks) forward_columns(Loss loss, 
     bool any = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (inside) target[r] = Target<T>(args, row + r);
-      any = any || target[r].counts();
+      if (inside) target[r] = Target<T>(loss, args, row + r);
+      any = any || target[r].active;
     }
-    Rows<S, kRows> rows;
+    Rows<S, P, Loss, kRows> rows;
     const S* logits = logits_of<S>(args, inside ? row : 0);
-    if (any) rows.collect(logits, layout, target, share, shares);
+    const P* probabilities = Loss::soft ? probabilities_of<P>(args, inside ? row : 0) : nullptr;
+    if (any) rows.collect(loss, args, logits, probabilities, target, share, shares);
     if (shares > 1) rows.merge_shares(target);
     if (!inside) continue;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (share == 0) finish.row(row + r, target[r], rows.statistics[r], rows.logit[r]);
+      const T logit = target_logit(loss, target[r], rows.logit[r]).z;
+      if (share == 0) finish.row(row + r, target[r], rows.statistics[r], logit);
     }
     if constexpr (kGrad) {
-      RowGradient<T> gradient[kRows];
+      RowGradient<T, Loss> gradient[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        gradient[r] = RowGradient<T>(loss, args, row + r, target[r], rows.statistics[r], rows.logit[r], S());
+        gradient[r] = RowGradient<T, Loss>(loss, args, row + r, target[r], rows.statistics[r], rows.logit[r], S());
       }
-      write_gradient<S, kRows>(logits, grad_of<S>(args, row), layout, args.grad_layout, gradient, share, shares);
+      write_gradient<S, P, Loss, kRows>(loss, args, logits, probabilities, grad_of<S>(args, row), gradient, share,
+                                        shares);
     }
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
   sum_of_grid(finish.sums, Workspace(args.workspace), shared, [&](const Sums<2>& totals) { finish.write(totals); });
 }
 
-template <class S, class Loss, int kRows>
+template <class S, class P, class Loss, int kRows>
 __global__ void __launch_bounds__(kThreads, kBlocks) backward_columns(Loss loss, CudaSoftmaxArgs args, int shares) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
   const int64_t row = (int64_t(blockIdx.x / shares) * blockDim.x + threadIdx.x) * kRows;
   if (row >= layout.rows) return;
   const S* logits = logits_of<S>(args, row);
+  const P* probabilities = Loss::soft ? probabilities_of<P>(args, row) : nullptr;
   const T* saved = static_cast<const T*>(args.statistics);
-  RowGradient<T> gradient[kRows];
+  RowGradient<T, Loss> gradient[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const Target<T> target(args, row + r);
-    const RowStatistics<T> statistics = {saved[row + r], saved[layout.rows + row + r]};
+    const Target<T> target(loss, args, row + r);
+    const T third = Loss::sum == Sum::none ? T(0) : saved[2 * layout.rows + row + r];
+    const RowStatistics<T> statistics = {saved[row + r], saved[layout.rows + row + r], third, third};
     // kRows > 1 only where neighbouring rows are neighbours in memory
-    const T logit = target.counts() ? load(logits[target.index * layout.class_stride + r]) : T(0);
-    gradient[r] = RowGradient<T>(loss, args, row + r, target, statistics, logit, S());
+    const T logit = target.index < 0 ? T(0) : load(logits[target.index * layout.class_stride + r]);
+    gradient[r] = RowGradient<T, Loss>(loss, args, row + r, target, statistics, logit, S());
   }
-  write_gradient<S, kRows>(logits, grad_of<S>(args, row), layout, args.grad_layout, gradient, blockIdx.x % shares,
-                           shares);
+  write_gradient<S, P, Loss, kRows>(loss, args, logits, probabilities, grad_of<S>(args, row), gradient,
+                                    blockIdx.x % shares, shares);
 }
 
 // Whether kRows neighbouring rows are aligned vectors at every class.
@@ -164,9 +198,11 @@ bool vectors_fit(const SoftmaxLayout& layout, const void* base) {
          (one_run || layout.outer_stride % width == 0) && same_alignment(base, nullptr);
 }
 
-template <class S>
+template <class S, class P, class Loss>
 bool by_vectors(const CudaSoftmaxArgs& args) {
-  return vectors_fit<S>(args.logits_layout, args.logits) && (!args.grad || vectors_fit<S>(args.grad_layout, args.grad));
+  return vectors_fit<S>(args.logits_layout, args.logits) &&
+         (!args.grad || vectors_fit<S>(args.grad_layout, args.grad)) &&
+         (!Loss::soft || vectors_fit<P>(args.probabilities_layout, args.probabilities));
 }
 
 // Shares of the classes, at least 8 each, until every multiprocessor has its threads.
@@ -179,7 +215,7 @@ int64_t shares_of(int64_t threads, int64_t classes, int64_t most, const Device& 
   return shares;
 }
 
-template <class S, int kRows, bool kGrad, class Loss>
+template <class S, class P, int kRows, bool kGrad, class Loss>
 cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const Device device;
   const int64_t threads = args.logits_layout.rows / kRows;
@@ -187,45 +223,54 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   const int64_t x = kThreads / shares;
   const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kBlocks));
   Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
-  how.shared = shares > 1 ? kThreads * sizeof(Rows<S, kRows>) : 2 * kWarps * sizeof(double);
+  how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
   how.counter = Workspace(args.workspace).counter;
-  return launch(how, stream, forward_columns<S, Loss, kRows, kGrad>, loss, args);
+  return launch(how, stream, forward_columns<S, P, Loss, kRows, kGrad>, loss, args);
 }
 
-template <class S, int kRows, class Loss>
+template <class S, class P, int kRows, class Loss>
 cudaError_t run_backward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const int64_t threads = args.logits_layout.rows / kRows;
   // In place, the thread that overwrites a target's logit is the one that has read it.
   const int64_t shares = args.in_place ? 1 : shares_of(threads, args.logits_layout.classes, 1024, Device());
   const int64_t x = threads < kThreads ? kWarp : kThreads;
-  return launch({divide_up(threads, x) * shares, dim3(unsigned(x))}, stream, backward_columns<S, Loss, kRows>, loss,
+  return launch({divide_up(threads, x) * shares, dim3(unsigned(x))}, stream, backward_columns<S, P, Loss, kRows>, loss,
                 args, int(shares));
 }
 
 }  // namespace
 
 int forward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) -> int {
+  return with_types(loss, args, [&](const auto& functor, auto storage, auto probability) -> int {
     using S = decltype(storage);
+    using P = decltype(probability);
+    using Loss = std::decay_t<decltype(functor)>;
     constexpr int width = Vector<S>::width;
-    const bool vectors = by_vectors<S>(args);
-    if (!args.grad) {
-      return vectors ? run_forward<S, width, false>(functor, args, stream)
-                     : run_forward<S, 1, false>(functor, args, stream);
-    }
-    if constexpr (makes_gradient_in_forward<S>) {
-      return vectors ? run_forward<S, width, true>(functor, args, stream)
-                     : run_forward<S, 1, true>(functor, args, stream);
+    const bool vectors = by_vectors<S, P, Loss>(args);
+    if constexpr (Loss::reads_row) {
+      if (!args.grad) {
+        return vectors ? run_forward<S, P, width, false>(functor, args, stream)
+                       : run_forward<S, P, 1, false>(functor, args, stream);
+      }
+      if constexpr (makes_gradient_of<S, Loss>) {
+        return vectors ? run_forward<S, P, width, true>(functor, args, stream)
+                       : run_forward<S, P, 1, true>(functor, args, stream);
+      }
     }
     return cudaErrorInvalidValue;
   });
 }
 
 int backward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) -> int {
+  return with_types(loss, args, [&](const auto& functor, auto storage, auto probability) -> int {
     using S = decltype(storage);
-    return by_vectors<S>(args) ? run_backward<S, Vector<S>::width>(functor, args, stream)
-                               : run_backward<S, 1>(functor, args, stream);
+    using P = decltype(probability);
+    using Loss = std::decay_t<decltype(functor)>;
+    if constexpr (Loss::reads_row) {
+      return by_vectors<S, P, Loss>(args) ? run_backward<S, P, Vector<S>::width>(functor, args, stream)
+                                          : run_backward<S, P, 1>(functor, args, stream);
+    }
+    return cudaErrorInvalidValue;
   });
 }
 

@@ -23,26 +23,69 @@ __device__ Vector<S>* resident_rows() {
   return reinterpret_cast<Vector<S>*>(shared_memory() + sizeof(Shared<Accumulate<S>>));
 }
 
+// k_c along a row, as the loss makes it of class weights and probabilities; 0 where it knows none.
+template <class P, class Loss, class T>
+struct Factors {
+  const Loss& loss;
+  const T* weights;
+  const P* probabilities;
+
+  __device__ Factors(const Loss& loss_, const SoftmaxArgs& args, int64_t row)
+      : loss(loss_),
+        weights(static_cast<const T*>(args.weight)),
+        probabilities(Loss::soft ? probabilities_of<P>(args, row) : nullptr) {}
+
+  __device__ T of(int column, T probability) const {
+    if constexpr (Loss::sum != Sum::linear) return T(0);
+    return loss.factor(weights ? weights[column] : T(1), probability);
+  }
+  __device__ T operator()(int column) const { return of(column, Loss::soft ? load(probabilities[column]) : T(0)); }
+
+  // Of neighbouring columns; probabilities by vectors where they are aligned.
+  template <int kCount>
+  __device__ void read(int column, T (&factors)[kCount]) const {
+    constexpr int width = Vector<P>::width;
+    if constexpr (Loss::soft) {
+      if (same_alignment(probabilities + column, nullptr)) {
+#pragma unroll
+        for (int i = 0; i < kCount; i += width) {
+          const Vector<P> packed = load_vector(probabilities + column + i);
+#pragma unroll
+          for (int k = 0; k < width; ++k) factors[i + k] = of(column + i + k, load(packed.values[k]));
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) factors[k] = (*this)(column + k);
+  }
+};
+
 // A slice of a row as one thread of its group sees it.
-template <class S>
+template <class S, class P, class Loss>
 struct Slice {
   using T = Accumulate<S>;
   static constexpr int width = Vector<S>::width;
+  const Loss& loss;
   const S* logits;
+  const Factors<P, Loss, T> factors;
   int first_column;
   Run<S, int> run;
   int lane, lanes;
 
-  __device__ Slice(const S* row, const S* also, int begin, int end, const RowsPlan& plan)
-      : logits(row + begin),
+  __device__ Slice(const Loss& loss_, const SoftmaxArgs& args, int64_t row, const S* also, int begin, int end,
+                   const RowsPlan& plan)
+      : loss(loss_),
+        logits(logits_of<S>(args, row) + begin),
+        factors(loss_, args, row),
         first_column(begin),
-        run(row + begin, end - begin, plan.vectorised && (!also || same_alignment(row, also))),
+        run(logits, end - begin, plan.vectorised && (!also || same_alignment(logits - begin, also))),
         lane(threadIdx.x % plan.lanes),
         lanes(plan.lanes) {}
 
   // Statistics without the target; the vectors are kept where `resident` points.
-  __device__ Online<T> statistics(int target, Vector<S>* resident) const {
-    Online<T> online;
+  __device__ Online<T, Loss::sum> statistics(int target, Vector<S>* resident) const {
+    Online<T, Loss::sum> online;
     for (int first = lane; first < run.vectors; first += kUnroll<S> * lanes) {
       Vector<S> packed[kUnroll<S>];
 #pragma unroll
@@ -55,28 +98,33 @@ struct Slice {
         const int v = first + u * lanes;
         if (v >= run.vectors) break;
         if (resident) resident[v] = packed[u];
-        T x[width];
+        T z[width], factor[width];
 #pragma unroll
-        for (int k = 0; k < width; ++k) x[k] = load(packed[u].values[k]);
+        for (int k = 0; k < width; ++k) z[k] = loss.logit(load(packed[u].values[k])).z;
+        factors.read(first_column + run.vector(v), factor);
         // The target is nearly never in this vector, so that looking for its place costs nothing.
         const int place = target - first_column - run.vector(v);
-        if (unsigned(place) < unsigned(width)) {
+        if (!Loss::soft && unsigned(place) < unsigned(width)) {
 #pragma unroll
-          for (int k = 0; k < width; ++k) x[k] = k == place ? -infinity<T>() : x[k];
+          for (int k = 0; k < width; ++k) {
+            z[k] = k == place ? -infinity<T>() : z[k];
+            factor[k] = k == place ? T(0) : factor[k];
+          }
         }
-        online.add(x);
+        online.add(z, factor);
       }
     }
 #pragma unroll 1
     for (int first = lane; first < run.scalars(); first += kUnroll<S> * lanes) {
-      T x[kUnroll<S>];
+      T z[kUnroll<S>], factor[kUnroll<S>];
 #pragma unroll
       for (int u = 0; u < kUnroll<S>; ++u) {
         const int i = run.scalar(first + u * lanes);
         const bool taken = first + u * lanes < run.scalars() && i + first_column != target;
-        x[u] = taken ? load(logits[i]) : -infinity<T>();
+        z[u] = taken ? loss.logit(load(logits[i])).z : -infinity<T>();
+        factor[u] = taken ? factors(first_column + i) : T(0);
       }
-      online.add(x);
+      online.add(z, factor);
     }
     return online;
   }
@@ -92,22 +140,25 @@ struct Slice {
   }
 
   template <int kPlaces>
-  __device__ void write(const RowGradient<T>& gradient, S* grad, int first, Vector<S> (&packed)[kPlaces]) const {
+  __device__ void write(const RowGradient<T, Loss>& gradient, S* grad, int first, Vector<S> (&packed)[kPlaces]) const {
 #pragma unroll
     for (int u = 0; u < kPlaces; ++u) {
       const int v = first + u * lanes;
       if (v >= run.vectors) break;
+      const int column = first_column + run.vector(v);
+      T factor[width];
+      factors.read(column, factor);
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        const int column = first_column + run.vector(v) + k;
-        packed[u].values[k] = store<S>(gradient(load(packed[u].values[k]), column));
+        packed[u].values[k] = store<S>(gradient(loss, load(packed[u].values[k]), column + k, factor[k]));
       }
       store_vector(grad + run.vector(v), packed[u]);
     }
   }
 
   // All vectors from place `first` on, and the scalars.
-  __device__ void write_from(int first, const RowGradient<T>& gradient, S* grad, const Vector<S>* resident) const {
+  __device__ void write_from(int first, const RowGradient<T, Loss>& gradient, S* grad,
+                             const Vector<S>* resident) const {
     constexpr int kPlaces = 2;  // what is read lies in shared memory, or at least in the second-level cache
     for (; first < run.vectors; first += kPlaces * lanes) {
       Vector<S> packed[kPlaces];
@@ -116,19 +167,19 @@ struct Slice {
     }
 #pragma unroll 1
     for (int scalar = lane; scalar < run.scalars(); scalar += lanes) {
-      const int i = run.scalar(scalar);
-      grad[i] = store<S>(gradient(load(logits[i]), first_column + i));
+      const int i = run.scalar(scalar), column = first_column + i;
+      grad[i] = store<S>(gradient(loss, load(logits[i]), column, factors(column)));
     }
   }
 };
 
 // The statistics of a row from those of its threads, in all of them.
-template <class T>
-__device__ Online<T> merge_group(Online<T> mine, const RowsPlan& plan, Shared<T>& shared, int turn) {
+template <class T, Sum kSum>
+__device__ Online<T, kSum> merge_group(Online<T, kSum> mine, const RowsPlan& plan, Shared<T>& shared, int turn) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   mine.merge_lanes(plan.lanes < kWarp ? plan.lanes : kWarp);
   const auto merge_stored = [&](int count, auto stored) {
-    mine = Online<T>();
+    mine = Online<T, kSum>();
     if (lane < count) mine.merge(*stored(lane));
     mine.merge_lanes(kWarp);
   };
@@ -147,8 +198,8 @@ __device__ Online<T> merge_group(Online<T> mine, const RowsPlan& plan, Shared<T>
   return mine;
 }
 
-template <class S, class Loss, bool kGrad>
-__global__ void __launch_bounds__(kThreads, kBlocks<S, kGrad>)
+template <class S, class P, class Loss, bool kGrad>
+__global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, kGrad>)
     forward_rows(Loss loss, CudaSoftmaxArgs args, RowsPlan plan) {
   using T = Accumulate<S>;
   auto& shared = *reinterpret_cast<Shared<T>*>(shared_memory());
@@ -160,31 +211,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, kGrad>)
   const int end = int(least(classes, int64_t(begin) + plan.slice));
   Vector<S>* resident = kGrad && plan.resident ? resident_rows<S>() + group * plan.resident_vectors : nullptr;
   RowStatistics<T>* partial = reinterpret_cast<RowStatistics<T>*>(Workspace(args.workspace).partial);
-  Finish<S, Loss> finish(loss, args);
+  Finish<S, Loss, !kGrad> finish(loss, args);
 
   int turn = 0;
   for (int64_t first = blockIdx.x / parts * groups; first < rows; first += gridDim.x / parts * groups, turn ^= 1) {
     const int64_t row = first + group;
-    const Target<T> target = row < rows ? Target<T>(args, row) : Target<T>();
-    const S* logits = logits_of<S>(args, row < rows ? row : 0);
-    S* grad = kGrad ? grad_of<S>(args, row < rows ? row : 0) : nullptr;
-    const Slice<S> slice(logits, grad, begin, row < rows ? end : begin, plan);
-    Online<T> statistics;
-    T logit = 0;
-    if (target.counts()) {
-      logit = load(logits[target.index]);
-      statistics = slice.statistics(target.index, resident);
-    }
+    const Target<T> target = row < rows ? Target<T>(loss, args, row) : Target<T>();
+    const int64_t inside = row < rows ? row : 0;
+    S* grad = kGrad ? grad_of<S>(args, inside) : nullptr;
+    const Slice<S, P, Loss> slice(loss, args, inside, grad, begin, row < rows ? end : begin, plan);
+    Online<T, Loss::sum> statistics;
+    const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, inside)[target.index]);
+    if (target.active) statistics = slice.statistics(target.index, resident);
     statistics = merge_group(statistics, plan, shared, turn);
     if (lane == 0 && row < rows) {
       if (plan.split()) {
         partial[row * parts + part] = statistics;
       } else if (part == 0) {
-        finish.row(row, target, statistics, logit);
+        finish.row(row, target, statistics, target_logit(loss, target, logit).z);
       }
     }
     if constexpr (kGrad) {
-      const RowGradient<T> gradient(loss, args, row, target, statistics, logit, S());
+      const RowGradient<T, Loss> gradient(loss, args, row, target, statistics, logit, S());
       slice.write_from(lane, gradient, grad + begin, resident);
     }
   }
@@ -194,10 +242,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, kGrad>)
   if (plan.split()) {
     if (!is_last_block(workspace.counter, shared.sums)) return;
     for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) {
-      const Target<T> target(args, row);
-      Online<T> statistics;
+      const Target<T> target(loss, args, row);
+      Online<T, Loss::sum> statistics;
       for (int i = 0; i < parts; ++i) statistics.merge(partial[row * parts + i]);
-      finish.row(row, target, statistics, target.counts() ? load(logits_of<S>(args, row)[target.index]) : T(0));
+      const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
+      finish.row(row, target, statistics, target_logit(loss, target, logit).z);
     }
     const Sums<2> totals = sum_of_block(finish.sums, shared.sums);
     if (threadIdx.x == 0) finish.write(totals);
@@ -206,8 +255,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, kGrad>)
   }
 }
 
-template <class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks<S, true>)
+template <class S, class P, class Loss>
+__global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, true>)
     backward_rows(Loss loss, CudaSoftmaxArgs args, RowsPlan plan) {
   using T = Accumulate<S>;
   const int64_t rows = args.logits_layout.rows;
@@ -216,66 +265,73 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, true>)
   const int64_t wanted = int64_t(blockIdx.x / plan.parts) * groups + group, row = wanted < rows ? wanted : rows - 1;
   const int begin = int(blockIdx.x % plan.parts) * plan.slice;
   const int end = int(least(args.logits_layout.classes, int64_t(begin) + plan.slice));
-  const S* logits = logits_of<S>(args, row);
   S* grad = grad_of<S>(args, row);
-  const Slice<S> slice(logits, grad, begin, wanted < rows ? end : begin, plan);
+  const Slice<S, P, Loss> slice(loss, args, row, grad, begin, wanted < rows ? end : begin, plan);
 
   Vector<S> packed[kUnroll<S>];  // under way while the row's few numbers are worked out
   slice.read(slice.lane, nullptr, packed);
-  const Target<T> target(args, row);
-  const T logit = target.counts() ? load(logits[target.index]) : T(0);
+  const Target<T> target(loss, args, row);
+  const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
   if (args.in_place) __syncthreads();  // all threads of a row have its target's logit before one overwrites it
-  const RowStatistics<T> statistics = {saved[row], saved[rows + row]};
-  const RowGradient<T> gradient(loss, args, row, target, statistics, logit, S());
+  const T third = Loss::sum == Sum::none ? T(0) : saved[2 * rows + row];
+  const RowStatistics<T> statistics = {saved[row], saved[rows + row], third, third};
+  const RowGradient<T, Loss> gradient(loss, args, row, target, statistics, logit, S());
   slice.write(gradient, grad + begin, slice.lane, packed);
   slice.write_from(slice.lane + kUnroll<S> * slice.lanes, gradient, grad + begin, nullptr);
 }
 
-template <class S, class Loss>
+template <class S, class P, class Loss>
 cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  const RowsPlan plan = plan_forward<S>(args.logits_layout, Device());
+  const RowsPlan plan = plan_forward<S, Loss>(args.logits_layout, Device());
   const Launch how = {plan.blocks, dim3(plan.threads), sizeof(Shared<Accumulate<S>>), 1,
                       Workspace(args.workspace).counter};
-  return launch(how, stream, forward_rows<S, Loss, false>, loss, args, plan);
+  return launch(how, stream, forward_rows<S, P, Loss, false>, loss, args, plan);
 }
 
-template <class S, class Loss>
+template <class S, class P, class Loss>
 cudaError_t run_forward_with_gradient(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  constexpr auto kernel = forward_rows<S, Loss, true>;
+  constexpr auto kernel = forward_rows<S, P, Loss, true>;
   constexpr int64_t shared = sizeof(Shared<Accumulate<S>>);
   const auto how = [&](const RowsPlan& plan) {
     return Launch{plan.blocks, dim3(plan.threads), shared + plan.resident_bytes(), unsigned(plan.cluster),
                   Workspace(args.workspace).counter};
   };
   Device device;
-  RowsPlan plan = plan_forward_with_gradient<S>(args.logits_layout, device, shared);
+  RowsPlan plan = plan_forward_with_gradient<S, Loss>(args.logits_layout, device, shared);
   if (plan.cluster > 1 && !cluster_fits(how(plan), stream, kernel)) {
     device.clusters = 0;
-    plan = plan_forward_with_gradient<S>(args.logits_layout, device, shared);
+    plan = plan_forward_with_gradient<S, Loss>(args.logits_layout, device, shared);
   }
   return launch(how(plan), stream, kernel, loss, args, plan);
 }
 
-template <class S, class Loss>
+template <class S, class P, class Loss>
 cudaError_t run_backward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const RowsPlan plan = plan_backward<S>(args.logits_layout, args.in_place);
-  return launch({plan.blocks, dim3(plan.threads)}, stream, backward_rows<S, Loss>, loss, args, plan);
+  return launch({plan.blocks, dim3(plan.threads)}, stream, backward_rows<S, P, Loss>, loss, args, plan);
 }
 
 }  // namespace
 
 int forward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) -> int {
+  return with_types(loss, args, [&](const auto& functor, auto storage, auto probability) -> int {
     using S = decltype(storage);
-    if (!args.grad) return run_forward<S>(functor, args, stream);
-    if constexpr (makes_gradient_in_forward<S>) return run_forward_with_gradient<S>(functor, args, stream);
+    using P = decltype(probability);
+    using Loss = std::decay_t<decltype(functor)>;
+    if constexpr (Loss::reads_row) {
+      if (!args.grad) return run_forward<S, P>(functor, args, stream);
+      if constexpr (makes_gradient_of<S, Loss>) return run_forward_with_gradient<S, P>(functor, args, stream);
+    }
     return cudaErrorInvalidValue;
   });
 }
 
 int backward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) -> int {
-    return run_backward<decltype(storage)>(functor, args, stream);
+  return with_types(loss, args, [&](const auto& functor, auto storage, auto probability) -> int {
+    if constexpr (std::decay_t<decltype(functor)>::reads_row) {
+      return run_backward<decltype(storage), decltype(probability)>(functor, args, stream);
+    }
+    return cudaErrorInvalidValue;
   });
 }
 

@@ -253,6 +253,26 @@ FUSEDLOSS_HD T exp(T x) {
   return value * bit_cast<T>(Bits(k + C::bias) << C::mantissa);
 }
 
+// e^x and e^x - 1 for x <= 0, both to the last digits.
+template <class T>
+struct Exponential {
+  T value, minus_one;
+};
+template <class T>
+FUSEDLOSS_HD Exponential<T> exp_and_expm1(T x) {
+  using C = Constants<T>;
+  using Int = typename C::Int;
+  using Bits = std::make_unsigned_t<Int>;
+  x = x < C::exp_lowest ? C::exp_lowest : x;
+  const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
+  const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(C::round_to_int);
+  const T n = shifted - C::round_to_int;
+  const T r = (x - n * C::ln2_high) - n * C::ln2_low;
+  const T above_one = (C::exp_polynomial(r) * r) * r + r;
+  const T power_of_two = bit_cast<T>(Bits(k + C::bias) << C::mantissa);
+  return {power_of_two * above_one + power_of_two, power_of_two * above_one + (power_of_two - T(1))};
+}
+
 // Natural logarithm for x >= 0: -infinity at 0, NaN and infinity stay.
 template <class T>
 FUSEDLOSS_HD T log(T x) {

@@ -55,12 +55,24 @@ Tensor empty_gradient(const Tensor& like) {
   return gradient;
 }
 
+namespace {
+bool is_one_value(const Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != 0) return false;
+  }
+  return true;
+}
+}  // namespace
+
 Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
-  bool one_value = true;
-  for (int64_t d = 0; d < upstream.dim(); ++d) one_value &= upstream.size(d) == 1 || upstream.stride(d) == 0;
-  if (one_value) return {upstream, 0};
+  if (is_one_value(upstream)) return {upstream, 0};
   if (upstream.strides() == like.strides()) return {upstream, 1};
   return {at::empty_like(like, upstream.options()).copy_(upstream), 1};
+}
+
+Upstream read_upstream(const Tensor& upstream) {
+  if (is_one_value(upstream)) return {upstream, 0};
+  return {upstream.contiguous(), 1};
 }
 
 Tensor scale_(const Tensor& data, const Tensor& factor) {
@@ -96,17 +108,13 @@ PointwiseFormula& native_formula(Pointwise loss) {
   return formulas[size_t(loss)];
 }
 
-SoftmaxFormula& native_formula(Softmax loss) {
-  static std::vector<SoftmaxFormula> formulas(std::size(kSoftmaxNames));
-  return formulas[size_t(loss)];
-}
-
 }  // namespace fusedloss
 
 TORCH_LIBRARY_FRAGMENT(fusedloss, m) { m.def("scale_(Tensor(a!) data, Tensor factor) -> ()"); }
 TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
   m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
     fusedloss::check_factor(data, factor);
-    if (factor.item<double>() != 1) data.mul_(factor);
+    const double value = factor.item<double>();  // as a number, which bfloat16 data do not round first
+    if (value != 1) data.mul_(value);
   });
 }

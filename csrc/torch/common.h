@@ -21,8 +21,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Params = c10::ArrayRef<double>;
 
-// As in torch.nn._reduction.
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+// As in torch.nn._reduction; kMeanOrZero is a mean that is 0, not NaN, where it divides by 0.
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2, kMeanOrZero = 3 };
+inline bool is_mean(int64_t reduction) { return reduction == kMean || reduction == kMeanOrZero; }
 
 #define FUSEDLOSS_NAME(name, Functor) "fusedloss::" #name,
 constexpr const char* kPointwiseNames[] = {FUSEDLOSS_POINTWISE(FUSEDLOSS_NAME)};
@@ -54,6 +55,7 @@ struct Upstream {
   int64_t stride;
 };
 Upstream read_upstream(const Tensor& upstream, const Tensor& like);
+Upstream read_upstream(const Tensor& upstream);  // in contiguous order
 
 // data *= factor, one element: left alone where that is 1, which a GPU finds out by itself. Returns data.
 Tensor scale_(const Tensor& data, const Tensor& factor);
@@ -76,21 +78,13 @@ Tensor take_grad(torch::autograd::AutogradContext* ctx);
 // The autograd side, callable without the dispatcher: a differentiable loss.
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                       int64_t reduction, Params params, bool grad_in_forward);
-Tensor softmax_loss(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward, bool in_place);
-
 // The conditions under which the kernels own a call, tensors being plain ones on one device.
 bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     Params params);
-bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                  Params params);
 
 // Native formulas, differentiated where a backward is itself differentiated. Set once, at import.
 using PointwiseFormula =
     std::function<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t reduction, Params)>;
-using SoftmaxFormula = std::function<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t reduction,
-                                            int64_t ignore_index, Params)>;
 PointwiseFormula& native_formula(Pointwise loss);
-SoftmaxFormula& native_formula(Softmax loss);
 
 }  // namespace fusedloss

@@ -12,7 +12,7 @@
 #include <array>
 #include <string>
 
-#include "common.h"
+#include "softmax.h"
 #ifdef FUSEDLOSS_CUDA
 #include "cuda/common.h"
 #endif
@@ -44,9 +44,9 @@ bool is_plain(PyObject* object) {
   return plain && !tensor._fw_grad(0).defined();
 }
 
-// Modes that change what a loss is: autocast casts, functorch and tracing want torch's own operators.
-bool mode_declines(at::DeviceType device) {
-  return at::autocast::is_autocast_enabled(device) || at::tracer::impl::is_dispatch_enabled() ||
+// Modes that want torch's own operators.
+bool mode_declines() {
+  return at::tracer::impl::is_dispatch_enabled() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
@@ -58,90 +58,124 @@ std::optional<int64_t> reduction_of(py::handle reduction) {
   return std::nullopt;
 }
 
-const char* name_of(int64_t reduction) { return reduction == kNone ? "none" : reduction == kMean ? "mean" : "sum"; }
+const char* name_of(int64_t reduction) { return reduction == kNone ? "none" : is_mean(reduction) ? "mean" : "sum"; }
 
-// The arguments that every loss has, or none where the kernels do not own them.
+// The arguments that every loss has, or why the kernels do not own them.
 struct Call {
+  const char* declined = nullptr;
   Tensor input, target;
   OptionalTensor weight;
-  int64_t reduction;
+  int64_t reduction = kMean;
+  bool autocast = false;
   std::array<double, kMaxParams> values;
   size_t count = 0;
 
   Params params() const { return Params(values.data(), count); }
 
-  static std::optional<Call> read(py::handle input, py::handle target, py::handle weight, py::handle reduction,
-                                  py::handle first, py::handle second) {
+  template <class... P>
+  static Call read(py::handle input, py::handle target, py::handle weight, py::handle reduction, P... params) {
     Call call;
-    if (!is_plain(input.ptr()) || !is_plain(target.ptr())) return std::nullopt;
-    call.input = THPVariable_Unpack(input.ptr());
-    call.target = THPVariable_Unpack(target.ptr());
-    if (call.target.device() != call.input.device() || mode_declines(call.input.device().type())) return std::nullopt;
-    if (!weight.is_none()) {
-      if (!is_plain(weight.ptr())) return std::nullopt;
-      call.weight = THPVariable_Unpack(weight.ptr());
-      if (call.weight->device() != call.input.device()) return std::nullopt;
-    }
-    const std::optional<int64_t> known = reduction_of(reduction);
-    if (!known) return std::nullopt;
-    call.reduction = *known;
-    const py::handle given[kMaxParams] = {first, second};
-    for (const py::handle value : given) {
-      if (value.is_none()) break;
-      if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return std::nullopt;
-      call.values[call.count++] = PyFloat_AsDouble(value.ptr());
-      if (PyErr_Occurred()) throw py::error_already_set();
+    call.declined = call.take(input, target, weight, reduction);
+    for (const py::handle value : {py::handle(params)...}) {
+      if (call.declined || value.is_none()) break;
+      call.declined = call.take_param(value);
     }
     return call;
+  }
+
+ private:
+  const char* take(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_) {
+    constexpr const char* kNotPlain = "not plain tensors of a device with kernels";
+    if (!is_plain(input_.ptr()) || !is_plain(target_.ptr())) return kNotPlain;
+    if (mode_declines()) return "a transform of torch.func, or tracing";
+    input = THPVariable_Unpack(input_.ptr());
+    target = THPVariable_Unpack(target_.ptr());
+    if (target.device() != input.device()) return "tensors on different devices";
+    if (!weight_.is_none()) {
+      if (!is_plain(weight_.ptr())) return kNotPlain;
+      weight = THPVariable_Unpack(weight_.ptr());
+      if (weight->device() != input.device()) return "tensors on different devices";
+    }
+    const std::optional<int64_t> known = reduction_of(reduction_);
+    if (!known) return "an unusual reduction";
+    reduction = *known;
+    autocast = at::autocast::is_autocast_enabled(input.device().type());
+    return nullptr;
+  }
+
+  const char* take_param(py::handle value) {
+    if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return "a parameter that is no number";
+    values[count++] = PyFloat_AsDouble(value.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return nullptr;
   }
 };
 
 template <Pointwise kLoss>
 OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction, py::handle first,
                          py::handle second) {
-  const std::optional<Call> call = Call::read(input, target, weight, reduction, first, second);
-  if (!call || !owns_pointwise(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
+  const Call call = Call::read(input, target, weight, reduction, first, second);
+  if (call.declined || call.autocast) return std::nullopt;
+  if (!owns_pointwise(kLoss, call.input, call.target, call.weight, call.params())) return std::nullopt;
   py::gil_scoped_release no_gil;
-  return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params(), true);
+  return pointwise_loss(kLoss, call.input, call.target, call.weight, call.reduction, call.params(), true);
 }
+
+// A softmax call, or why the kernels do not own it. Under autocast a loss is float32; the logits are read as they are.
+struct SoftmaxArguments : Call {
+  SoftmaxCall call;
+
+  SoftmaxArguments(Softmax loss, const Call& read, py::handle ignore_index, bool wide, bool second, bool zero)
+      : Call(read) {
+    if (!declined && !PyLong_Check(ignore_index.ptr())) declined = "an ignore_index that is no integer";
+    if (declined) return;
+    const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+    const bool wide_target = traits_of(loss).soft && target.scalar_type() != input.scalar_type();
+    if (zero && reduction == kMean) reduction = kMeanOrZero;
+    call = {
+        target, weight, reduction, ignore_index.cast<int64_t>(), params(), wide || wide_target || (autocast && half),
+        second};
+    declined = declines_softmax(loss, input, call);
+  }
+};
 
 // grad_in_forward None chooses what never moves more bytes: forward and backward apart read the logits twice and write
 // the gradient once; made in forward, it is read and written again where the upstream gradient is not 1.
 template <Softmax kLoss>
-OptionalTensor softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
-                       py::handle ignore_index, py::handle first, py::handle second,
-                       std::optional<bool> grad_in_forward, bool inplace) {
-  const std::optional<Call> call = Call::read(logits, target, weight, reduction, first, second);
-  if (!call || !PyLong_Check(ignore_index.ptr())) return std::nullopt;
-  if (!owns_softmax(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
-  const int64_t ignored = ignore_index.cast<int64_t>();
-  py::gil_scoped_release no_gil;
-  return softmax_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params(),
-                      grad_in_forward.value_or(false), inplace);
+py::object softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                   py::handle ignore_index, py::handle first, py::handle second, py::handle third, bool wide,
+                   bool with_second, bool zero, std::optional<bool> grad_in_forward, bool inplace) {
+  const Call call = Call::read(logits, target, weight, reduction, first, second, third);
+  const SoftmaxArguments arguments(kLoss, call, ignore_index, wide, with_second, zero);
+  if (arguments.declined) return py::none();
+  const auto results = [&] {
+    py::gil_scoped_release no_gil;
+    return softmax_loss(kLoss, arguments.input, arguments.call, grad_in_forward.value_or(false), inplace);
+  }();
+  return with_second ? py::cast(results) : py::cast(std::get<0>(results));
 }
 
 // Holds a Python callable for the life of the process: released at exit it could outlive the interpreter.
 PyObject* keep(const py::object& formula) { return formula.inc_ref().ptr(); }
 
-template <class... Arguments>
-Tensor call_formula(PyObject* formula, Params params, Arguments&&... arguments) {
-  py::gil_scoped_acquire gil;
-  const py::handle callable(formula);
-  return callable(std::forward<Arguments>(arguments)..., *py::tuple(py::cast(params.vec()))).template cast<Tensor>();
-}
-
 void set_formula(Pointwise loss, const py::object& formula) {
   native_formula(loss) = [kept = keep(formula)](const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                                 int64_t reduction, Params params) {
-    return call_formula(kept, params, input, target, weight, name_of(reduction));
+    py::gil_scoped_acquire gil;
+    return py::handle(kept)(input, target, weight, name_of(reduction), *py::tuple(py::cast(params.vec())))
+        .template cast<Tensor>();
   };
 }
 
 void set_formula(Softmax loss, const py::object& formula) {
-  native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                Params params) {
-    return call_formula(kept, params, logits, target, weight, name_of(reduction), ignore_index);
+  native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const SoftmaxCall& call) {
+    using namespace py::literals;
+    py::gil_scoped_acquire gil;
+    const py::object values =
+        py::handle(kept)(logits, call.target, call.weight, name_of(call.reduction), call.ignore_index,
+                         *py::tuple(py::cast(call.params.vec())), "wide"_a = call.wide, "second"_a = call.second,
+                         "zero"_a = call.reduction == kMeanOrZero);
+    return call.second ? values.cast<std::vector<Tensor>>() : std::vector<Tensor>{values.cast<Tensor>()};
   };
 }
 
@@ -158,11 +192,15 @@ void bind_formula(py::module_& m, const char* name, Loss loss) {
         "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none());                                 \
   fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                                     \
   pointwise.append(#name);
-#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                     \
-  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a, "target"_a, \
-        "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none(),             \
-        "grad_in_forward"_a = py::none(), "inplace"_a = false);                                                   \
-  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                    \
+#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                       \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a, "target"_a,   \
+        "weight"_a, "reduction"_a, "ignore_index"_a, "p0"_a = py::none(), "p1"_a = py::none(), "p2"_a = py::none(), \
+        "wide"_a = false, "second"_a = false, "zero"_a = false, "grad_in_forward"_a = py::none(),                   \
+        "inplace"_a = false);                                                                                       \
+  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                      \
+  m.def("saved_by_" #name, [](const std::vector<double>& params) {                                                  \
+    return fusedloss::saved_statistics(fusedloss::Softmax::name, params);                                           \
+  });                                                                                                               \
   softmax.append(#name);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -1,37 +1,70 @@
-// The softmax family in torch: schemas, checks, autograd.
+// The softmax family in torch: what an op is given and gives.
 
 #include "softmax.h"
 
-#include <ATen/MemoryOverlap.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include "../with_functor.h"
+
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <vector>
 
 namespace fusedloss {
+
+const SoftmaxTraits& traits_of(Softmax loss) {
+#define FUSEDLOSS_TRAITS(name, Functor)                                                                           \
+  {&baseline::Functor<double>::valid, baseline::Functor<double>::mean_by_weight, baseline::Functor<double>::soft, \
+   baseline::Functor<double>::reads_row},
+  static const SoftmaxTraits traits[] = {FUSEDLOSS_SOFTMAX(FUSEDLOSS_TRAITS)};
+#undef FUSEDLOSS_TRAITS
+  return traits[size_t(loss)];
+}
+
 namespace {
 
 bool valid(Softmax loss, Params given) {
   double params[kMaxParams];
   copy_params(given, params);
+  return traits_of(loss).valid(params);
+}
+
+template <class Functor>
+int64_t saved_by(const double* params) {
+  if constexpr (baseline::has_twin<Functor>) {
+    if (Functor::twin_fits(params)) return saved_by<typename Functor::Twin>(params);
+  }
+  return !Functor::reads_row ? 0 : Functor::sum == baseline::Sum::none ? 2 : 3;
+}
+
+int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+int64_t classes_of(const Tensor& logits) { return logits.size(class_dim(logits)); }
+
+std::vector<int64_t> row_sizes_of(const Tensor& logits) {
+  std::vector<int64_t> sizes = logits.sizes().vec();
+  sizes.erase(sizes.begin() + class_dim(logits));
+  return sizes;
+}
+
+bool same_or_wider(at::ScalarType type, const Tensor& logits) {
+  return type == logits.scalar_type() || type == arithmetic_type(logits.scalar_type());
+}
+
+}  // namespace
+
+int64_t saved_statistics(Softmax loss, Params given) {
+  double params[kMaxParams];
+  copy_params(given, params);
   switch (loss) {
-#define FUSEDLOSS_VALID(name, Functor) \
+#define FUSEDLOSS_SAVED(name, Functor) \
   case Softmax::name:                  \
-    return baseline::Functor<double>::valid(params);
-    FUSEDLOSS_SOFTMAX(FUSEDLOSS_VALID)
-#undef FUSEDLOSS_VALID
+    return saved_by<baseline::Functor<double>>(params);
+    FUSEDLOSS_SOFTMAX(FUSEDLOSS_SAVED)
+#undef FUSEDLOSS_SAVED
   }
   TORCH_CHECK(false, "unknown softmax loss ", int64_t(loss));
 }
 
-int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
-
-}  // namespace
-
 std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
-  const int64_t dim = logits.dim(), classes = logits.size(class_dim(logits));
+  const int64_t dim = logits.dim(), classes = classes_of(logits);
   SoftmaxLayout layout = {logits.numel() / classes, classes, 1, 0, logits.stride(class_dim(logits)), 0};
   if (dim == 1) return layout;
   const int64_t batch = logits.size(0), batch_stride = logits.stride(0);
@@ -54,260 +87,162 @@ std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
   return layout;
 }
 
+const char* declines_softmax(Softmax loss, const Tensor& logits, const SoftmaxCall& call) {
+  const Tensor& target = call.target;
+  const int64_t dim = logits.dim();
+  if (!kernel_dtype(logits.scalar_type())) return "the logits are no float64, float32, bfloat16 or float16";
+  if (dim < 1 || logits.numel() == 0) return "the logits are empty or a single number";
+  if (call.second && !traits_of(loss).reads_row) return "no second result of a loss of the target's logit alone";
+  if (!logits.is_cpu() && classes_of(logits) > kCudaMaxClasses) return "more classes than a kernel counts";
+  if (!valid(loss, call.params)) return "a parameter is out of range";
+  if (traits_of(loss).soft) {
+    if (target.sizes() != logits.sizes()) return "the probabilities are not of the logits' shape";
+    if (!same_or_wider(target.scalar_type(), logits)) return "the probabilities are of another dtype";
+    if (target.requires_grad()) return "the probabilities require a gradient";
+    if (call.ignore_index >= 0) return "an ignore_index beside probabilities";
+  } else {
+    if (target.scalar_type() != at::kLong && target.scalar_type() != at::kByte)
+      return "the target holds no class indices in int64 or uint8";
+    if (target.dim() != dim - 1) return "the target does not fit the logits";
+    for (int64_t d = 0; d < target.dim(); ++d) {
+      if (target.size(d) != logits.size(d == 0 ? 0 : d + 1)) return "the target does not fit the logits";
+    }
+  }
+  if (!call.weight) return nullptr;
+  if (call.weight->requires_grad()) return "the weight requires a gradient";
+  if (call.weight->scalar_type() != logits.scalar_type() &&
+      !(call.wide && same_or_wider(call.weight->scalar_type(), logits)))
+    return "the weight is of another dtype than the logits";
+  if (call.weight->dim() != 1 || call.weight->size(0) != classes_of(logits))
+    return "the weight does not fit the classes";
+  return nullptr;
+}
+
 namespace {
 
-void check(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Params params) {
+void check(Softmax loss, const Tensor& logits, const SoftmaxCall& call) {
   const char* name = name_of(loss);
+  const Tensor& target = call.target;
   TORCH_CHECK(kernel_dtype(logits.scalar_type()), name, ": expected floating point logits, got ", logits.scalar_type());
   TORCH_CHECK(logits.dim() >= 1 && logits.numel() > 0, name,
               ": expected logits (C), (N, C) or (N, C, d1, ...), not empty, got ", logits.sizes());
-  TORCH_CHECK(target.scalar_type() == at::kLong, name, ": expected target dtype to be Long, got ",
-              target.scalar_type());
-  std::vector<int64_t> expected = logits.sizes().vec();
-  expected.erase(expected.begin() + class_dim(logits));
-  TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), name, ": expected target size ", at::IntArrayRef(expected),
-              ", got ", target.sizes());
-  TORCH_CHECK(valid(loss, params), name, ": parameters out of range: ", params);
-  TORCH_CHECK(logits.is_cpu() || logits.size(class_dim(logits)) <= kCudaMaxClasses, name, ": expected at most ",
-              kCudaMaxClasses, " classes, got ", logits.size(class_dim(logits)));
+  TORCH_CHECK(logits.is_cpu() || classes_of(logits) <= kCudaMaxClasses, name, ": expected at most ", kCudaMaxClasses,
+              " classes, got ", classes_of(logits));
+  if (traits_of(loss).soft) {
+    TORCH_CHECK(same_or_wider(target.scalar_type(), logits), name,
+                ": expected probabilities of the logits' dtype or its arithmetic type, got ", target.scalar_type());
+    TORCH_CHECK(target.sizes() == logits.sizes(), name, ": expected probabilities of size ", logits.sizes(), ", got ",
+                target.sizes());
+  } else {
+    TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, name,
+                ": expected target dtype to be Long or Byte, got ", target.scalar_type());
+    const std::vector<int64_t> expected = row_sizes_of(logits);
+    TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), name, ": expected target size ", at::IntArrayRef(expected),
+                ", got ", target.sizes());
+  }
+  TORCH_CHECK(valid(loss, call.params), name, ": parameters out of range: ", call.params);
   check_device(name, "a target", target, logits);
-  if (!weight) return;
-  check_device(name, "a weight", *weight, logits);
-  TORCH_CHECK(weight->scalar_type() == logits.scalar_type(), name, ": expected a weight of the logits' dtype ",
-              logits.scalar_type(), ", got ", weight->scalar_type());
-  TORCH_CHECK(weight->dim() == 1 && weight->numel() == logits.size(class_dim(logits)), name,
-              ": expected a weight for each of ", logits.size(class_dim(logits)), " classes, got size ",
-              weight->sizes());
+  if (!call.weight) return;
+  const Tensor& weight = *call.weight;
+  check_device(name, "a weight", weight, logits);
+  TORCH_CHECK(same_or_wider(weight.scalar_type(), logits), name, ": expected a weight of the logits' dtype ",
+              logits.scalar_type(), " or its arithmetic type, got ", weight.scalar_type());
+  TORCH_CHECK(weight.dim() == 1 && weight.numel() == classes_of(logits), name, ": expected a weight for each of ",
+              classes_of(logits), " classes, got size ", weight.sizes());
 }
 
 }  // namespace
 
-SoftmaxInputs::SoftmaxInputs(Softmax loss, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
-                             int64_t ignore_index_, Params params_)
-    : logits(logits_), target(target_), ignore_index(ignore_index_), params(params_) {
-  check(loss, logits, target, weight_, params);
+SoftmaxInputs::SoftmaxInputs(Softmax loss, const Tensor& logits_, const SoftmaxCall& call)
+    : logits(logits_),
+      target(call.target),
+      ignore_index(call.ignore_index),
+      params(call.params),
+      wide(call.wide),
+      second(call.second) {
+  check(loss, logits, call);
+  row_sizes = row_sizes_of(logits);
   if (!layout_of(logits)) logits = logits.contiguous();
-  target = target.contiguous();
-  if (weight_) weight = weight_->to(arithmetic_type(logits.scalar_type())).contiguous();
+  if (!traits_of(loss).soft || !layout_of(target)) target = target.contiguous();
+  if (call.weight) weight = call.weight->to(arithmetic_type(logits.scalar_type())).contiguous();
+}
+
+at::TensorOptions SoftmaxInputs::result_options() const {
+  return wide ? logits.options().dtype(arithmetic_type(logits.scalar_type())) : logits.options();
 }
 
 void SoftmaxInputs::fill(SoftmaxArgs& args) const {
   args.dtype = *kernel_dtype(logits.scalar_type());
-  args.logits_layout = layout();
+  args.wide = wide;
+  args.logits_layout = args.probabilities_layout = layout();
   args.logits = logits.const_data_ptr();
-  args.target = target.const_data_ptr<int64_t>();
+  if (target.is_floating_point()) {
+    args.probabilities = target.const_data_ptr();
+    args.probabilities_layout = *layout_of(target);
+    args.wide_probabilities = target.scalar_type() != logits.scalar_type();
+  } else {
+    args.target = target.const_data_ptr();
+    args.byte_target = target.scalar_type() == at::kByte;
+  }
   args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
   args.ignore_index = ignore_index;
   copy_params(params, args.params);
 }
 
-Tensor empty_statistics(const SoftmaxInputs& inputs) {
-  const auto options = inputs.logits.options().dtype(arithmetic_type(inputs.logits.scalar_type()));
-  return at::empty({2 * inputs.target.numel() + 1}, options);
+SoftmaxResults::SoftmaxResults(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction) {
+  const at::TensorOptions options = inputs.result_options();
+  const int64_t rows = inputs.layout().rows;
+  this->loss = at::empty(reduction == kNone ? at::IntArrayRef(inputs.row_sizes) : at::IntArrayRef(), options);
+  second = inputs.second ? at::empty(inputs.row_sizes, options) : at::empty({0}, options);
+  statistics = at::empty({saved_statistics(loss, inputs.params) * rows + 1},
+                         options.dtype(arithmetic_type(inputs.logits.scalar_type())));
 }
 
-Tensor empty_loss(const SoftmaxInputs& inputs, int64_t reduction) {
-  return at::empty(reduction == kNone ? inputs.target.sizes() : at::IntArrayRef(), inputs.logits.options());
+void check_with_grad(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction) {
+  TORCH_CHECK(traits_of(loss).reads_row, name_of(loss), ": its gradient in forward would save nothing");
+  check_gradient_in_forward(name_of(loss), inputs.logits, reduction);
 }
 
-void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream, const Tensor& statistics,
-                    int64_t reduction) {
+void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+                    const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction) {
   const char* name = name_of(loss);
-  const at::ScalarType dtype = inputs.logits.scalar_type();
-  TORCH_CHECK(upstream.scalar_type() == dtype, name, "_backward: expected an upstream gradient of ", dtype, ", got ",
-              upstream.scalar_type());
-  check_device(name, "an upstream gradient", upstream, inputs.logits);
+  const at::ScalarType arithmetic = arithmetic_type(inputs.logits.scalar_type());
+  const auto check_upstream = [&](const Tensor& tensor, bool each_row) {
+    TORCH_CHECK(tensor.scalar_type() == upstream.scalar_type() && same_or_wider(tensor.scalar_type(), inputs.logits),
+                name, "_backward: expected an upstream gradient of ", inputs.logits.scalar_type(), " or ", arithmetic,
+                ", got ", tensor.scalar_type());
+    check_device(name, "an upstream gradient", tensor, inputs.logits);
+    TORCH_CHECK(tensor.sizes() == (each_row ? at::IntArrayRef(inputs.row_sizes) : at::IntArrayRef()), name,
+                "_backward: the upstream gradient's size ", tensor.sizes(), " does not fit the loss");
+  };
+  check_upstream(upstream, reduction == kNone);
+  if (upstream_second) check_upstream(*upstream_second, true);
   check_device(name, "statistics", statistics, inputs.logits);
-  TORCH_CHECK(upstream.sizes() == (reduction == kNone ? inputs.target.sizes() : at::IntArrayRef()), name,
-              "_backward: the upstream gradient's size ", upstream.sizes(), " does not fit the loss");
-  TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == 2 * inputs.target.numel() + 1 &&
-                  statistics.scalar_type() == arithmetic_type(dtype),
+  const int64_t expected = saved_statistics(loss, inputs.params) * inputs.layout().rows + 1;
+  TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == expected && statistics.scalar_type() == arithmetic,
               name, "_backward: expected the statistics of the forward, got ", statistics.sizes(), " of ",
               statistics.scalar_type());
 }
 
-namespace {
-
-using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                             Params);
-using WithGradOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
-                                                      int64_t, Params);
-using WithGradInPlaceOp = std::tuple<Tensor, Tensor>(Tensor, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                                     Params);
-using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
-                          int64_t, Params);
-using BackwardInPlaceOp = void(const Tensor&, Tensor, const Tensor&, const OptionalTensor&, const Tensor&, int64_t,
-                               int64_t, Params);
-
-struct Ops {
-  c10::TypedOperatorHandle<ForwardOp> forward;
-  c10::TypedOperatorHandle<WithGradOp> with_grad;
-  c10::TypedOperatorHandle<WithGradInPlaceOp> with_grad_;
-  c10::TypedOperatorHandle<BackwardOp> backward;
-  c10::TypedOperatorHandle<BackwardInPlaceOp> backward_;
-
-  explicit Ops(const std::string& name)
-      : forward(find_op(name).typed<ForwardOp>()),
-        with_grad(find_op(name + "_with_grad").typed<WithGradOp>()),
-        with_grad_(find_op(name + "_with_grad_").typed<WithGradInPlaceOp>()),
-        backward(find_op(name + "_backward").typed<BackwardOp>()),
-        backward_(find_op(name + "_backward_").typed<BackwardInPlaceOp>()) {}
-};
-
-const Ops& ops_of(Softmax loss) {
-  static const std::vector<Ops> ops(std::begin(kSoftmaxNames), std::end(kSoftmaxNames));
-  return ops[size_t(loss)];
+SoftmaxFormula& native_formula(Softmax loss) {
+  static std::vector<SoftmaxFormula> formulas(std::size(kSoftmaxNames));
+  return formulas[size_t(loss)];
 }
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// What a later backward needs to know; the tensors are saved beside it.
-struct Saved {
-  Softmax loss;
-  int64_t reduction, ignore_index;
-  std::vector<double> params;
-  bool in_place;
-
-  static Saved of(AutogradContext* ctx) {
-    auto& data = ctx->saved_data;
-    return {Softmax(data["loss"].toInt()), data["reduction"].toInt(), data["ignore_index"].toInt(),
-            data["params"].toDoubleVector(), data.count("in_place") > 0};
-  }
-};
-
-struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
-  // The statistics go out beside the differentiable outputs: compiled autograd knows no others.
-  static Tensor forward(AutogradContext* ctx, int64_t loss, const Tensor& logits, const Tensor& target,
-                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params,
-                        bool grad_in_forward, bool in_place, Tensor* statistics_out) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Ops& ops = ops_of(Softmax(loss));
-    Tensor value, statistics;
-    if (grad_in_forward && in_place) {
-      std::tie(value, statistics) = ops.with_grad_.call(logits, target, weight, reduction, ignore_index, params);
-      logits.unsafeGetTensorImpl()->bump_version();
-      // Saved as it is now, so that a change before backward is noticed like any other.
-      ctx->save_for_backward({logits, Tensor(), Tensor(), Tensor()});
-    } else {
-      if (grad_in_forward) {
-        Tensor grad;
-        std::tie(value, statistics, grad) = ops.with_grad.call(logits, target, weight, reduction, ignore_index, params);
-        ctx->saved_data["grad"] = grad;
-      } else {
-        std::tie(value, statistics) = ops.forward.call(logits, target, weight, reduction, ignore_index, params);
-      }
-      ctx->save_for_backward({logits, target, weight.value_or(Tensor()), statistics});
-    }
-    ctx->saved_data["loss"] = loss;
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["params"] = params.vec();
-    if (in_place) ctx->saved_data["in_place"] = true;
-    *statistics_out = statistics;
-    return value;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    variable_list gradients(10);  // one for each argument of forward
-    if (!upstream[0].defined()) return gradients;
-    const Saved call = Saved::of(ctx);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &logits = saved[0], &target = saved[1], &statistics = saved[3];
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const Ops& ops = ops_of(call.loss);
-    if (call.in_place) {
-      TORCH_CHECK(!at::GradMode::is_enabled(), name_of(call.loss),
-                  ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
-                  "(create_graph=True)");
-      at::AutoDispatchBelowADInplaceOrView guard;
-      if (statistics.defined()) {
-        ops.backward_.call(upstream[0], logits, target, weight, statistics, call.reduction, call.ignore_index,
-                           call.params);
-      } else {
-        scale_(logits, upstream[0]);
-      }
-      logits.unsafeGetTensorImpl()->bump_version();  // a second backward is refused, with torch's own words
-      gradients[1] = logits.detach();
-    } else if (at::GradMode::is_enabled()) {
-      // A gradient that carries a graph of its own: native autograd through the native formula.
-      const SoftmaxFormula& formula = native_formula(call.loss);
-      TORCH_CHECK(formula, name_of(call.loss), ": no native formula to differentiate twice");
-      const Tensor x = logits.view_as(logits);
-      const Tensor value = formula(x, target, weight, call.reduction, call.ignore_index, call.params);
-      gradients[1] = torch::autograd::grad({value}, {x}, {upstream[0]}, true, true)[0];
-    } else if (const Tensor grad = take_grad(ctx); grad.defined()) {
-      gradients[1] = scale_(grad, upstream[0]);
-    } else {
-      gradients[1] = ops.backward.call(upstream[0], logits, target, weight, statistics, call.reduction,
-                                       call.ignore_index, call.params);
-    }
-    return gradients;
-  }
-};
-
-std::tuple<Tensor, Tensor> loss_and_statistics(Softmax loss, const Tensor& logits, const Tensor& target,
-                                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                               Params params, bool grad_in_forward, bool in_place) {
-  if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    TORCH_CHECK(!in_place || !logits.is_leaf(),
-                "a leaf Variable that requires grad is being used in an in-place operation.");
-    if (in_place) at::assert_no_internal_overlap(logits);
-    grad_in_forward = grad_in_forward && may_make_gradient_in_forward(logits, reduction);
-    Tensor statistics;
-    const Tensor value = SoftmaxFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index, params,
-                                                grad_in_forward, in_place, &statistics);
-    return {value, statistics};
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return ops_of(loss).forward.call(logits, target, weight, reduction, ignore_index, params);
-}
-
-}  // namespace
-
-bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                  Params params) {
-  const int64_t dim = logits.dim();
-  if (dim < 1 || target.dim() != dim - 1 || target.scalar_type() != at::kLong || logits.numel() == 0) return false;
-  if (!kernel_dtype(logits.scalar_type()) || !valid(loss, params)) return false;
-  if (!logits.is_cpu() && logits.size(class_dim(logits)) > kCudaMaxClasses) return false;
-  for (int64_t d = 0; d < target.dim(); ++d) {
-    if (target.size(d) != logits.size(d == 0 ? 0 : d + 1)) return false;
-  }
-  return !weight || (weight->scalar_type() == logits.scalar_type() && !weight->requires_grad() && weight->dim() == 1 &&
-                     weight->size(0) == logits.size(class_dim(logits)));
-}
-
-Tensor softmax_loss(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward, bool in_place) {
-  return std::get<0>(
-      loss_and_statistics(loss, logits, target, weight, reduction, ignore_index, params, grad_in_forward, in_place));
-}
-
-namespace {
-
-template <Softmax kLoss>
-std::tuple<Tensor, Tensor> autograd_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                            int64_t reduction, int64_t ignore_index, Params params) {
-  return loss_and_statistics(kLoss, logits, target, weight, reduction, ignore_index, params, false, false);
-}
-
-}  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_ARGUMENTS "Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params)"
-#define FUSEDLOSS_DEFINE(name, Functor)                                                                              \
-  m.def(#name "(Tensor logits, " FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor statistics)");                        \
-  m.def(#name "_with_grad(Tensor logits, " FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor statistics, Tensor grad)"); \
-  m.def(#name "_with_grad_(Tensor(a!) logits, " FUSEDLOSS_ARGUMENTS " -> (Tensor loss, Tensor statistics)");         \
-  m.def(#name                                                                                                        \
-        "_backward(Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor statistics, "               \
-        "int reduction, int ignore_index, float[] params) -> Tensor");                                               \
-  m.def(#name                                                                                                        \
-        "_backward_(Tensor upstream, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor statistics, "          \
-        "int reduction, int ignore_index, float[] params) -> ()");
-#define FUSEDLOSS_AUTOGRAD(name, Functor) m.impl(#name, &fusedloss::autograd_forward<fusedloss::Softmax::name>);
+#define FUSEDLOSS_ARGUMENTS \
+  "Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params, bool wide=False"
+#define FUSEDLOSS_BACKWARD_ARGUMENTS \
+  "Tensor target, Tensor? weight, Tensor statistics, int reduction, int ignore_index, float[] params)"
+#define FUSEDLOSS_DEFINE(name, Functor)                                                                               \
+  m.def(#name "(Tensor logits, " FUSEDLOSS_ARGUMENTS                                                                  \
+              ", bool second=False) -> (Tensor loss, Tensor second, Tensor statistics)");                             \
+  m.def(#name "_with_grad(Tensor logits, " FUSEDLOSS_ARGUMENTS ") -> (Tensor loss, Tensor statistics, Tensor grad)"); \
+  m.def(#name "_with_grad_(Tensor(a!) logits, " FUSEDLOSS_ARGUMENTS ") -> (Tensor loss, Tensor statistics)");         \
+  m.def(#name "_backward(Tensor upstream, Tensor? upstream_second, Tensor logits, " FUSEDLOSS_BACKWARD_ARGUMENTS      \
+              " -> Tensor");                                                                                          \
+  m.def(#name "_backward_(Tensor upstream, Tensor? upstream_second, Tensor(a!) logits, " FUSEDLOSS_BACKWARD_ARGUMENTS \
+              " -> ()");
 
-TORCH_LIBRARY_FRAGMENT(fusedloss, m){FUSEDLOSS_SOFTMAX(FUSEDLOSS_DEFINE)} TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
-  FUSEDLOSS_SOFTMAX(FUSEDLOSS_AUTOGRAD)
-}
+TORCH_LIBRARY_FRAGMENT(fusedloss, m) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_DEFINE) }

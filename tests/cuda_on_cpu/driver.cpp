@@ -55,42 +55,59 @@ int run_pointwise(int loss, int result, int dtype, const double* params, int64_t
   return fusedloss::cuda_pointwise(fusedloss::Pointwise(loss), fusedloss::PointwiseResult(result), args, nullptr);
 }
 
+// What a softmax call is given, as kernels.py fills it.
+struct SoftmaxCall {
+  int64_t what, loss, dtype, wide, byte_target, wide_probabilities, ignore_index, mean, zero_for_none, in_place;
+  int64_t upstream_stride, upstream_second_stride;
+  double params[fusedloss::kMaxParams];
+  int64_t logits_layout[6], probabilities_layout[6], grad_layout[6];
+  const void *logits, *target, *probabilities, *weight, *upstream, *upstream_second;
+  void *losses, *second, *total, *statistics, *divisor, *grad;
+  int64_t bad_target[2];
+};
+
 // what: 0 divisor, 1 forward, 2 backward
-int run_softmax(int what, int loss, int dtype, const double* params, const int64_t* logits_layout, const void* logits,
-                const int64_t* target, const void* weight, int64_t ignore_index, void* losses, void* total, int mean,
-                void* statistics, void* divisor, const int64_t* grad_layout, void* grad, const void* upstream,
-                int64_t upstream_stride, int in_place, int64_t* bad_target) {
-  auto args = arguments<fusedloss::CudaSoftmaxArgs>(dtype, params);
+int run_softmax(SoftmaxCall* call) {
+  auto args = arguments<fusedloss::CudaSoftmaxArgs>(int(call->dtype), call->params);
   Workspace workspace;
   fusedloss::BadTarget bad = {-1, 0};
-  args.logits_layout = layout(logits_layout);
-  args.grad_layout = layout(grad_layout);
-  args.logits = logits;
-  args.target = target;
-  args.weight = weight;
-  args.ignore_index = ignore_index;
-  args.losses = losses;
-  args.total = total;
-  args.mean = mean != 0;
-  args.statistics = statistics;
-  args.divisor = divisor;
-  args.grad = grad;
-  args.upstream = upstream;
-  args.upstream_stride = upstream_stride;
-  args.in_place = in_place != 0;
+  args.wide = call->wide;
+  args.logits_layout = layout(call->logits_layout);
+  args.probabilities_layout = layout(call->probabilities_layout);
+  args.grad_layout = layout(call->grad_layout);
+  args.logits = call->logits;
+  args.target = call->target;
+  args.byte_target = call->byte_target;
+  args.probabilities = call->probabilities;
+  args.wide_probabilities = call->wide_probabilities;
+  args.weight = call->weight;
+  args.ignore_index = call->ignore_index;
+  args.losses = call->losses;
+  args.second = call->second;
+  args.total = call->total;
+  args.mean = call->mean;
+  args.zero_for_none = call->zero_for_none;
+  args.statistics = call->statistics;
+  args.divisor = call->divisor;
+  args.grad = call->grad;
+  args.upstream = call->upstream;
+  args.upstream_stride = call->upstream_stride;
+  args.upstream_second = call->upstream_second;
+  args.upstream_second_stride = call->upstream_second_stride;
+  args.in_place = call->in_place;
   args.bad_target = &bad;
   args.workspace = workspace.bytes;
-  const auto entry = what == 0   ? fusedloss::cuda_softmax_divisor
-                     : what == 1 ? fusedloss::cuda_softmax_forward
-                                 : fusedloss::cuda_softmax_backward;
-  const int error = entry(fusedloss::Softmax(loss), args, nullptr);
-  bad_target[0] = bad.row;
-  bad_target[1] = bad.target;
+  const auto entry = call->what == 0   ? fusedloss::cuda_softmax_divisor
+                     : call->what == 1 ? fusedloss::cuda_softmax_forward
+                                       : fusedloss::cuda_softmax_backward;
+  const int error = entry(fusedloss::Softmax(call->loss), args, nullptr);
+  call->bad_target[0] = bad.row;
+  call->bad_target[1] = bad.target;
   return error;
 }
 
-int run_scale(int dtype, void* data, int64_t count, const void* factor) {
-  return fusedloss::cuda_scale(fusedloss::DType(dtype), data, count, factor, nullptr);
+int run_scale(int dtype, void* data, int64_t count, const void* factor, int wide) {
+  return fusedloss::cuda_scale(fusedloss::DType(dtype), data, count, factor, wide != 0, nullptr);
 }
 
 }  // extern "C"

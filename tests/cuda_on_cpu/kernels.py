@@ -81,8 +81,11 @@ def layout_of(logits: Tensor) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * 6)(rows, classes, rows if one_run else inner, batch, logits.stride(1), logits.stride(2))
 
 
+MAX_PARAMS = 3
+
+
 def parameters(params: tuple[float, ...]) -> "ctypes.Array[ctypes.c_double]":
-    return (ctypes.c_double * 2)(*(params + (0.0, 0.0))[:2])
+    return (ctypes.c_double * MAX_PARAMS)(*(params + (0.0,) * MAX_PARAMS)[:MAX_PARAMS])
 
 
 def check(kernels: ctypes.CDLL, error: int) -> None:
@@ -103,24 +106,56 @@ def run_pointwise(
     check(kernels, error)
 
 
+class SoftmaxCall(ctypes.Structure):
+    """As in driver.cpp."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_int64)
+            for name in (
+                "what", "loss", "dtype", "wide", "byte_target", "wide_probabilities", "ignore_index", "mean",
+                "zero_for_none", "in_place", "upstream_stride", "upstream_second_stride",
+            )
+        ]
+        + [("params", ctypes.c_double * MAX_PARAMS)]
+        + [(f"{name}_layout", ctypes.c_int64 * 6) for name in ("logits", "probabilities", "grad")]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                "logits", "target", "probabilities", "weight", "upstream", "upstream_second",
+                "losses", "second", "total", "statistics", "divisor", "grad",
+            )
+        ]
+        + [("bad_target", ctypes.c_int64 * 2)]
+    )  # fmt: skip
+
+
 def run_softmax(
     kernels: ctypes.CDLL, what: int, name: str, params: tuple[float, ...], logits: Tensor, target: Tensor,
-    weight: Tensor | None = None, losses: Tensor | None = None, total: Tensor | None = None, mean: bool = False,
-    statistics: Tensor | None = None, divisor: Tensor | None = None, grad: Tensor | None = None,
-    upstream: Tensor | None = None, in_place: bool = False,
+    mean: bool = False, zero_for_none: bool = False, in_place: bool = False, wide: bool = False,
+    ignore_index: int = -100, **tensors: Tensor | None,
 ) -> tuple[int, int]:  # fmt: skip
-    bad_target = (ctypes.c_int64 * 2)()
-    error = kernels.run_softmax(
-        what, extension.softmax_losses.index(name), DTYPES.index(logits.dtype), parameters(params), layout_of(logits),
-        pointer(logits), pointer(target), pointer(weight), ctypes.c_int64(-100), pointer(losses), pointer(total),
-        int(mean), pointer(statistics), pointer(divisor), layout_of(logits if grad is None else grad), pointer(grad),
-        pointer(upstream), ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), int(in_place),
-        bad_target,
+    """`tensors`: weight, losses, second, total, statistics, divisor, grad, upstream, upstream_second."""
+    soft = target.is_floating_point()
+    call = SoftmaxCall(
+        what=what, loss=extension.softmax_losses.index(name), dtype=DTYPES.index(logits.dtype), wide=wide,
+        byte_target=target.dtype == torch.uint8, wide_probabilities=soft and target.dtype != logits.dtype,
+        ignore_index=ignore_index, mean=mean, zero_for_none=zero_for_none, in_place=in_place,
+        params=parameters(params), logits_layout=layout_of(logits),
     )  # fmt: skip
-    check(kernels, error)
-    return bad_target[0], bad_target[1]
+    grad = tensors.get("grad")
+    call.probabilities_layout = layout_of(target if soft else logits)
+    call.grad_layout = layout_of(logits if grad is None else grad)
+    for field, tensor in {"logits": logits, ("probabilities" if soft else "target"): target, **tensors}.items():
+        setattr(call, field, None if tensor is None else tensor.data_ptr())
+    for field in ("upstream", "upstream_second"):
+        upstream = tensors.get(field)
+        setattr(call, f"{field}_stride", 0 if upstream is None or upstream.dim() == 0 else 1)
+    check(kernels, kernels.run_softmax(ctypes.byref(call)))
+    return call.bad_target[0], call.bad_target[1]
 
 
 def run_scale(kernels: ctypes.CDLL, data: Tensor, factor: Tensor) -> None:
     dtype = DTYPES.index(data.dtype)
-    check(kernels, kernels.run_scale(dtype, pointer(data), ctypes.c_int64(data.numel()), pointer(factor)))
+    wide = int(factor.dtype != data.dtype)
+    check(kernels, kernels.run_scale(dtype, pointer(data), ctypes.c_int64(data.numel()), pointer(factor), wide))

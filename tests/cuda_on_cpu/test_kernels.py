@@ -48,7 +48,7 @@ IN_FORWARD = [torch.float32, torch.float64, torch.bfloat16]  # fp16 never makes 
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    flags = ("-g", *SANITIZERS) if SANITIZED else ()
+    flags = ("-g1", *SANITIZERS) if SANITIZED else ()
     library = build(tmp_path_factory.mktemp("cuda_on_cpu"), flags=flags)
     pretend(library)
     return library
@@ -169,27 +169,44 @@ def column_shapes(dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
     yield 2, 4, 256 * width * 3
 
 
-def check_softmax(kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: bool, guarded: Guarded) -> None:
+def check_softmax(
+    kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: bool, guarded: Guarded, wide: bool = False,
+    second: bool = False,
+) -> None:  # fmt: skip
     classes, rows = x.shape[1], x.numel() // x.shape[1]
     _, target = loss.data(tuple(x.shape), dtype, seed=classes)
-    weight = torch.rand(classes, dtype=torch.float64).add(0.5).to(dtype) if weighted else None
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    of_result = arithmetic if wide else dtype
+    if loss.soft and wide:
+        target = target.to(arithmetic)
+    if loss.soft and not x.is_contiguous():
+        target = torch.empty_like(x, dtype=target.dtype).copy_(target)
+    weight = torch.rand(classes, dtype=torch.float64).add(0.5).to(dtype) if weighted else None
     w = None if weight is None else weight.to(arithmetic)
     what = f"{tuple(x.shape)} of strides {x.stride()}"
     original = x.clone()
+    shape = loss.losses_shape(tuple(x.shape))
 
-    def exact(reduction: str, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def exact(reduction: str, upstream: Tensor, upstream_second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         leaf = original.double().requires_grad_()
         native = NATIVE[loss.op]
-        value = native(leaf, target, None if weight is None else weight.double(), reduction, -100, *loss.params)
-        return value.detach(), torch.autograd.grad(value, leaf, upstream.double())[0]
+        of_target = target.double() if loss.soft else target
+        of_weight = None if weight is None else weight.double()
+        results = native(leaf, of_target, of_weight, reduction, -100, *loss.params, second=second)
+        value, of_second = results if second else (results, None)
+        upstreams = [upstream.double()] + ([upstream_second.double()] if second else [])
+        (grad,) = torch.autograd.grad([value] + ([of_second] if second else []), leaf, upstreams)
+        return value.detach(), of_second.detach() if second else upstream_second, grad
 
-    statistics = Guarded.like((2 * rows + 1,), arithmetic)
-    divisor = statistics.tensor[2 * rows :]
-    losses, grad = Guarded.like(tuple(target.shape), dtype), Guarded.like(tuple(x.shape), dtype, x.storage_offset() % 8)
+    statistics = Guarded.like((3 * rows + 1,), arithmetic)
+    divisor = statistics.tensor[3 * rows :]
+    losses, grad = Guarded.like(shape, of_result), Guarded.like(tuple(x.shape), dtype, x.storage_offset() % 8)
+    seconds = Guarded.like(shape, of_result)
     to = grad.tensor if x.is_contiguous() else torch.empty_like(x)
-    each, one = (torch.rand(target.shape, dtype=torch.float64) + 0.5).to(dtype), torch.tensor(1.5, dtype=dtype)
-    total = torch.full((), 77.0, dtype=dtype)
+    to.zero_()  # where a loss writes nothing but the target's gradient
+    random = lambda: (torch.rand(shape, dtype=torch.float64) + 0.5).to(of_result)  # noqa: E731
+    each, each_second, one = random(), random(), torch.tensor(1.5, dtype=of_result)
+    total = torch.full((), 77.0, dtype=of_result)
     everything = {
         "name": loss.op,
         "params": loss.params,
@@ -197,53 +214,88 @@ def check_softmax(kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: 
         "target": target,
         "weight": w,
         "divisor": divisor,
+        "statistics": statistics.tensor,
+        "wide": wide,
     }
+    of_second = {"second": seconds.tensor} if second else {}
+    upstream_second = {"upstream_second": each_second} if second else {}
 
-    run_softmax(kernels, FORWARD, **everything, losses=losses.tensor, statistics=statistics.tensor)
-    expected, expected_grad = exact("none", each)
-    assert_close(losses.tensor, expected, dtype, f"losses of {what}")
+    run_softmax(kernels, FORWARD, **everything, **of_second, losses=losses.tensor)
+    expected, expected_second, expected_grad = exact("none", each, each_second)
+    assert_close(losses.tensor, expected, of_result, f"losses of {what}")
+    if second:
+        assert_close(seconds.tensor, expected_second, of_result, f"second results of {what}")
     assert divisor == 1
-    run_softmax(kernels, BACKWARD, **everything, statistics=statistics.tensor, grad=to, upstream=each)
+    run_softmax(kernels, BACKWARD, **everything, grad=to, upstream=each, **upstream_second)
     assert_close(to, expected_grad, dtype, f"gradients of {what}")
 
     statistics.tensor.fill_(77)
-    run_softmax(kernels, FORWARD, **everything, total=total, mean=True, statistics=statistics.tensor)
-    expected, expected_grad = exact("mean", one)
-    assert_close(total, expected, dtype, f"mean of {what}")
-    run_softmax(kernels, BACKWARD, **everything, mean=True, statistics=statistics.tensor, grad=to, upstream=one)
-    expected_grad = expected_grad.nan_to_num() if (target == -100).all() else expected_grad
-    assert_close(to, expected_grad, dtype, f"gradient of the mean of {what}")
+    to.zero_()
+    run_softmax(kernels, FORWARD, **everything, **of_second, total=total, mean=True)
+    expected, _, expected_grad = exact("mean", one, each_second)
+    assert_close(total, expected, of_result, f"mean of {what}")
+    run_softmax(kernels, BACKWARD, **everything, mean=True, grad=to, upstream=one, **upstream_second)
+    nothing = not loss.soft and bool((target == -100).all())
+    if not (nothing and second):
+        expected_grad = expected_grad.nan_to_num() if nothing else expected_grad
+        assert_close(to, expected_grad, dtype, f"gradient of the mean of {what}")
+    if loss.op == "nll":
+        assert all(g.intact() for g in (guarded, statistics, losses, grad)), what
+        return
     in_place = {"grad": x, "in_place": True}
-    run_softmax(kernels, BACKWARD, **everything, mean=True, statistics=statistics.tensor, upstream=one, **in_place)
-    assert torch.equal(x, to), f"gradient in place of {what}"
+    run_softmax(kernels, BACKWARD, **everything, mean=True, upstream=one, **upstream_second, **in_place)
+    assert torch.equal(x, to) or to.isnan().any(), f"gradient in place of {what}"
     x.copy_(original)
-    if dtype in IN_FORWARD:
+    if dtype in IN_FORWARD and not second:
         for destination in ({"grad": to}, in_place):
             statistics.tensor.fill_(77)
-            run_softmax(kernels, DIVISOR, **everything, statistics=statistics.tensor, mean=True)
-            run_softmax(
-                kernels, FORWARD, **everything, total=total, mean=True, statistics=statistics.tensor, **destination
-            )
-            assert_close(total, expected, dtype, f"mean with gradient of {what}")
+            run_softmax(kernels, DIVISOR, **everything, mean=True)
+            run_softmax(kernels, FORWARD, **everything, total=total, mean=True, **destination)
+            assert_close(total, expected, of_result, f"mean with gradient of {what}")
             assert_close(destination["grad"], expected_grad / 1.5, dtype, f"gradient in forward of {what}")
         x.copy_(original)
-    assert all(g.intact() for g in (guarded, statistics, losses, grad)), what
+    assert all(g.intact() for g in (guarded, statistics, losses, seconds, grad)), what
+
+
+# One of each kernel that the lists expand to.
+OF_KERNELS = [SOFTMAX[0], SOFTMAX[3], *SOFTMAX[4:]]
+
+
+def share_of(shapes: Iterator[tuple[int, ...]], loss: Loss) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """All shapes for the first loss; of the others each takes a third, which together is all of them."""
+    third = OF_KERNELS.index(loss)
+    for seed, shape in enumerate(shapes):
+        if (third == 0 and not SANITIZED) or seed % 3 == third % 3:
+            yield seed, shape
+
+
+def has_second(loss: Loss) -> bool:
+    return "cross_entropy" in loss.op or (loss.op == "log_probs" and loss.params[1] > 0)
+
+
+def check_variants(kernels, loss: Loss, dtype: torch.dtype, x: Guarded, seed: int) -> None:
+    """With weights, wide results and a second result now and then."""
+    check_softmax(
+        kernels, loss, dtype, x.tensor, weighted=seed % 5 < 2 and loss.op != "log_probs", guarded=x,
+        wide=seed % 2 == 0, second=has_second(loss) and seed % 4 < 2,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", [SOFTMAX[0], SOFTMAX[3]], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", OF_KERNELS, ids=lambda loss: loss.name)
 def test_rows_at_every_boundary(kernels, loss, dtype):
-    for seed, shape in enumerate(row_shapes(dtype)):
+    for seed, shape in share_of(row_shapes(dtype), loss):
         pretend(kernels, seed)
         x = filled(loss.data(shape, dtype)[0], dtype, offset=seed % 3)
-        check_softmax(kernels, loss, dtype, x.tensor, weighted=seed % 2 == 1, guarded=x)
+        check_variants(kernels, loss, dtype, x, seed)
 
 
 @pytest.mark.parametrize("clusters", [True, False])
 @pytest.mark.parametrize("dtype", IN_FORWARD, ids=str)
 def test_rows_that_stay_in_a_block_in_a_cluster_or_nowhere(kernels, dtype, clusters):
     size = torch.empty((), dtype=dtype).element_size()
-    reserved = 1568 if dtype == torch.float64 else 1040  # of the reductions
+    # Of the reductions: four statistics, of 8 warps and the block, twice, and two sums a warp.
+    reserved = 4 * 18 * (8 if dtype == torch.float64 else 4) + 128
     shared_bytes = 6000
     block = (shared_bytes - reserved) // size
     for seed, classes in enumerate((block - 9, block + 9, 2 * block, 3 * block + 1, 8 * block - 99, 8 * block + 99)):
@@ -253,12 +305,12 @@ def test_rows_that_stay_in_a_block_in_a_cluster_or_nowhere(kernels, dtype, clust
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", [SOFTMAX[0], SOFTMAX[3]], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", OF_KERNELS, ids=lambda loss: loss.name)
 def test_columns_at_every_boundary(kernels, loss, dtype):
-    for seed, shape in enumerate(column_shapes(dtype)):
+    for seed, shape in share_of(column_shapes(dtype), loss):
         pretend(kernels, seed)
         x = filled(loss.data(shape, dtype)[0], dtype, offset=seed % 2 * 8)
-        check_softmax(kernels, loss, dtype, x.tensor, weighted=seed % 2 == 1, guarded=x)
+        check_variants(kernels, loss, dtype, x, seed)
 
 
 def test_layouts_that_are_neither(kernels):
@@ -281,9 +333,9 @@ def test_a_bad_target_is_reported_reads_nothing_and_harms_no_other_row(kernels, 
     for bad in (shape[1], -1, 1 << 62):
         flat = target.clone().view(-1)
         flat[rows // 2] = bad
-        losses, statistics = torch.empty(target.shape), torch.empty(2 * rows + 1)
+        losses, statistics = torch.empty(target.shape), torch.empty(3 * rows + 1)
         grad, upstream = torch.empty_like(x), torch.ones(target.shape)
-        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": flat, "divisor": statistics[2 * rows :]}
+        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": flat, "divisor": statistics[3 * rows :]}
         met = run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
         assert met == (rows // 2, bad)
         run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=upstream)
@@ -306,8 +358,8 @@ def test_special_logits_are_those_of_the_cpu(kernels):
     for classes, special, column in product((6, 5000), (float("nan"), float("inf"), -float("inf")), (0, 1)):
         x, target = torch.randn(3, classes), torch.zeros(3, dtype=torch.long)
         x[1, column] = special
-        losses, statistics, grad = torch.empty(3), torch.empty(7), torch.empty_like(x)
-        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": target, "divisor": statistics[6:]}
+        losses, statistics, grad = torch.empty(3), torch.empty(10), torch.empty_like(x)
+        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": target, "divisor": statistics[9:]}
         run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
         run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=torch.ones(3))
         leaf = x.clone().requires_grad_()
@@ -323,7 +375,7 @@ def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernels):
         results = []
         for seed in range(8):
             pretend(kernels, seed)
-            total, statistics = torch.empty(()), torch.empty(2 * target.numel() + 1)
+            total, statistics = torch.empty(()), torch.zeros(3 * target.numel() + 1)
             run_softmax(
                 kernels, FORWARD, "cross_entropy", (), x, target,
                 total=total, mean=True, statistics=statistics, divisor=statistics[-1:],
@@ -340,14 +392,17 @@ def test_scale_multiplies_and_leaves_a_factor_of_one_alone(kernels, dtype):
             expected = (data.tensor.double() * 1.5).to(dtype)
             run_scale(kernels, data.tensor, torch.tensor(1.0, dtype=dtype))
             assert torch.equal(data.storage, data.before)
-            run_scale(kernels, data.tensor, torch.tensor(1.5, dtype=dtype))
-            assert torch.equal(data.tensor, expected) and data.intact()
+            for wide in (dtype, torch.float64 if dtype == torch.float64 else torch.float32):
+                before = data.tensor.clone()
+                run_scale(kernels, data.tensor, torch.tensor(1.5, dtype=wide))
+                assert torch.equal(data.tensor, expected) and data.intact()
+                data.tensor.copy_(before)
 
 
 def test_small_shapes_need_one_launch(kernels):
     pretend(kernels)
     x, target = SOFTMAX[0].data((8, 10), torch.float32)
-    total, statistics = torch.empty(()), torch.empty(17)
+    total, statistics = torch.empty(()), torch.empty(25)
     before = kernels.launches(), kernels.memsets()
     run_softmax(
         kernels, FORWARD, "cross_entropy", (), x, target,
@@ -453,6 +508,11 @@ def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     for compiled in Path(kernels._name).parent.glob("*.o"):
         shutil.copy(compiled, tmp_path)
+    # Of the softmax losses the first alone, so that a bug is compiled in seconds.
+    losses = tmp_path / "csrc" / "losses" / "softmax.h"
+    head, listed = losses.read_text().split("#define FUSEDLOSS_SOFTMAX(X)")
+    assert "X(cross_entropy, CrossEntropy)" in listed
+    losses.write_text(f"{head}#define FUSEDLOSS_SOFTMAX(X) X(cross_entropy, CrossEntropy)\n")
     file = tmp_path / "csrc" / "cuda" / name
     source = file.read_text()
     assert source.count(old) == 1, f"expected {old!r} once in {name}, found it {source.count(old)} times"

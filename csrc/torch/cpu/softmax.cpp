@@ -1,14 +1,14 @@
-#include "../softmax.h"
-
-#include <ATen/ops/ones.h>
-
 #include <algorithm>
+#include <limits>
 #include <vector>
+
+#include "../softmax.h"
 
 namespace fusedloss {
 namespace {
 
 constexpr int64_t kGrain = 32768;  // logits worth waking a thread for
+constexpr int64_t kFewRows = 32;   // up to here long rows are cut into parts, so that every thread has work
 
 template <class F>
 void over_chunks(const SoftmaxLayout& layout, F f) {
@@ -21,12 +21,34 @@ void over_chunks(const SoftmaxLayout& layout, F f) {
   parallel_for(chunks, grain, run);
 }
 
-void set_divisor(Tensor& statistics, double divisor) {
-  const int64_t last = statistics.numel() - 1;
-  if (statistics.scalar_type() == at::kDouble) {
-    statistics.mutable_data_ptr<double>()[last] = divisor;
-  } else {
-    statistics.mutable_data_ptr<float>()[last] = float(divisor);
+bool cuts_rows(const SoftmaxArgs& args) {
+  return args.logits_layout.rows <= kFewRows && args.logits_layout.classes >= 2 * kSoftmaxPart &&
+         args.logits_layout.class_stride == 1 && args.probabilities_layout.class_stride == 1;
+}
+
+// Calls f(row, part, number of both) on every part of every row.
+template <class F>
+void over_parts(const SoftmaxLayout& layout, F f) {
+  const int64_t parts = (layout.classes + kSoftmaxPart - 1) / kSoftmaxPart;
+  parallel_for(layout.rows * parts, kGrain / kSoftmaxPart, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i / parts, i % parts, i);
+  });
+}
+
+void set_value(const Tensor& tensor, int64_t index, double value) {
+  void* data = tensor.mutable_data_ptr();
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      static_cast<double*>(data)[index] = value;
+      break;
+    case at::kFloat:
+      static_cast<float*>(data)[index] = float(value);
+      break;
+    case at::kHalf:
+      static_cast<at::Half*>(data)[index] = float(value);
+      break;
+    default:
+      static_cast<at::BFloat16*>(data)[index] = float(value);
   }
 }
 
@@ -36,99 +58,126 @@ double divisor_of(const Tensor& statistics) {
                                                  : double(statistics.const_data_ptr<float>()[last]);
 }
 
+// What a mean divides by; infinity makes a mean over nothing 0, and its gradient.
+double divisor_from(double weight, int64_t reduction) {
+  if (!is_mean(reduction)) return 1;
+  return reduction == kMeanOrZero && weight == 0 ? std::numeric_limits<double>::infinity() : weight;
+}
+
 void check_targets(const SoftmaxArgs& args) {
-  for (int64_t row = 0; row < args.logits_layout.rows; ++row) {
-    const int64_t y = args.target[row];
+  for (int64_t row = 0; row < args.logits_layout.rows && args.target; ++row) {
+    const int64_t y = target_of(args, row);
     TORCH_CHECK_INDEX(y == args.ignore_index || uint64_t(y) < uint64_t(args.logits_layout.classes), "Target ", y,
                       " is out of bounds.");
   }
 }
 
-bool mean_by_weight(Softmax loss) {
-  switch (loss) {
-#define FUSEDLOSS_TRAIT(name, Functor) \
-  case Softmax::name:                  \
-    return baseline::Functor<double>::mean_by_weight;
-    FUSEDLOSS_SOFTMAX(FUSEDLOSS_TRAIT)
-#undef FUSEDLOSS_TRAIT
-  }
-  TORCH_CHECK(false, "unknown softmax loss ", int64_t(loss));
-}
-
 template <class T>
 double sum_of_weights(const SoftmaxArgs& args, bool by_weight) {
+  if (!args.target) return double(args.logits_layout.rows);
   const T* weight = by_weight ? static_cast<const T*>(args.weight) : nullptr;
   double sum = 0;
   for (int64_t row = 0; row < args.logits_layout.rows; ++row) {
-    if (args.target[row] != args.ignore_index) sum += weight ? double(weight[args.target[row]]) : 1.0;
+    const int64_t target = target_of(args, row);
+    if (target != args.ignore_index) sum += weight ? double(weight[target]) : 1.0;
   }
   return sum;
 }
 
 // What a mean divides by, from the targets alone: a gradient made in forward needs it before the last row is read.
 double divisor_ahead(Softmax loss, const SoftmaxArgs& args) {
-  const bool by_weight = mean_by_weight(loss);
+  const bool by_weight = traits_of(loss).mean_by_weight;
   return args.dtype == DType::Double ? sum_of_weights<double>(args, by_weight) : sum_of_weights<float>(args, by_weight);
 }
 
+void run_backward(Softmax loss, const SoftmaxArgs& args) {
+  const CpuKernels& kernels = cpu_kernels();
+  // In place, a part would overwrite the target's logit before another has read it.
+  if (cuts_rows(args) && args.grad_layout.class_stride == 1 && args.grad != args.logits) {
+    over_parts(args.logits_layout,
+               [&](int64_t row, int64_t part, int64_t) { kernels.softmax_backward_part(loss, args, row, part); });
+  } else {
+    over_chunks(args.logits_layout,
+                [&](int64_t, int64_t begin, int64_t end) { kernels.softmax_backward(loss, args, begin, end); });
+  }
+}
+
 struct CpuSoftmax {
-  static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, Tensor& value, Tensor& statistics,
+  static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
                       Tensor* grad) {
     SoftmaxArgs args = {};
     inputs.fill(args);
-    const SoftmaxLayout& layout = args.logits_layout;
-    args.losses = reduction == kNone ? value.mutable_data_ptr() : nullptr;
-    args.statistics = statistics.mutable_data_ptr();
-    const CpuKernels& kernels = cpu_kernels();
+    args.losses = reduction == kNone ? results.loss.mutable_data_ptr() : nullptr;
+    args.second = inputs.second ? results.second.mutable_data_ptr() : nullptr;
+    args.statistics = results.statistics.mutable_data_ptr();
 
-    Tensor one;
     if (grad) {
       check_targets(args);
-      one = at::ones({}, value.options());
       args.grad = grad->mutable_data_ptr();
       args.grad_layout = *layout_of(*grad);
-      args.upstream = one.const_data_ptr();
-      args.scale = reduction == kMean ? 1 / divisor_ahead(loss, args) : 1;
+      args.scale = 1 / divisor_from(is_mean(reduction) ? divisor_ahead(loss, args) : 1, reduction);
     }
-    SoftmaxSums total = {0, 0, -1};
+    const SoftmaxSums total =
+        traits_of(loss).reads_row && cuts_rows(args) ? of_parts(loss, args) : of_chunks(loss, args);
+    TORCH_CHECK_INDEX(total.bad_row < 0, "Target ", target_of(args, std::max<int64_t>(total.bad_row, 0)),
+                      " is out of bounds.");
+    const double divisor = divisor_from(total.weight, reduction);
+    if (reduction != kNone) set_value(results.loss, 0, total.loss / divisor);
+    set_value(results.statistics, results.statistics.numel() - 1, divisor);
+  }
+
+  static SoftmaxSums of_chunks(Softmax loss, const SoftmaxArgs& args) {
+    const CpuKernels& kernels = cpu_kernels();
+    const SoftmaxLayout& layout = args.logits_layout;
     const auto run = [&](int64_t begin, int64_t end) {
-      const SoftmaxSums sums = kernels.softmax_forward(loss, args, begin, end);
-      if (grad) kernels.softmax_backward(loss, args, begin, end);  // while the chunk is in the cache
+      const SoftmaxSums sums = kernels.softmax_forward(loss, args, nullptr, begin, end);
+      if (args.grad) kernels.softmax_backward(loss, args, begin, end);  // while the chunk is in the cache
       return sums;
     };
-    const auto add = [&total](const SoftmaxSums& part) {
+    const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
+    if (chunks == 1) return run(0, layout.rows);
+    std::vector<SoftmaxSums> partial(chunks);
+    over_chunks(layout, [&](int64_t i, int64_t begin, int64_t end) { partial[i] = run(begin, end); });
+    SoftmaxSums total = {0, 0, -1};
+    for (const SoftmaxSums& part : partial) {
       total.loss += part.loss;
       total.weight += part.weight;
       if (total.bad_row < 0) total.bad_row = part.bad_row;
-    };
-    const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
-    if (chunks == 1) {
-      add(run(0, layout.rows));
-    } else {
-      std::vector<SoftmaxSums> partial(chunks);
-      over_chunks(layout, [&](int64_t i, int64_t begin, int64_t end) { partial[i] = run(begin, end); });
-      for (const SoftmaxSums& part : partial) add(part);
     }
-    TORCH_CHECK_INDEX(total.bad_row < 0, "Target ", args.target[total.bad_row], " is out of bounds.");
-    if (reduction != kNone) value.fill_(reduction == kMean ? total.loss / total.weight : total.loss);
-    set_divisor(statistics, reduction == kMean ? total.weight : 1.0);
+    return total;
   }
 
-  static void backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream, const Tensor& statistics,
-                       int64_t, Tensor& grad) {
+  static SoftmaxSums of_parts(Softmax loss, const SoftmaxArgs& args) {
+    check_targets(args);
+    const CpuKernels& kernels = cpu_kernels();
+    const SoftmaxLayout& layout = args.logits_layout;
+    std::vector<SoftmaxPart> parts(layout.rows * ((layout.classes + kSoftmaxPart - 1) / kSoftmaxPart));
+    over_parts(layout,
+               [&](int64_t row, int64_t part, int64_t i) { parts[i] = kernels.softmax_part(loss, args, row, part); });
+    const SoftmaxSums total = kernels.softmax_forward(loss, args, parts.data(), 0, layout.rows);
+    if (args.grad) run_backward(loss, args);
+    return total;
+  }
+
+  static void backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+                       const OptionalTensor& upstream_second, const Tensor& statistics, int64_t, Tensor& grad) {
     SoftmaxArgs args = {};
     inputs.fill(args);
     check_targets(args);
     args.grad = grad.mutable_data_ptr();
     args.grad_layout = *layout_of(grad);
     args.statistics = const_cast<void*>(statistics.const_data_ptr());
-    const Upstream read = read_upstream(upstream, inputs.target);
+    const Upstream read = read_upstream(upstream);
     args.upstream = read.tensor.const_data_ptr();
     args.upstream_stride = read.stride;
+    Upstream second;
+    if (upstream_second) {
+      second = read_upstream(*upstream_second);
+      args.upstream_second = second.tensor.const_data_ptr();
+      args.upstream_second_stride = second.stride;
+    }
     args.scale = 1.0 / divisor_of(statistics);
-    const CpuKernels& kernels = cpu_kernels();
-    over_chunks(args.logits_layout,
-                [&](int64_t, int64_t begin, int64_t end) { kernels.softmax_backward(loss, args, begin, end); });
+    run_backward(loss, args);
   }
 };
 

@@ -65,12 +65,14 @@ TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
     using namespace fusedloss;
     check_factor(data, factor);
     const auto dtype = kernel_dtype(data.scalar_type());
-    if (!dtype || factor.scalar_type() != data.scalar_type() || !data.is_non_overlapping_and_dense()) {
+    const bool wide = factor.scalar_type() != data.scalar_type();
+    if (!dtype || (wide && factor.scalar_type() != arithmetic_type(data.scalar_type())) ||
+        !data.is_non_overlapping_and_dense()) {
       data.mul_(factor);
       return;
     }
     c10::cuda::CUDAGuard guard(data.device());
-    check_launch(cuda_scale(*dtype, data.mutable_data_ptr(), data.numel(), factor.const_data_ptr(),
+    check_launch(cuda_scale(*dtype, data.mutable_data_ptr(), data.numel(), factor.const_data_ptr(), wide,
                             c10::cuda::getCurrentCUDAStream().stream()));
   });
 }

@@ -10,7 +10,8 @@ struct CudaSoftmax {
                                  const CudaCall& call) {
     CudaSoftmaxArgs args = {};
     inputs.fill(args);
-    args.mean = reduction == kMean;
+    args.mean = is_mean(reduction);
+    args.zero_for_none = reduction == kMeanOrZero;
     args.statistics = const_cast<void*>(statistics.const_data_ptr());
     const int64_t divisor = (statistics.numel() - 1) * statistics.element_size();
     args.divisor = static_cast<char*>(args.statistics) + divisor;
@@ -19,31 +20,42 @@ struct CudaSoftmax {
     return args;
   }
 
-  static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, Tensor& value, Tensor& statistics,
+  static void write_to(Tensor& grad, CudaSoftmaxArgs& args) {
+    args.grad = grad.mutable_data_ptr();
+    args.grad_layout = *layout_of(grad);
+    args.in_place = args.grad == args.logits;
+  }
+
+  static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
                       Tensor* grad) {
     raise_bad_target();
     const CudaCall call(inputs.logits);
-    CudaSoftmaxArgs args = args_of(inputs, reduction, statistics, call);
-    (reduction == kNone ? args.losses : args.total) = value.mutable_data_ptr();
+    CudaSoftmaxArgs args = args_of(inputs, reduction, results.statistics, call);
+    (reduction == kNone ? args.losses : args.total) = results.loss.mutable_data_ptr();
+    if (inputs.second) args.second = results.second.mutable_data_ptr();
     if (grad) {
       if (args.mean) check_launch(cuda_softmax_divisor(loss, args, call.stream));
-      args.grad = grad->mutable_data_ptr();
-      args.grad_layout = *layout_of(*grad);
-      args.in_place = args.grad == args.logits;
+      write_to(*grad, args);
     }
     check_launch(cuda_softmax_forward(loss, args, call.stream));
   }
 
-  static void backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream, const Tensor& statistics,
-                       int64_t reduction, Tensor& grad) {
+  static void backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+                       const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction,
+                       Tensor& grad) {
     const CudaCall call(inputs.logits);
     CudaSoftmaxArgs args = args_of(inputs, reduction, statistics, call);
-    args.grad = grad.mutable_data_ptr();
-    args.grad_layout = *layout_of(grad);
-    args.in_place = args.grad == args.logits;
-    const Upstream read = read_upstream(upstream, inputs.target);
+    write_to(grad, args);
+    if (!traits_of(loss).reads_row) grad.zero_();
+    const Upstream read = read_upstream(upstream);
     args.upstream = read.tensor.const_data_ptr();
     args.upstream_stride = read.stride;
+    Upstream second;
+    if (upstream_second) {
+      second = read_upstream(*upstream_second);
+      args.upstream_second = second.tensor.const_data_ptr();
+      args.upstream_second_stride = second.stride;
+    }
     check_launch(cuda_softmax_backward(loss, args, call.stream));
   }
 };
