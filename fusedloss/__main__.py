@@ -27,7 +27,7 @@ def sample(loss: Loss) -> tuple[Tensor, Tensor]:
 
 def value_and_grad(formula: Formula, loss: Loss, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     x = input.detach().requires_grad_()
-    ignore_index = (-100,) if loss.family == "softmax" else ()
+    ignore_index = () if loss.family == "pointwise" else (-100,)
     value = formula(x, target, None, "mean", *ignore_index, *loss.params)
     return value.detach(), torch.autograd.grad(value, x)[0]
 
@@ -67,7 +67,7 @@ def main() -> int:
             good = all(errors[dtype] <= limit for dtype, limit in TOLERANCES.items())
             failures += not good
             columns = "  ".join(f"{str(dtype).removeprefix('torch.')} {value:.1e}" for dtype, value in errors.items())
-            print(f"  {name:20s} {columns}  {'ok' if good else 'OFF'}")
+            print(f"  {name:22s} {columns}  {'ok' if good else 'OFF'}")
     return 1 if failures else 0
 
 

@@ -30,6 +30,12 @@ def _softmax_with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
     return *_softmax(logits, *rest), torch.empty_like(logits)
 
 
+def _indexed(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float]
+) -> Tensor:
+    return torch.empty_like(logits) if reduction == 0 else logits.new_empty(())
+
+
 def _backward(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(input)
 
@@ -39,6 +45,7 @@ def nothing(*arguments: Any) -> None:
 
 
 pointwise: Fakes = {"": _pointwise, "_with_grad": _pointwise_with_grad, "_backward": _backward}
+indexed: Fakes = {"": _indexed, "_with_grad": _pointwise_with_grad, "_backward": _backward}
 softmax: Fakes = {
     "": _softmax,
     "_with_grad": _softmax_with_grad,

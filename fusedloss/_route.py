@@ -52,18 +52,24 @@ _CUDA_MAX_CLASSES = 2**31 - 1 - 2**16  # kCudaMaxClasses of csrc/kernels.h
 
 def pointwise(name: str) -> Callable[[Formula], Formula]:
     """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name."""
-    return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, integers=0)
+    return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, "pointwise")
+
+
+def indexed(name: str) -> Callable[[Formula], Formula]:
+    """Route ``formula(logits, target, weight, reduction, ignore_index, *params)`` through the pointwise kernels of that
+    name for class indices."""
+    return lambda formula: _routed(f"{name}_indexed", formula, _captures_indexed, _fake.indexed, "indexed")
 
 
 def softmax(name: str) -> Callable[[Formula], Formula]:
     """Route ``formula(logits, target, weight, reduction, ignore_index, *params)`` through the softmax kernels."""
-    return lambda formula: _routed(name, formula, _captures_softmax, _fake.softmax, integers=1)
+    return lambda formula: _routed(name, formula, _captures_softmax, _fake.softmax, "softmax")
 
 
-def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
+def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
+    integers = 0 if family == "pointwise" else 1  # ignore_index
     routed = _unfused(formula) if extension is None else _fused(name, formula, captures, fakes, integers)
     defaults = [parameter.default for parameter in inspect.signature(formula).parameters.values()]
-    family = "softmax" if integers else "pointwise"
     LOSSES[name] = Loss(family, routed, formula, tuple(d for d in defaults if d is not inspect.Parameter.empty))
     return routed
 
@@ -128,6 +134,26 @@ def _captures_pointwise(input: Tensor, target: Tensor, weight: Tensor | None, re
         and not target.requires_grad
         and (weight is None or weight.shape == input.shape)
     )
+
+
+def _captures_indexed(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    if not _captures(logits, target, weight, reduction) or logits.dim() < 2 or target.dtype != torch.int64:
+        return False
+    if logits.device.type == "cuda" and logits.shape[1] > _CUDA_MAX_CLASSES:
+        return False
+    return target.shape == logits.shape[:1] + logits.shape[2:] and (
+        weight is None or _of_rows_classes_or_elements(weight.shape, logits.shape)
+    )
+
+
+def _of_rows_classes_or_elements(weight: torch.Size, logits: torch.Size) -> bool:
+    if len(weight) > len(logits):
+        return False
+    sizes = (1,) * (len(logits) - len(weight)) + tuple(weight)
+    if any(size != 1 and size != full for size, full in zip(sizes, logits, strict=True)):
+        return False
+    of_rows, of_classes = sizes[1] == 1, all(size == 1 for d, size in enumerate(sizes) if d != 1)
+    return of_rows or of_classes or sizes == tuple(logits)
 
 
 def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:

@@ -3,6 +3,7 @@
 
 #include "../with_functor.h"
 #include "pointwise.inl"
+#include "pointwise_indexed.inl"
 #include "softmax.inl"
 
 #define FUSEDLOSS_STRING_(x) #x
@@ -15,6 +16,7 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             pointwise_sum,
                             pointwise_losses,
                             pointwise_grad,
+                            indexed,
                             softmax_forward,
                             softmax_backward};
 

@@ -76,12 +76,16 @@ Tensor take_grad(torch::autograd::AutogradContext* ctx);
 // The autograd side, callable without the dispatcher: a differentiable loss.
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                       int64_t reduction, Params params, bool grad_in_forward);
+Tensor indexed_loss(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward);
 Tensor softmax_loss(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                     int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward, bool in_place);
 
 // The conditions under which the kernels own a call, tensors being plain ones on one device.
 bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     Params params);
+bool owns_indexed(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                  Params params);
 bool owns_softmax(Softmax loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                   Params params);
 
@@ -92,5 +96,6 @@ using SoftmaxFormula = std::function<Tensor(const Tensor&, const Tensor&, const 
                                             int64_t ignore_index, Params)>;
 PointwiseFormula& native_formula(Pointwise loss);
 SoftmaxFormula& native_formula(Softmax loss);
+SoftmaxFormula& native_indexed_formula(Pointwise loss);
 
 }  // namespace fusedloss

@@ -105,6 +105,17 @@ OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight,
   return pointwise_loss(kLoss, call->input, call->target, call->weight, call->reduction, call->params(), true);
 }
 
+template <Pointwise kLoss>
+OptionalTensor indexed(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                       py::handle ignore_index, py::handle first, py::handle second) {
+  const std::optional<Call> call = Call::read(logits, target, weight, reduction, first, second);
+  if (!call || !PyLong_Check(ignore_index.ptr())) return std::nullopt;
+  if (!owns_indexed(kLoss, call->input, call->target, call->weight, call->params())) return std::nullopt;
+  const int64_t ignored = ignore_index.cast<int64_t>();
+  py::gil_scoped_release no_gil;
+  return indexed_loss(kLoss, call->input, call->target, call->weight, call->reduction, ignored, call->params(), true);
+}
+
 // grad_in_forward None chooses what never moves more bytes: forward and backward apart read the logits twice and write
 // the gradient once; made in forward, it is read and written again where the upstream gradient is not 1.
 template <Softmax kLoss>
@@ -137,13 +148,14 @@ void set_formula(Pointwise loss, const py::object& formula) {
   };
 }
 
-void set_formula(Softmax loss, const py::object& formula) {
-  native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                Params params) {
+SoftmaxFormula of_class_indices(const py::object& formula) {
+  return [kept = keep(formula)](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index, Params params) {
     return call_formula(kept, params, logits, target, weight, name_of(reduction), ignore_index);
   };
 }
+
+void set_formula(Softmax loss, const py::object& formula) { native_formula(loss) = of_class_indices(formula); }
 
 template <class Loss>
 void bind_formula(py::module_& m, const char* name, Loss loss) {
@@ -158,6 +170,12 @@ void bind_formula(py::module_& m, const char* name, Loss loss) {
         "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none());                                 \
   fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                                     \
   pointwise.append(#name);
+#define FUSEDLOSS_BIND_INDEXED(name, Functor)                                                                      \
+  m.def(#name "_indexed", torch::wrap_pybind_function(fusedloss::indexed<fusedloss::Pointwise::name>), "logits"_a, \
+        "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none()); \
+  m.def("set_native_" #name "_indexed", [](const py::object& formula) {                                            \
+    fusedloss::native_indexed_formula(fusedloss::Pointwise::name) = fusedloss::of_class_indices(formula);          \
+  });
 #define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                     \
   m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a, "target"_a, \
         "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none(),             \
@@ -169,6 +187,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace py::literals;
   py::list pointwise, softmax;
   FUSEDLOSS_POINTWISE(FUSEDLOSS_BIND_POINTWISE)
+  FUSEDLOSS_INDEXED(FUSEDLOSS_BIND_INDEXED)
   FUSEDLOSS_SOFTMAX(FUSEDLOSS_BIND_SOFTMAX)
   m.attr("pointwise_losses") = py::tuple(pointwise);
   m.attr("softmax_losses") = py::tuple(softmax);
