@@ -102,6 +102,20 @@ def fused_sigmoid_focal(input: Tensor, target: Tensor) -> Tensor:
     return L.sigmoid_focal_loss(input, target, ALPHA, GAMMA, "mean")
 
 
+def class_or_background(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(input.shape[1] + 1, input.shape[:1] + input.shape[2:], generator=generator)
+
+
+def eager_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
+    """As detectors write it: the one-hot is built in every step."""
+    one_hot = F.one_hot(target, input.shape[1] + 1)[..., :-1].movedim(-1, 1)
+    return eager_sigmoid_focal(input, one_hot.to(input.dtype))
+
+
+def native_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
+    return LOSSES["sigmoid_focal_indexed"].native(input, target, None, "mean", -100, ALPHA, GAMMA)
+
+
 def cross_entropy(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
@@ -133,6 +147,20 @@ def sigmoid_focal(elements: int, speedup: float) -> Case:
     )
 
 
+def sigmoid_focal_indexed(shape: tuple[int, ...], speedup: float, memory: float | None = 1.05) -> Case:
+    return Case(
+        _name("sigmoid_focal_indexed", shape, torch.float32),
+        shape,
+        torch.float32,
+        class_or_background,
+        eager_sigmoid_focal_indexed,
+        fused_sigmoid_focal,
+        native_sigmoid_focal_indexed,
+        speedup,
+        memory=memory,
+    )
+
+
 def _name(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     return f"{loss}-{kind}-{'x'.join(map(str, shape))}"
@@ -153,4 +181,7 @@ CASES = [
     huber(64),  # 768 bytes
     focal((2048, 1000), speedup=4.0),  # 16.4 MB
     sigmoid_focal(1 << 22, speedup=8.0),  # 50.3 MB
+    sigmoid_focal_indexed((100_000, 80), speedup=15.0),  # 64.8 MB; a detector's anchors
+    sigmoid_focal_indexed((4, 21, 256, 256), speedup=10.0, memory=None),  # 46.1 MB; classes 256 kB apart
+    sigmoid_focal_indexed((100, 8), speedup=1.0, memory=None),  # 7.2 kB
 ]

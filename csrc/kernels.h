@@ -32,6 +32,23 @@ struct PointwiseArgs {
   double scale;  // gradient only: 1 / n for a mean
 };
 
+// What a pass over the elements makes; SumAndGrad for an upstream gradient of 1.
+enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad };
+
+// Dense logits whose classes lie `inner` elements apart: element (outer * classes + class) * inner + i is of row
+// outer * inner + i.
+struct IndexedLayout {
+  int64_t outer, classes, inner;
+};
+
+// A pointwise loss whose target is 1 in the class that `index` names for the row, and 0 in every other.
+struct IndexedArgs : PointwiseArgs {  // without a target
+  IndexedLayout layout;
+  const int64_t* index;  // [rows]; the number of classes, or a negative one, names none of them
+  int64_t ignore_index;
+  int64_t weight_outer_stride, weight_class_stride, weight_inner_stride;
+};
+
 // One loss per row of logits; the row of class scores number r starts at
 // (r / inner) * outer_stride + (r % inner) * inner_stride and goes on by class_stride.
 struct SoftmaxLayout {
@@ -92,6 +109,7 @@ struct CpuKernels {
   double (*pointwise_sum)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
   void (*pointwise_losses)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
   void (*pointwise_grad)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
+  double (*indexed)(Pointwise, PointwiseResult, const IndexedArgs&, int64_t begin, int64_t end);  // returns the sum
   // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
   SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
   void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
@@ -115,8 +133,6 @@ using CudaStream = ::CUstream_st*;
 // Partial sums of one call, and the counter by which its last block knows that it is the last.
 constexpr int64_t kCudaWorkspaceBytes = 72 << 10;
 
-enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad };
-
 struct CudaPointwiseArgs : PointwiseArgs {
   int64_t count;
   void* total;     // of dtype: the sum over divisor
@@ -129,6 +145,17 @@ int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStr
 struct alignas(16) BadTarget {
   int64_t row, target;
 };
+
+struct CudaIndexedArgs : IndexedArgs {
+  void* total;  // of dtype: the sum or mean
+  bool mean;
+  double* divisor;  // what a mean's gradient divides by, written by cuda_indexed_divisor
+  BadTarget* bad_target;
+  void* workspace;
+};
+// The number of logits that are not ignored.
+int cuda_indexed_divisor(const CudaIndexedArgs&, CudaStream);
+int cuda_indexed(Pointwise, PointwiseResult, const CudaIndexedArgs&, CudaStream);
 
 struct CudaSoftmaxArgs : SoftmaxArgs {
   void* total;  // the sum or mean; null for no reduction

@@ -56,6 +56,17 @@ auto with_functor(Pointwise loss, DType dtype, const double* arguments, F f) {
   __builtin_unreachable();
 }
 
+// Of the losses that take class indices.
+template <class F>
+auto with_indexed_functor(Pointwise loss, DType dtype, const double* arguments, F f) {
+  using Loss = Pointwise;
+  switch (loss) {
+    FUSEDLOSS_INDEXED(FUSEDLOSS_CASE)
+    default:
+      __builtin_unreachable();
+  }
+}
+
 template <class F>
 auto with_functor(Softmax loss, const SoftmaxArgs& arguments, F f) {
   using Loss = Softmax;

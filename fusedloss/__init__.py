@@ -2,6 +2,7 @@
 
 from . import functional
 from ._library import check
+from ._route import explain
 from .modules import CrossEntropyLoss, FocalLoss, HuberLoss, NLLLoss, NLLLoss2d, SigmoidFocalLoss
 
 __version__ = "0.1.0"
@@ -14,5 +15,6 @@ __all__ = [
     "NLLLoss2d",
     "SigmoidFocalLoss",
     "check",
+    "explain",
     "functional",
 ]

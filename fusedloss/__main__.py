@@ -15,11 +15,13 @@ TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.2e-2,
 
 
 def sample(loss: Loss) -> tuple[Tensor, Tensor]:
-    """An input in float64 and a target that fits; a seventh of the class targets is ignored."""
+    """An input in float64 and a target that fits; a seventh of the class indices is ignored."""
     torch.manual_seed(0)
     input = 4 * torch.randn(257, 33, dtype=torch.float64)
     if loss.family == "pointwise":
         return input, torch.rand(257, 33, dtype=torch.float64).round()
+    if loss.soft:
+        return input, torch.randn(257, 33, dtype=torch.float64).softmax(1)
     index = torch.randint(33, (257,))
     index[::7] = -100
     return input, index
@@ -27,7 +29,7 @@ def sample(loss: Loss) -> tuple[Tensor, Tensor]:
 
 def value_and_grad(formula: Formula, loss: Loss, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     x = input.detach().requires_grad_()
-    ignore_index = (-100,) if loss.family == "softmax" else ()
+    ignore_index = () if loss.family == "pointwise" else (-100,)
     value = formula(x, target, None, "mean", *ignore_index, *loss.params)
     return value.detach(), torch.autograd.grad(value, x)[0]
 
@@ -67,7 +69,7 @@ def main() -> int:
             good = all(errors[dtype] <= limit for dtype, limit in TOLERANCES.items())
             failures += not good
             columns = "  ".join(f"{str(dtype).removeprefix('torch.')} {value:.1e}" for dtype, value in errors.items())
-            print(f"  {name:20s} {columns}  {'ok' if good else 'OFF'}")
+            print(f"  {name:22s} {columns}  {'ok' if good else 'OFF'}")
     return 1 if failures else 0
 
 

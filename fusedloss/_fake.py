@@ -28,6 +28,12 @@ def _results(
     return loss, of_second, logits.new_empty((saved * rows.numel() + 1,), dtype=arithmetic)
 
 
+def _indexed(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float]
+) -> Tensor:
+    return torch.empty_like(logits) if reduction == 0 else logits.new_empty(())
+
+
 def _backward(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(input)
 
@@ -41,6 +47,7 @@ def nothing(*arguments: Any) -> None:
 
 
 pointwise: Fakes = {"": _pointwise, "_with_grad": _pointwise_with_grad, "_backward": _backward}
+indexed: Fakes = {"": _indexed, "_with_grad": _pointwise_with_grad, "_backward": _backward}
 
 
 def softmax(saved: Callable[[list[float]], int]) -> Fakes:

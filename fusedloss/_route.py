@@ -16,6 +16,7 @@ The formula is also what the extension differentiates when a backward is itself 
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _fake
-from ._library import extension
+from ._library import extension, why_native
 
 Formula = Callable[..., Tensor]
 
@@ -55,7 +56,13 @@ _CUDA_MAX_CLASSES = 2**31 - 1 - 2**16  # kCudaMaxClasses of csrc/kernels.h
 
 def pointwise(name: str) -> Callable[[Formula], Formula]:
     """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name."""
-    return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, integers=0)
+    return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, "pointwise")
+
+
+def indexed(name: str) -> Callable[[Formula], Formula]:
+    """Route ``formula(logits, target, weight, reduction, ignore_index, *params)`` through the pointwise kernels of that
+    name for class indices."""
+    return lambda formula: _routed(f"{name}_indexed", formula, _captures_indexed, _fake.indexed, "indexed")
 
 
 def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
@@ -69,17 +76,57 @@ def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
     """
     captures = _captures_probabilities if soft else _captures_indices
     fakes = {} if extension is None else _fake.softmax(getattr(extension, f"saved_by_{name}"))
-    return lambda formula: _routed(name, formula, captures, fakes, integers=1)
+    return lambda formula: _routed(name, formula, captures, fakes, "softmax")
 
 
-def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
-    routed = _unfused(formula) if extension is None else _fused(name, formula, captures, fakes, integers)
+class Path(Exception):
+    """The path of a call in words: what a routed loss raises instead of taking it, while :func:`explain` asks."""
+
+
+_asking: ContextVar[bool] = ContextVar("asking", default=False)
+
+
+def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Which path a call takes, and why: ``loss(*arguments, **options)``, without computing it.
+
+    Args:
+        loss: a function of :mod:`fusedloss.functional` or a module of this package; its arguments follow.
+
+    Returns:
+        ``"fused: "`` with the device, the instruction set and the work, or ``"native: "`` with the reason.
+
+    Raises:
+        ValueError: the callable is no loss of this package.
+        Whatever the call raises before it comes to a path.
+
+    >>> explain(fusedloss.CrossEntropyLoss(), torch.zeros(2, 4), torch.tensor([0, 3]))  # doctest: +ELLIPSIS
+    'fused: cpu ..., rows of 4'
+    >>> explain(fusedloss.functional.huber_loss, torch.zeros(3, 1), torch.zeros(3))
+    'native: shapes, dtypes or gradients that the kernels do not take'
+    """
+    token = _asking.set(True)
+    try:
+        loss(*arguments, **options)
+    except Path as path:
+        return str(path)
+    finally:
+        _asking.reset(token)
+    raise ValueError(f"expected a loss of fusedloss, got {loss!r}")
+
+
+def tell_native(reason: str) -> None:
+    """For a public function that goes straight to plain PyTorch."""
+    if _asking.get():
+        raise Path(f"native: {reason}")
+
+
+def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
+    routed = _unfused(formula) if extension is None else _fused(name, formula, captures, fakes, family)
     defaults = [
         parameter.default
         for parameter in inspect.signature(formula).parameters.values()
         if parameter.default is not parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
     ]
-    family = "softmax" if integers else "pointwise"
     LOSSES[name] = Loss(family, routed, formula, tuple(defaults), captures is _captures_probabilities)
     return routed
 
@@ -93,13 +140,17 @@ def _without_hints(options: dict[str, Any]) -> dict[str, Any]:
 
 def _unfused(formula: Formula) -> Formula:
     def loss(*arguments: Any, **options: Any) -> Any:
+        if _asking.get():
+            raise Path(f"native: {why_native}")
         return formula(*arguments, **_without_hints(options))
 
     return loss
 
 
-def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, integers: int) -> Formula:
+def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
+    integers = 0 if family == "pointwise" else 1  # ignore_index
     kernel: Any = getattr(extension, name)
+    explained: Any = getattr(extension, f"explain_{name}")
     op: Any = getattr(torch.ops.fusedloss, name)
     getattr(extension, f"set_native_{name}")(formula)
     for suffix, fake in fakes.items():
@@ -110,8 +161,10 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
             if captures(input, target, weight, reduction, **_without_hints(options)):
                 params = [float(value) for value in rest[integers:]]
                 call = (input, target, weight, REDUCTIONS[reduction], *rest[:integers], params)
-                return _softmax_op(op, *call, **_without_hints(options)) if integers else op(*call)
+                return _softmax_op(op, *call, **_without_hints(options)) if family == "softmax" else op(*call)
         else:
+            if _asking.get():
+                raise Path(explained(input, target, weight, reduction, *rest, **options))
             value = kernel(input, target, weight, reduction, *rest, **options)
             if value is not None:
                 return value
@@ -163,6 +216,28 @@ def _captures_pointwise(input: Tensor, target: Tensor, weight: Tensor | None, re
         and not target.requires_grad
         and (weight is None or (weight.dtype == input.dtype and weight.shape == input.shape))
     )
+
+
+def _captures_indexed(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    if not _captures(logits, target, weight, reduction) or logits.dim() < 2 or target.dtype != torch.int64:
+        return False
+    if torch.is_autocast_enabled(logits.device.type) or (weight is not None and weight.dtype != logits.dtype):
+        return False
+    if logits.device.type == "cuda" and logits.shape[1] > _CUDA_MAX_CLASSES:
+        return False
+    return target.shape == logits.shape[:1] + logits.shape[2:] and (
+        weight is None or _of_rows_classes_or_elements(weight.shape, logits.shape)
+    )
+
+
+def _of_rows_classes_or_elements(weight: torch.Size, logits: torch.Size) -> bool:
+    if len(weight) > len(logits):
+        return False
+    sizes = (1,) * (len(logits) - len(weight)) + tuple(weight)
+    if any(size != 1 and size != full for size, full in zip(sizes, logits, strict=True)):
+        return False
+    of_rows, of_classes = sizes[1] == 1, all(size == 1 for d, size in enumerate(sizes) if d != 1)
+    return of_rows or of_classes or sizes == tuple(logits)
 
 
 def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, wide: bool) -> bool:

@@ -171,24 +171,52 @@ class SigmoidFocalLoss(nn.Module):
         alpha: weight of the positive class; negative for none.
         gamma: focusing exponent, at least 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: a factor that broadcasts to the inputs, such as one for each class; it becomes the buffer ``weight``.
+        ignore_index: class indices of this value count nowhere.
+
+    The targets of a call are of the inputs' shape or class indices; ``normalizer``, which changes from step to step, is
+    what the mean of that call divides by.
 
     >>> SigmoidFocalLoss(reduction="sum")(torch.zeros(2), torch.tensor([1.0, 0.0]))
     tensor(0.1733)
+    >>> SigmoidFocalLoss()(torch.zeros(3, 2), torch.tensor([1, 2, -100]), normalizer=1)
+    tensor(0.4332)
     """
 
-    def __init__(self, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> None:
         super().__init__()
         if not gamma >= 0:
             raise ValueError(f"gamma must be at least 0, got {gamma}")
         self.alpha = alpha
         self.gamma = gamma
         self.reduction = reduction
+        self.weight: Tensor | None
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.sigmoid_focal_loss(inputs, targets, self.alpha, self.gamma, self.reduction)
+    def forward(self, inputs: Tensor, targets: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+        return functional.sigmoid_focal_loss(
+            inputs,
+            targets,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            normalizer=normalizer,
+        )
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
+        ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"
+        return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}{ignored}"
 
 
 __all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "NLLLoss", "NLLLoss2d", "SigmoidFocalLoss"]

@@ -40,14 +40,7 @@ def huber_loss(
     return _huber(input, target, weight, reduction, delta)
 
 
-@_route.pointwise("sigmoid_focal")
-def _sigmoid_focal(
-    inputs: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
-    x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-    t = targets.to(x.dtype)
-    if x.shape != t.shape:
-        raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
+def _binary_focal(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
     # From u = e^-|x| and what is exact for certain targets, so that no digit of a confident element is lost.
     positive = x >= 0
     distance = torch.where(positive, x, -x)
@@ -61,6 +54,18 @@ def _sigmoid_focal(
         losses = losses * torch.exp(gamma * log_m)
     if alpha >= 0:
         losses = losses * (alpha * t + (1 - alpha) * (1 - t))
+    return losses
+
+
+@_route.pointwise("sigmoid_focal")
+def _sigmoid_focal(
+    inputs: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    t = targets.to(x.dtype)
+    if x.shape != t.shape:
+        raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
+    losses = _binary_focal(x, t, alpha, gamma)
     if weight is not None:
         losses = losses * weight
     if reduction != "none":
@@ -68,33 +73,119 @@ def _sigmoid_focal(
     return losses.to(inputs.dtype)
 
 
-def sigmoid_focal_loss(
-    inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "none"
+@_route.indexed("sigmoid_focal")
+def _sigmoid_focal_indexed(
+    inputs: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
 ) -> Tensor:
-    r"""Sigmoid focal loss with the signature and values of ``torchvision.ops.sigmoid_focal_loss``.
+    if inputs.dim() < 2 or targets.shape != inputs.shape[:1] + inputs.shape[2:]:
+        raise ValueError(
+            f"Target size ({targets.shape}) must be the same as input size ({inputs.shape}), "
+            "or for class indices that of inputs (N, C, d1, ...) without C"
+        )
+    x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    classes = x.shape[1]
+    kept = targets != ignore_index
+    index = torch.where(kept & (targets >= 0), targets, classes)
+    # Only rejects, as torch does, what names no class and not the background, which stands for one more.
+    F.nll_loss(x.new_zeros(1, 1).expand(index.numel(), classes + 1), index.flatten(), reduction="sum")
+    columns = torch.arange(classes, device=x.device).view(-1, *[1] * (x.dim() - 2))
+    t = (index.unsqueeze(1) == columns).to(x.dtype)
+    kept = kept.unsqueeze(1)
+    losses = _binary_focal(torch.where(kept, x, 0), t, alpha, gamma)
+    if weight is not None:
+        losses = losses * weight
+    losses = torch.where(kept, losses, 0)
+    if reduction != "none":
+        losses = losses.sum() / (kept.sum() * classes) if reduction == "mean" else losses.sum()
+    return losses.to(inputs.dtype)
 
-    With p the sigmoid of the input and :math:`m = p (1 - t) + (1 - p) t` the probability of being wrong,
 
-    .. math:: \ell = (\alpha t + (1 - \alpha)(1 - t)) \; m^\gamma \; \mathrm{BCE}(p, t)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    r"""Sigmoid focal loss, as ``torchvision.ops.sigmoid_focal_loss`` and also over class indices.
+
+    With p the sigmoid of the input, t its target and :math:`m = p (1 - t) + (1 - p) t` the probability of being wrong,
+
+    .. math:: \ell = w \; (\alpha t + (1 - \alpha)(1 - t)) \; m^\gamma \; \mathrm{BCE}(p, t)
 
     from Lin et al., "Focal Loss for Dense Object Detection" (2017). Value and gradient are finite for every
     ``gamma >= 0`` and every finite logit; torchvision's gradient is NaN for ``gamma < 1`` and confident logits.
 
+    Class indices give the same as their one-hot, which is never built: t is 1 in the column that the index names and 0
+    in every other. The number of classes C, like every negative number but ``ignore_index``, is the background: t is 0
+    in all columns.
+
     Args:
-        inputs: logits, any shape.
-        targets: of the same shape, in [0, 1]; soft targets enter m linearly.
+        inputs: logits, any shape; (N, C) or (N, C, d1, ...) for class indices. float32, float64, bfloat16 and float16
+            run fused on the CPU and on CUDA.
+        targets: of the same shape, in [0, 1]; soft targets enter m linearly. Or class indices (N) or (N, d1, ...) in
+            int64, or in another integer dtype, which is converted.
         alpha: weight of the positive class; negative for none.
         gamma: focusing exponent, at least 0; 0 gives a weighted binary cross-entropy.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        reduction: ``"none"`` (the shape of the inputs), ``"sum"``, or ``"mean"`` over all elements that are not
+            ignored, whatever their weight.
+        weight: a factor w that broadcasts to the inputs. Fused, in the dtype of the inputs: of their shape; for class
+            indices also one for each class, (C) or (C, 1, ...), or one for each row, (N, 1) or (N, 1, d1, ...).
+        ignore_index: class indices of this value count nowhere and get no gradient, whatever the logits.
+        normalizer: what ``"mean"`` divides the sum by in place of the number of elements, such as the number of
+            positives: a number, or a tensor of one element, which a GPU never has to hand to the host.
 
     Raises:
-        ValueError: ``gamma`` is negative or NaN, ``reduction`` is unknown, or the shapes differ.
+        ValueError: ``gamma`` is negative or NaN, ``reduction`` is unknown, ``normalizer`` stands with another than
+            ``"mean"`` or has several elements, or the shapes do not fit.
+        IndexError: a class index is above C and not ``ignore_index``. On a GPU the losses of its row are NaN instead,
+            and the next forward outside a replayed graph or :func:`fusedloss.check` raises.
 
     >>> sigmoid_focal_loss(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
     tensor([0.0433, 0.1300])
+
+    A box of class 1, a background and an ignored one:
+
+    >>> sigmoid_focal_loss(torch.zeros(3, 2), torch.tensor([1, 2, -100]))
+    tensor([[0.1300, 0.0433],
+            [0.1300, 0.1300],
+            [0.0000, 0.0000]])
     """
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if reduction not in _route.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    return _sigmoid_focal(inputs, targets, None, reduction, alpha, gamma)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', whose sum it divides, got {reduction!r}")
+    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+        raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(normalizer.shape)}")
+    if weight is not None and not _broadcasts(weight.shape, inputs.shape):
+        raise ValueError(f"weight must broadcast to the inputs' size ({inputs.shape}), got ({weight.shape})")
+
+    kind = reduction if normalizer is None else "sum"
+    if targets.dtype in _INDEX_DTYPES and targets.shape != inputs.shape:
+        loss = _sigmoid_focal_indexed(inputs, targets.long(), weight, kind, ignore_index, alpha, gamma)
+    else:
+        if weight is not None and weight.shape != inputs.shape:
+            weight = weight.expand(inputs.shape).contiguous()
+        loss = _sigmoid_focal(inputs, targets, weight, kind, alpha, gamma)
+    if normalizer is None:
+        return loss
+    return (loss / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)).to(inputs.dtype)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(n == 1 or n == full for n, full in zip(shape[::-1], to[::-1], strict=False))

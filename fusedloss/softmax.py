@@ -274,7 +274,8 @@ def _focal(
 
 def _widened(logits: Tensor, wide: bool) -> bool:
     """Whether results are float32: asked for, or under autocast, as torch's losses are."""
-    return wide or torch.is_autocast_enabled(logits.device.type)
+    device = logits.device.type
+    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, gamma: float, reduction: str) -> Tensor:
@@ -341,6 +342,7 @@ def focal_loss(
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
+        _route.tell_native("class probabilities in a focal loss")
         return _soft_focal(input, target, alpha, gamma, reduction)
     if isinstance(alpha, Tensor):
         return _focal(input, target, alpha, reduction, ignore_index, 1.0, gamma)

@@ -37,6 +37,35 @@ extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* 
   return kernels.pointwise_sum(kind, args, 0, n);
 }
 
+// layout: outer, classes, inner; weight_strides: outer, class, inner. The gradient is made twice: with the sum, and
+// alone.
+extern "C" double run_indexed(int loss, int is_double, const int64_t* layout, const void* input, const int64_t* index,
+                              const void* weight, const int64_t* weight_strides, const double* params, void* losses,
+                              void* grad_in_forward, void* grad) {
+  auto args = with_params<fusedloss::IndexedArgs>(is_double, params);
+  const auto kind = fusedloss::Pointwise(loss);
+  const auto run = fusedloss::baseline::kernels.indexed;
+  const int64_t n = layout[0] * layout[1] * layout[2];
+  args.input = input;
+  args.layout = {layout[0], layout[1], layout[2]};
+  args.index = index;
+  args.ignore_index = -100;
+  args.weight = weight;
+  args.weight_outer_stride = weight_strides[0];
+  args.weight_class_stride = weight_strides[1];
+  args.weight_inner_stride = weight_strides[2];
+  args.scale = 1;
+  args.output = losses;
+  run(kind, fusedloss::PointwiseResult::Losses, args, 0, n);
+  args.output = grad_in_forward;
+  const double both = run(kind, fusedloss::PointwiseResult::SumAndGrad, args, 0, n);
+  args.upstream = one(is_double);
+  args.output = grad;
+  run(kind, fusedloss::PointwiseResult::Grad, args, 0, n);
+  const double sum = run(kind, fusedloss::PointwiseResult::Sum, args, 0, n);
+  return sum == both ? sum : NAN;
+}
+
 extern "C" double run_softmax(int loss, int is_double, int64_t rows, int64_t classes, const void* logits,
                               const int64_t* target, const void* probabilities, const double* params, void* statistics,
                               void* losses, void* grad) {

@@ -7,7 +7,7 @@ import sys
 import torch
 from conftest import needs_extension
 
-from fusedloss.__main__ import devices
+from fusedloss.__main__ import LOSSES, devices
 
 SCRIPT = """
 import sys, torch, fusedloss, fusedloss.functional as L
@@ -21,6 +21,7 @@ values = [
     fusedloss.FocalLoss(alpha, 0.5)(x, y), L.focal_loss(x, y, 0.25, 2.0, reduction="none"),
     fusedloss.HuberLoss(delta=0.3)(x, t), L.huber_loss(x, t, "sum", weight=t),
     fusedloss.SigmoidFocalLoss()(x, t), L.sigmoid_focal_loss(x, t, -1, 0.5),
+    fusedloss.SigmoidFocalLoss(weight=alpha)(x, y), L.sigmoid_focal_loss(x, y, reduction="mean", normalizer=3),
 ]
 values += [torch.autograd.grad(v.sum(), x)[0] for v in values]
 torch.save((extension is not None, [v.detach() for v in values]), sys.argv[1])
@@ -71,7 +72,7 @@ def self_check(**environment: str) -> subprocess.CompletedProcess:
 def test_self_check():
     done = self_check()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" ok\n") == 4 * len(devices()) and "path:" in done.stdout
+    assert done.stdout.count(" ok\n") == len(LOSSES) * len(devices()) and "path:" in done.stdout
     disabled = self_check(FUSEDLOSS_DISABLE="1")
     assert disabled.returncode == 0 and "native PyTorch (FUSEDLOSS_DISABLE=1)" in disabled.stdout
 

@@ -57,13 +57,13 @@ MUTANTS = {
 }
 
 
-def build(folder: Path, mutant: str | None) -> ctypes.CDLL:
+def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    if mutant is not None:
-        name, old, new = MUTANTS[mutant]
+    if edit is not None:
+        name, old, new = edit
         path = folder / "csrc" / name
         source = path.read_text()
-        assert source.count(old) == 1, f"{mutant}: expected {old!r} once in {name}, found it {source.count(old)} times"
+        assert source.count(old) == 1, f"expected {old!r} once in {name}, found it {source.count(old)} times"
         path.write_text(source.replace(old, new))
     # Of the storage types the one that is run, so that a mutant compiles in seconds.
     header = folder / "csrc" / "with_functor.h"
@@ -77,7 +77,7 @@ def build(folder: Path, mutant: str | None) -> ctypes.CDLL:
         check=True,
     )
     kernels = ctypes.CDLL(str(library))
-    kernels.run_pointwise.restype = kernels.run_softmax.restype = ctypes.c_double
+    kernels.run_pointwise.restype = kernels.run_softmax.restype = kernels.run_indexed.restype = ctypes.c_double
     return kernels
 
 
@@ -140,4 +140,4 @@ def test_the_kernels_as_they_are_agree(tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_caught(mutant, tmp_path):
-    assert not agrees_with_native(build(tmp_path, mutant))
+    assert not agrees_with_native(build(tmp_path, MUTANTS[mutant]))

@@ -1,6 +1,7 @@
 // One instruction set's table of kernels.
 
 #include "pointwise.inl"
+#include "pointwise_indexed.inl"
 
 #define FUSEDLOSS_STRING_(x) #x
 #define FUSEDLOSS_STRING(x) FUSEDLOSS_STRING_(x)
@@ -18,6 +19,7 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             pointwise_sum,
                             pointwise_losses,
                             pointwise_grad,
+                            indexed,
                             softmax_forward,
                             softmax_backward,
                             softmax_part,

@@ -5,16 +5,9 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-template <class S, bool kWeighted, class Loss>
-double sum_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const S* input = static_cast<const S*>(args.input);
-  const S* target = static_cast<const S*>(args.target);
-  const S* weight = static_cast<const S*>(args.weight);
-  const auto at = [&](int64_t i) {
-    const T value = loss.value(load(input[i]), load(target[i]));
-    return kWeighted ? value * load(weight[i]) : value;
-  };
+// The sum of at(i), which may store what belongs to i.
+template <class T, class F>
+double sum_over(int64_t begin, int64_t end, F at) {
   constexpr int64_t kBlock = 4096;  // float within a block, double across blocks
   double sum = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
@@ -22,12 +15,26 @@ double sum_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_
     T lanes[kLanes] = {};
     int64_t i = block;
     for (; i + kLanes <= stop; i += kLanes) {
+#pragma GCC ivdep
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += at(i + lane);
     }
     for (int lane = 0; i + lane < stop; ++lane) lanes[lane] += at(i + lane);
     sum += double(add_lanes(lanes));
   }
   return sum;
+}
+
+template <class S, bool kWeighted, class Loss>
+double sum_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  using T = Accumulate<S>;
+  const S* input = static_cast<const S*>(args.input);
+  const S* target = static_cast<const S*>(args.target);
+  const S* weight = static_cast<const S*>(args.weight);
+  const auto at = [&](int64_t i) __attribute__((always_inline)) {
+    const T value = loss.value(load(input[i]), load(target[i]));
+    return kWeighted ? value * load(weight[i]) : value;
+  };
+  return sum_over<T>(begin, end, at);
 }
 
 template <class S, bool kWeighted, class Loss>
@@ -60,6 +67,23 @@ void grad_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t
     if constexpr (kWeighted) slope *= load(weight[i]);
     output[i] = store<S>(slope);
   }
+}
+
+// Both in one pass, which shares what value and slope have in common.
+template <class S, bool kWeighted, class Loss>
+double sum_and_grad_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  using T = Accumulate<S>;
+  const S* input = static_cast<const S*>(args.input);
+  const S* target = static_cast<const S*>(args.target);
+  const S* weight = static_cast<const S*>(args.weight);
+  S* output = static_cast<S*>(args.output);
+  const T scale = T(args.scale);
+  const auto at = [=](int64_t i) __attribute__((always_inline)) {
+    const T x = load(input[i]), t = load(target[i]), w = kWeighted ? load(weight[i]) : T(1);
+    output[i] = store<S>(loss.grad(x, t) * scale * w);
+    return loss.value(x, t) * w;
+  };
+  return sum_over<T>(begin, end, at);
 }
 
 inline double pointwise_sum(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {

@@ -119,8 +119,26 @@ FUSEDLOSS_HD fp16 store<fp16>(float x) {
 
 template <class T>
 FUSEDLOSS_HD T abs(T x) {
+#ifdef __CUDA_ARCH__
   return x < 0 ? -x : x;
+#else
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return bit_cast<T>(bit_cast<Bits>(x) & ~Bits(0) >> 1);
+#endif
 }
+
+// a where the sign bit of x is set, else b. On a CPU the mask is one shift.
+template <class T>
+FUSEDLOSS_HD T select_by_sign(T x, T a, T b) {
+#ifdef __CUDA_ARCH__
+  return x < 0 ? a : b;
+#else
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const Int mask = bit_cast<Int>(x) >> (8 * sizeof(T) - 1);
+  return bit_cast<T>(bit_cast<Int>(b) ^ ((bit_cast<Int>(a) ^ bit_cast<Int>(b)) & mask));
+#endif
+}
+
 // From macros, not std::numeric_limits: its functions would be shared between the instruction sets.
 template <class T>
 FUSEDLOSS_HD T infinity() {
@@ -316,7 +334,8 @@ FUSEDLOSS_HD Sigmoid<T> sigmoid(T x) {
   const T u = exp(-abs(x)), one_u = T(1) + u, two_u = T(2) + u, inverse = T(1) / (one_u * two_u);
   const T larger = two_u * inverse, smaller = u * larger;
   const T s = u * one_u * inverse, z = s * s;  // log(1 + u) = 2 atanh(u / (2 + u))
-  return {select(x < 0, smaller, larger), select(x < 0, larger, smaller),
+  // Both are a half where x is a zero, of either sign.
+  return {select_by_sign(x, smaller, larger), select_by_sign(x, larger, smaller),
           T(2) * s + T(2) * s * z * Constants<T>::atanh_polynomial(z)};
 }
 

@@ -89,3 +89,6 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
 #define FUSEDLOSS_POINTWISE(X) \
   X(huber, Huber)              \
   X(sigmoid_focal, SigmoidFocal)
+
+// Those that also take class indices: a target of 1 in the column that the index names, of 0 in every other.
+#define FUSEDLOSS_INDEXED(X) X(sigmoid_focal, SigmoidFocal)

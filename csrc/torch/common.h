@@ -78,13 +78,22 @@ Tensor take_grad(torch::autograd::AutogradContext* ctx);
 // The autograd side, callable without the dispatcher: a differentiable loss.
 Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                       int64_t reduction, Params params, bool grad_in_forward);
+Tensor indexed_loss(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward);
+
 // The conditions under which the kernels own a call, tensors being plain ones on one device.
 bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                     Params params);
+bool owns_indexed(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                  Params params);
 
 // Native formulas, differentiated where a backward is itself differentiated. Set once, at import.
 using PointwiseFormula =
     std::function<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t reduction, Params)>;
 PointwiseFormula& native_formula(Pointwise loss);
+// The native formula of a pointwise loss over class indices.
+using IndexedFormula = std::function<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t reduction,
+                                            int64_t ignore_index, Params)>;
+IndexedFormula& native_indexed_formula(Pointwise loss);
 
 }  // namespace fusedloss

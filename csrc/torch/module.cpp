@@ -28,11 +28,11 @@ namespace py = pybind11;
 namespace fusedloss {
 namespace {
 
-// A tensor that kernels may read as it is: exactly torch.Tensor or Parameter, strided on a device there are kernels
-// for, and none of what torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse, nested,
-// subclasses with __torch_dispatch__.
-bool is_plain(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;
+// Why kernels may not read an object as it is; null for exactly a torch.Tensor or Parameter, strided on a device there
+// are kernels for, without what torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse,
+// nested, subclasses with __torch_dispatch__.
+const char* why_not_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return "a subclass of torch.Tensor, or no tensor";
   using Key = c10::DispatchKey;
   static const c10::DispatchKeySet on_cpu({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU});
   const Tensor& tensor = THPVariable_Unpack(object);
@@ -41,7 +41,8 @@ bool is_plain(PyObject* object) {
   static const c10::DispatchKeySet on_cuda({Key::CUDA, Key::ADInplaceOrView, Key::AutogradCUDA, Key::AutocastCUDA});
   plain = plain || (on_cuda.has_all(tensor.key_set()) && has_kernels(tensor.device().index()));
 #endif
-  return plain && !tensor._fw_grad(0).defined();
+  if (!plain) return "a device, layout or view without kernels";
+  return tensor._fw_grad(0).defined() ? "forward-mode AD" : nullptr;
 }
 
 // Modes that want torch's own operators.
@@ -85,22 +86,25 @@ struct Call {
 
  private:
   const char* take(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_) {
-    constexpr const char* kNotPlain = "not plain tensors of a device with kernels";
-    if (!is_plain(input_.ptr()) || !is_plain(target_.ptr())) return kNotPlain;
+    if (const char* why = take_tensor(input_, input)) return why;
+    if (const char* why = take_tensor(target_, target)) return why;
     if (mode_declines()) return "a transform of torch.func, or tracing";
-    input = THPVariable_Unpack(input_.ptr());
-    target = THPVariable_Unpack(target_.ptr());
-    if (target.device() != input.device()) return "tensors on different devices";
     if (!weight_.is_none()) {
-      if (!is_plain(weight_.ptr())) return kNotPlain;
-      weight = THPVariable_Unpack(weight_.ptr());
-      if (weight->device() != input.device()) return "tensors on different devices";
+      Tensor given;
+      if (const char* why = take_tensor(weight_, given)) return why;
+      weight = given;
     }
     const std::optional<int64_t> known = reduction_of(reduction_);
     if (!known) return "an unusual reduction";
     reduction = *known;
     autocast = at::autocast::is_autocast_enabled(input.device().type());
     return nullptr;
+  }
+
+  const char* take_tensor(py::handle from, Tensor& to) {
+    if (const char* why = why_not_plain(from.ptr())) return why;
+    to = THPVariable_Unpack(from.ptr());
+    return input.defined() && to.device() != input.device() ? "tensors on different devices" : nullptr;
   }
 
   const char* take_param(py::handle value) {
@@ -111,22 +115,68 @@ struct Call {
   }
 };
 
+constexpr const char* kNotOwned = "shapes, dtypes or gradients that the kernels do not take";
+
+template <Pointwise kLoss>
+struct PointwiseArguments : Call {
+  PointwiseArguments(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_, py::handle first,
+                     py::handle second_)
+      : Call(read(input_, target_, weight_, reduction_, first, second_)) {
+    if (declined) return;
+    if (autocast) {
+      declined = "autocast";
+    } else if (!owns_pointwise(kLoss, input, target, weight, params())) {
+      declined = kNotOwned;
+    }
+  }
+};
+
 template <Pointwise kLoss>
 OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction, py::handle first,
                          py::handle second) {
-  const Call call = Call::read(input, target, weight, reduction, first, second);
-  if (call.declined || call.autocast) return std::nullopt;
-  if (!owns_pointwise(kLoss, call.input, call.target, call.weight, call.params())) return std::nullopt;
+  const PointwiseArguments<kLoss> call(input, target, weight, reduction, first, second);
+  if (call.declined) return std::nullopt;
   py::gil_scoped_release no_gil;
   return pointwise_loss(kLoss, call.input, call.target, call.weight, call.reduction, call.params(), true);
+}
+
+template <Pointwise kLoss>
+struct IndexedArguments : Call {
+  int64_t ignored = 0;
+
+  IndexedArguments(py::handle logits, py::handle target_, py::handle weight_, py::handle reduction_,
+                   py::handle ignore_index, py::handle first, py::handle second_)
+      : Call(read(logits, target_, weight_, reduction_, first, second_)) {
+    if (declined) return;
+    if (autocast) {
+      declined = "autocast";
+    } else if (!PyLong_Check(ignore_index.ptr())) {
+      declined = "an ignore_index that is no integer";
+    } else if (!owns_indexed(kLoss, input, target, weight, params())) {
+      declined = kNotOwned;
+    } else {
+      ignored = ignore_index.cast<int64_t>();
+    }
+  }
+};
+
+template <Pointwise kLoss>
+OptionalTensor indexed(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                       py::handle ignore_index, py::handle first, py::handle second) {
+  const IndexedArguments<kLoss> call(logits, target, weight, reduction, ignore_index, first, second);
+  if (call.declined) return std::nullopt;
+  py::gil_scoped_release no_gil;
+  return indexed_loss(kLoss, call.input, call.target, call.weight, call.reduction, call.ignored, call.params(), true);
 }
 
 // A softmax call, or why the kernels do not own it. Under autocast a loss is float32; the logits are read as they are.
 struct SoftmaxArguments : Call {
   SoftmaxCall call;
 
-  SoftmaxArguments(Softmax loss, const Call& read, py::handle ignore_index, bool wide, bool second, bool zero)
-      : Call(read) {
+  SoftmaxArguments(Softmax loss, py::handle logits, py::handle target_, py::handle weight_, py::handle reduction_,
+                   py::handle ignore_index, py::handle p0, py::handle p1, py::handle p2, bool wide, bool second,
+                   bool zero)
+      : Call(read(logits, target_, weight_, reduction_, p0, p1, p2)) {
     if (!declined && !PyLong_Check(ignore_index.ptr())) declined = "an ignore_index that is no integer";
     if (declined) return;
     const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
@@ -143,16 +193,49 @@ struct SoftmaxArguments : Call {
 // the gradient once; made in forward, it is read and written again where the upstream gradient is not 1.
 template <Softmax kLoss>
 py::object softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
-                   py::handle ignore_index, py::handle first, py::handle second, py::handle third, bool wide,
-                   bool with_second, bool zero, std::optional<bool> grad_in_forward, bool inplace) {
-  const Call call = Call::read(logits, target, weight, reduction, first, second, third);
-  const SoftmaxArguments arguments(kLoss, call, ignore_index, wide, with_second, zero);
-  if (arguments.declined) return py::none();
+                   py::handle ignore_index, py::handle p0, py::handle p1, py::handle p2, bool wide, bool second,
+                   bool zero, std::optional<bool> grad_in_forward, bool inplace) {
+  const SoftmaxArguments given(kLoss, logits, target, weight, reduction, ignore_index, p0, p1, p2, wide, second, zero);
+  if (given.declined) return py::none();
   const auto results = [&] {
     py::gil_scoped_release no_gil;
-    return softmax_loss(kLoss, arguments.input, arguments.call, grad_in_forward.value_or(false), inplace);
+    return softmax_loss(kLoss, given.input, given.call, grad_in_forward.value_or(false), inplace);
   }();
-  return with_second ? py::cast(results) : py::cast(std::get<0>(results));
+  return second ? py::cast(results) : py::cast(std::get<0>(results));
+}
+
+// ---- explain: the path of a call in words, without taking it
+
+std::string path(const Call& call, const std::string& work) {
+  if (call.declined) return std::string("native: ") + call.declined;
+  return (call.input.is_cpu() ? std::string("fused: cpu ") + cpu_kernels().isa : std::string("fused: cuda")) + ", " +
+         work;
+}
+
+std::string of_rows(const Tensor& logits) {
+  const int64_t class_dim = logits.dim() == 1 ? 0 : 1, classes = logits.size(class_dim);
+  const char* order = logits.stride(class_dim) == 1 ? "rows of " : "columns of ";
+  return order + std::to_string(classes);
+}
+
+template <Pointwise kLoss, class... P>
+std::string explain_pointwise(P... arguments) {
+  const PointwiseArguments<kLoss> call(arguments...);
+  return path(call, call.declined ? "" : std::to_string(call.input.numel()) + " elements");
+}
+
+template <Pointwise kLoss, class... P>
+std::string explain_indexed(P... arguments) {
+  const IndexedArguments<kLoss> call(arguments...);
+  return path(call, call.declined ? "" : of_rows(call.input));
+}
+
+template <Softmax kLoss>
+std::string explain_softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                            py::handle ignore_index, py::handle p0, py::handle p1, py::handle p2, bool wide,
+                            bool second, bool zero, std::optional<bool>, bool) {
+  const SoftmaxArguments given(kLoss, logits, target, weight, reduction, ignore_index, p0, p1, p2, wide, second, zero);
+  return path(given, given.declined ? "" : of_rows(given.input));
 }
 
 // Holds a Python callable for the life of the process: released at exit it could outlive the interpreter.
@@ -163,6 +246,16 @@ void set_formula(Pointwise loss, const py::object& formula) {
                                                 int64_t reduction, Params params) {
     py::gil_scoped_acquire gil;
     return py::handle(kept)(input, target, weight, name_of(reduction), *py::tuple(py::cast(params.vec())))
+        .template cast<Tensor>();
+  };
+}
+
+IndexedFormula of_class_indices(const py::object& formula) {
+  return [kept = keep(formula)](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index, Params params) {
+    py::gil_scoped_acquire gil;
+    return py::handle(kept)(logits, target, weight, name_of(reduction), ignore_index,
+                            *py::tuple(py::cast(params.vec())))
         .template cast<Tensor>();
   };
 }
@@ -187,26 +280,49 @@ void bind_formula(py::module_& m, const char* name, Loss loss) {
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_BIND_POINTWISE(name, Functor)                                                                      \
-  m.def(#name, torch::wrap_pybind_function(fusedloss::pointwise<fusedloss::Pointwise::name>), "input"_a, "target"_a, \
-        "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none());                                 \
-  fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                                     \
+#define FUSEDLOSS_POINTWISE_ARGUMENTS \
+  "input"_a, "target"_a, "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none()
+#define FUSEDLOSS_INDEXED_ARGUMENTS \
+  "logits"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none()
+#define FUSEDLOSS_SOFTMAX_ARGUMENTS                                                                        \
+  "logits"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a,                                     \
+      "p0"_a = py::none(), "p1"_a = py::none(), "p2"_a = py::none(), "wide"_a = false, "second"_a = false, \
+      "zero"_a = false, "grad_in_forward"_a = py::none(), "inplace"_a = false
+
+#define FUSEDLOSS_BIND_POINTWISE(name, Functor)                                                                   \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::pointwise<fusedloss::Pointwise::name>),                     \
+        FUSEDLOSS_POINTWISE_ARGUMENTS);                                                                           \
+  m.def("explain_" #name,                                                                                         \
+        &fusedloss::explain_pointwise<fusedloss::Pointwise::name, py::handle, py::handle, py::handle, py::handle, \
+                                      py::handle, py::handle>,                                                    \
+        FUSEDLOSS_POINTWISE_ARGUMENTS);                                                                           \
+  fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                                  \
   pointwise.append(#name);
-#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                       \
-  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>), "logits"_a, "target"_a,   \
-        "weight"_a, "reduction"_a, "ignore_index"_a, "p0"_a = py::none(), "p1"_a = py::none(), "p2"_a = py::none(), \
-        "wide"_a = false, "second"_a = false, "zero"_a = false, "grad_in_forward"_a = py::none(),                   \
-        "inplace"_a = false);                                                                                       \
-  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                      \
-  m.def("saved_by_" #name, [](const std::vector<double>& params) {                                                  \
-    return fusedloss::saved_statistics(fusedloss::Softmax::name, params);                                           \
-  });                                                                                                               \
+#define FUSEDLOSS_BIND_INDEXED(name, Functor)                                                                   \
+  m.def(#name "_indexed", torch::wrap_pybind_function(fusedloss::indexed<fusedloss::Pointwise::name>),          \
+        FUSEDLOSS_INDEXED_ARGUMENTS);                                                                           \
+  m.def("explain_" #name "_indexed",                                                                            \
+        &fusedloss::explain_indexed<fusedloss::Pointwise::name, py::handle, py::handle, py::handle, py::handle, \
+                                    py::handle, py::handle, py::handle>,                                        \
+        FUSEDLOSS_INDEXED_ARGUMENTS);                                                                           \
+  m.def("set_native_" #name "_indexed", [](const py::object& formula) {                                         \
+    fusedloss::native_indexed_formula(fusedloss::Pointwise::name) = fusedloss::of_class_indices(formula);       \
+  });
+#define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                  \
+  m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>),                      \
+        FUSEDLOSS_SOFTMAX_ARGUMENTS);                                                                          \
+  m.def("explain_" #name, &fusedloss::explain_softmax<fusedloss::Softmax::name>, FUSEDLOSS_SOFTMAX_ARGUMENTS); \
+  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                 \
+  m.def("saved_by_" #name, [](const std::vector<double>& params) {                                             \
+    return fusedloss::saved_statistics(fusedloss::Softmax::name, params);                                      \
+  });                                                                                                          \
   softmax.append(#name);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace py::literals;
   py::list pointwise, softmax;
   FUSEDLOSS_POINTWISE(FUSEDLOSS_BIND_POINTWISE)
+  FUSEDLOSS_INDEXED(FUSEDLOSS_BIND_INDEXED)
   FUSEDLOSS_SOFTMAX(FUSEDLOSS_BIND_SOFTMAX)
   m.attr("pointwise_losses") = py::tuple(pointwise);
   m.attr("softmax_losses") = py::tuple(softmax);

@@ -55,6 +55,41 @@ int run_pointwise(int loss, int result, int dtype, const double* params, int64_t
   return fusedloss::cuda_pointwise(fusedloss::Pointwise(loss), fusedloss::PointwiseResult(result), args, nullptr);
 }
 
+// layout: outer, classes, inner; weight_strides: outer, class, inner. The gradient of a mean finds its own divisor.
+int run_indexed(int loss, int result, int dtype, const double* params, const int64_t* layout, const void* input,
+                const int64_t* index, int64_t ignore_index, const void* weight, const int64_t* weight_strides,
+                void* output, const void* upstream, int64_t upstream_stride, void* total, int mean,
+                int64_t* bad_target) {
+  auto args = arguments<fusedloss::CudaIndexedArgs>(dtype, params);
+  Workspace workspace;
+  fusedloss::BadTarget bad = {-1, 0};
+  double divisor = 0;
+  args.layout = {layout[0], layout[1], layout[2]};
+  args.input = input;
+  args.index = index;
+  args.ignore_index = ignore_index;
+  args.weight = weight;
+  args.weight_outer_stride = weight_strides[0];
+  args.weight_class_stride = weight_strides[1];
+  args.weight_inner_stride = weight_strides[2];
+  args.output = output;
+  args.upstream = upstream;
+  args.upstream_stride = upstream_stride;
+  args.total = total;
+  args.mean = mean != 0;
+  args.divisor = &divisor;
+  args.bad_target = &bad;
+  args.workspace = workspace.bytes;
+  const auto what = fusedloss::PointwiseResult(result);
+  int error = 0;
+  if (args.mean && what == fusedloss::PointwiseResult::Grad) error = fusedloss::cuda_indexed_divisor(args, nullptr);
+  memset(workspace.bytes, 0xA5, sizeof workspace.bytes);
+  if (error == 0) error = fusedloss::cuda_indexed(fusedloss::Pointwise(loss), what, args, nullptr);
+  bad_target[0] = bad.row;
+  bad_target[1] = bad.target;
+  return error;
+}
+
 // What a softmax call is given, as kernels.py fills it.
 struct SoftmaxCall {
   int64_t what, loss, dtype, wide, byte_target, wide_probabilities, ignore_index, mean, zero_for_none, in_place;

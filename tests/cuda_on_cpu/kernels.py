@@ -106,6 +106,24 @@ def run_pointwise(
     check(kernels, error)
 
 
+def run_indexed(
+    kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, index: Tensor,
+    weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None,
+    total: Tensor | None = None, mean: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Logits (outer, classes, inner), index (outer, inner), and a weight that broadcasts to the logits."""
+    strides = (0, 0, 0) if weight is None else weight.expand(input.shape).stride()
+    bad_target = (ctypes.c_int64 * 2)()
+    error = kernels.run_indexed(
+        extension.pointwise_losses.index(name), result, DTYPES.index(input.dtype), parameters(params),
+        (ctypes.c_int64 * 3)(*input.shape), pointer(input), pointer(index), ctypes.c_int64(-100), pointer(weight),
+        (ctypes.c_int64 * 3)(*strides), pointer(output), pointer(upstream),
+        ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), pointer(total), int(mean), bad_target,
+    )  # fmt: skip
+    check(kernels, error)
+    return bad_target[0], bad_target[1]
+
+
 class SoftmaxCall(ctypes.Structure):
     """As in driver.cpp."""
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -40,16 +41,23 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler to build the kernels with"),
 ]
 
+INDEXED = str(Path(__file__).with_name("test_indexed.py"))
 SANITIZED = os.environ.get("FUSEDLOSS_SANITIZED_KERNELS")  # set in the run under AddressSanitizer, to a folder
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 WIDTH = {torch.float64: 2, torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
 IN_FORWARD = [torch.float32, torch.float64, torch.bfloat16]  # fp16 never makes its gradient in forward
 
 
+@cache
+def built(folder: Path):
+    """Once for all files that import the fixture."""
+    folder.mkdir()
+    return build(folder, flags=("-g1", *SANITIZERS) if SANITIZED else ())
+
+
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    flags = ("-g1", *SANITIZERS) if SANITIZED else ()
-    library = build(tmp_path_factory.mktemp("cuda_on_cpu"), flags=flags)
+    library = built(tmp_path_factory.getbasetemp() / "cuda_on_cpu")
     pretend(library)
     return library
 
@@ -421,7 +429,7 @@ def test_no_sanitizer_finds_anything(tmp_path):
     if not os.path.isabs(runtime):
         pytest.skip("the compiler has no AddressSanitizer; the guard elements of the other tests see what it would")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__, INDEXED],
         env={
             **os.environ,
             "FUSEDLOSS_SANITIZED_KERNELS": str(tmp_path),

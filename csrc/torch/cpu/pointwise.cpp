@@ -2,14 +2,10 @@
 
 #include <ATen/ops/ones.h>
 
-#include <algorithm>
-#include <vector>
+#include "chunks.h"
 
 namespace fusedloss {
 namespace {
-
-constexpr int64_t kChunk = 16384;       // elements summed on their own: part of the result, not of the machine
-constexpr int64_t kGrain = 4 * kChunk;  // elements worth waking a thread for
 
 struct CpuPointwise {
   static void forward(Pointwise loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value, Tensor* grad) {
@@ -34,17 +30,7 @@ struct CpuPointwise {
       if (grad) kernels.pointwise_grad(loss, args, begin, end);  // while the chunk is in the cache
       return sum;
     };
-    double sum = 0;
-    if (n <= kChunk) {
-      sum = run(0, n);
-    } else {
-      std::vector<double> partial((n + kChunk - 1) / kChunk);
-      parallel_for(int64_t(partial.size()), kGrain / kChunk, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) partial[i] = run(i * kChunk, std::min(n, (i + 1) * kChunk));
-      });
-      for (const double part : partial) sum += part;
-    }
-    value.fill_(sum / inputs.divisor(reduction));
+    value.fill_(sum_of_chunks(n, run) / inputs.divisor(reduction));
   }
 
   static void backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,

@@ -1,0 +1,64 @@
+// What a pointwise loss over class indices is in torch whatever the device. A device adds
+//
+//   static void forward(Pointwise, const IndexedInputs&, int64_t reduction, Tensor& loss);
+//   static void backward(Pointwise, const IndexedInputs&, const Tensor& upstream, int64_t reduction, Tensor& grad);
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common.h"
+
+namespace fusedloss {
+
+// The checked arguments of an op, as the kernels read them: dense logits in any order, and what belongs to rows in the
+// order in which their memory has the rows.
+struct IndexedInputs {
+  Tensor logits, target, weight;  // weight may be undefined
+  int64_t ignore_index;
+  Params params;
+  IndexedLayout layout;
+
+  IndexedInputs(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                int64_t ignore_index, Params params);
+  void fill(IndexedArgs& args) const;
+
+ private:
+  int64_t weight_strides[3] = {};  // outer, class, inner
+  void read_weight(const Tensor& given, at::IntArrayRef row_order);
+};
+
+Tensor empty_loss(const IndexedInputs& inputs, int64_t reduction);
+void check_backward(Pointwise loss, const IndexedInputs& inputs, const Tensor& upstream, int64_t reduction);
+
+template <class Device, Pointwise kLoss>
+struct IndexedOps {
+  static Tensor forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                        int64_t ignore_index, Params params) {
+    const IndexedInputs inputs(kLoss, logits, target, weight, ignore_index, params);
+    Tensor loss = empty_loss(inputs, reduction);
+    Device::forward(kLoss, inputs, reduction, loss);
+    return loss;
+  }
+
+  static Tensor backward(const Tensor& upstream, const Tensor& logits, const Tensor& target,
+                         const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params) {
+    const IndexedInputs inputs(kLoss, logits, target, weight, ignore_index, params);
+    check_backward(kLoss, inputs, upstream, reduction);
+    Tensor grad = empty_gradient(inputs.logits);
+    Device::backward(kLoss, inputs, upstream, reduction, grad);
+    return grad;
+  }
+};
+
+// Puts a device behind every op of the family.
+template <class Device>
+void implement_indexed(torch::Library& m) {
+#define FUSEDLOSS_IMPLEMENT(name, Functor)                                 \
+  m.impl(#name "_indexed", &IndexedOps<Device, Pointwise::name>::forward); \
+  m.impl(#name "_indexed_backward", &IndexedOps<Device, Pointwise::name>::backward);
+  FUSEDLOSS_INDEXED(FUSEDLOSS_IMPLEMENT)
+#undef FUSEDLOSS_IMPLEMENT
+}
+
+}  // namespace fusedloss
