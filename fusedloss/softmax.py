@@ -204,15 +204,12 @@ def _nll(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Tensor:  # fmt: skip
-    x = _in_float(logits) if wide else logits
+    if wide:
+        logits, weight = _in_float(logits), weight if weight is None else _in_float(weight)
     # torch's derivative refuses other strides
     return F.nll_loss(
-        x.contiguous(),
-        _index(target),
-        weight if weight is None else weight.to(x.dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+        logits.contiguous(), _index(target), weight, ignore_index=ignore_index, reduction=reduction
+    )  # fmt: skip
 
 
 def nll_loss(

@@ -110,6 +110,41 @@ def test_ignored_rows_may_hold_anything(loss, shape):
     assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (6, 200), (2, 4, 40)])
+def test_a_masked_class_of_probability_zero_adds_nothing(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    x[:, 1] = -torch.inf
+    target = torch.rand(shape, dtype=torch.float64)
+    target[:, 1] = 0
+    others = torch.arange(shape[1]) != 1
+    value, grad, _ = value_and_grad(lambda x, t, r: L.cross_entropy(x, t, reduction=r), x, target, "mean")
+    exact, exact_grad, _ = value_and_grad(
+        lambda x, t, r: F.cross_entropy(x, t, reduction=r), x[:, others], target[:, others], "mean"
+    )
+    torch.testing.assert_close(value, exact)
+    torch.testing.assert_close(grad[:, others], exact_grad)
+    assert (grad[:, 1] == 0).all() and F.cross_entropy(x, target).isnan()
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (9, 200), (2, 7, 5, 4)])
+def test_byte_targets_are_taken_in_every_shape(shape):
+    x, target = INDEXED[0].data(shape, torch.float32)
+    as_bytes = torch.where(target < 0, 255, target).to(torch.uint8)
+    weight = torch.rand(shape[1])
+    for smoothing in (0.0, 0.1):
+        value, grad, _ = value_and_grad(
+            lambda x, y, r: L.cross_entropy(x, y, weight, ignore_index=255, label_smoothing=smoothing),  # noqa: B023
+            x, as_bytes, "mean",
+        )  # fmt: skip
+        expected, expected_grad, _ = value_and_grad(
+            lambda x, y, r: L.cross_entropy(x, y, weight, label_smoothing=smoothing),
+            x,
+            target,
+            "mean",  # noqa: B023
+        )
+        assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
+
+
 def test_any_value_can_be_the_ignored_one():
     x, y = torch.randn(8, 5), torch.tensor([0, 1, 2, 3, 4, 2, 2, 9])
     for ignored in (2, 9, -1):

@@ -3,7 +3,7 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-constexpr int kColumns = 16;          // of a block: with kTile rows 16 KB of float, between max and sum
+constexpr int kColumns = 32;          // of a block: with kTile rows 32 KB of float, between max and sum
 constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
 
 // Columns [first, first + columns) of a tile as vectors across its rows: in place, or moved through a buffer.
@@ -52,7 +52,7 @@ struct Columns {
   const SoftmaxArgs& args;
   ColumnBlock<S> logits, grad;
   ColumnBlock<P> probabilities;
-  alignas(64) T z[kColumns * kTile];
+  alignas(64) T z[kColumns * kTile] = {};  // rows beyond a tile's last are worked on too, and left out
 
   Columns(const Loss& loss_, const SoftmaxArgs& args_)
       : loss(loss_),
@@ -85,7 +85,7 @@ struct Columns {
 
   // Sums in T within a block and in double across blocks: there may be a hundred thousand classes.
   struct Totals {
-    T max[kTile];
+    T max[kTile] = {};
     double rest[kTile], sum[kTile], mass[kTile];
   };
 
@@ -97,15 +97,82 @@ struct Columns {
       totals.rest[j] = totals.sum[j] = totals.mass[j] = 0;
     }
     over_blocks(tile, [&](int64_t first, int64_t columns, const S* from, const P* t) {
-      for (int64_t j = 0; j < count; ++j) tile.set(j, {totals.max[j], 0, 0, 0});
-      for (int64_t c = 0; c < columns; ++c) read_column(tile, Int(first + c), from + c * logits.stride(), c);
-      for (int64_t c = 0; c < columns; ++c) {
-        add_column(tile, Int(first + c), c, Loss::soft ? t + c * probabilities.stride() : nullptr);
+      read_block(tile, first, columns, from);
+      for (int64_t j = 0; j < count; j += kLanes) {
+        if (logits.in_place) prefetch(from + count + j, columns);
+        add_lanes_of_block(tile, totals, first, columns, t, j);
       }
-      add_block(tile, totals);
+      first == 0 ? set_block(tile, totals) : add_block(tile, totals);
     });
     for (int64_t j = 0; j < count; ++j) {
       tile.set(j, {totals.max[j], T(totals.rest[j]), T(totals.sum[j]), T(totals.mass[j])});
+    }
+  }
+
+  // Moves a block to z, -infinity in place of targets.
+  void read_block(const Tile<T>& tile, int64_t first, int64_t columns, const S* from) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const S* column = from + c * logits.stride();
+      T* to = z + c * kTile;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < tile.count; ++j) to[j] = loss.logit(load(column[j])).z;
+    }
+    if (Loss::soft) return;
+    for (int64_t j = 0; j < tile.count; ++j) {
+      const int64_t place = tile.y[j] - first;
+      if (place >= 0 && place < columns) z[place * kTile + j] = -infinity<T>();
+    }
+  }
+
+  // Statistics of a block for the rows [j, j + kLanes), whose numbers stay in registers from column to column.
+  void add_lanes_of_block(Tile<T>& tile, const Totals& totals, int64_t first, int64_t columns, const P* t, int64_t j) {
+    T max[kLanes], rest[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {};
+    for (int lane = 0; lane < kLanes; ++lane) max[lane] = totals.max[j + lane];
+    for (int64_t c = 0; c < columns; ++c) {
+      const T* values = z + c * kTile + j;
+      for (int lane = 0; lane < kLanes; ++lane) max[lane] = values[lane] > max[lane] ? values[lane] : max[lane];
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      const T* values = z + c * kTile + j;
+      const auto index = Int(first + c);
+      [[maybe_unused]] const T weight = weight_of(index);
+      [[maybe_unused]] const P* of_column = Loss::soft ? t + c * probabilities.stride() + j : nullptr;
+      [[maybe_unused]] const int64_t inside = least(kLanes, tile.count - j);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T gap = values[lane] - max[lane], e = exp(gap);
+        rest[lane] += e;
+        if constexpr (Loss::sum == Sum::entropy) sum[lane] += entropy_term(e, gap);
+        if constexpr (Loss::sum == Sum::linear && !Loss::soft) {
+          const T factor = select(tile.y[j + lane] == index, T(0), weight);
+          sum[lane] += linear_term(factor, -gap);
+          mass[lane] += factor;
+        }
+      }
+      if constexpr (Loss::soft) {
+        for (int lane = 0; lane < inside; ++lane) {
+          const T factor = loss.factor(weight, load(of_column[lane]));
+          sum[lane] += linear_term(factor, max[lane] - values[lane]);
+          mass[lane] += factor;
+        }
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) tile.set(j + lane, {max[lane], rest[lane], sum[lane], mass[lane]});
+  }
+
+  // The next tile's lines on their way while this one is worked on: its runs are too short for the hardware to see.
+  void prefetch(const S* from, int64_t columns) const {
+    constexpr int64_t kLine = 64 / sizeof(S);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = 0; i < kLanes; i += kLine) __builtin_prefetch(from + c * logits.stride() + i);
+    }
+  }
+
+  void set_block(const Tile<T>& tile, Totals& totals) {
+    for (int64_t j = 0; j < tile.count; ++j) {
+      totals.max[j] = tile.max[j];
+      totals.rest[j] = double(tile.rest[j]);
+      if constexpr (Loss::sum != Sum::none) totals.sum[j] = double(tile.sum[j]);
+      if constexpr (Loss::sum == Sum::linear) totals.mass[j] = double(tile.mass[j]);
     }
   }
 
@@ -126,50 +193,23 @@ struct Columns {
     }
   }
 
-  // Moves a column to z, -infinity in place of targets, and raises the tile's max.
-  void read_column(Tile<T>& tile, Int index, const S* column, int64_t c) {
-    T* to = z + c * kTile;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < tile.count; ++j) {
-      const T value = loss.logit(load(column[j])).z;
-      to[j] = Loss::soft ? value : select(tile.y[j] == index, -infinity<T>(), value);
-      tile.max[j] = to[j] > tile.max[j] ? to[j] : tile.max[j];
-    }
-  }
-
-  void add_column(Tile<T>& tile, Int index, int64_t c, const P* t) {
-    const T weight = weight_of(index);
-    const T* values = z + c * kTile;
-#pragma GCC ivdep
-    for (int64_t j = 0; j < tile.count; ++j) {
-      const T gap = values[j] - tile.max[j], e = exp(gap);
-      tile.rest[j] += e;
-      if constexpr (Loss::sum == Sum::entropy) tile.sum[j] += entropy_term(e, gap);
-      if constexpr (Loss::sum == Sum::linear) {
-        const bool is_target = !Loss::soft && tile.y[j] == index;
-        const T factor = select(is_target, T(0), loss.factor(weight, Loss::soft ? load(t[j]) : T(0)));
-        tile.sum[j] += linear_term(factor, -gap);
-        tile.mass[j] += factor;
-      }
-    }
-  }
-
   void write(const Tile<T>& tile, const Gradients<T>& gradients) {
     grad.open(tile.row, tile.count);
     over_blocks(tile, [&](int64_t first, int64_t columns, const S* from, const P* t) {
       S* base = static_cast<S*>(args.grad);
       S* to = grad.in_place ? grad.in_memory(base, first) : grad.buffer;
       for (int64_t c = 0; c < columns; ++c) {
-        write_column(tile, gradients, Int(first + c), from + c * logits.stride(),
+        write_column(tile, gradients, weight_of(first + c), from + c * logits.stride(),
                      Loss::soft ? t + c * probabilities.stride() : nullptr, to + c * grad.stride());
       }
+      if (!Loss::soft) write_targets_of_block(tile, gradients, first, columns, to);
       grad.write(base, first, columns, tile.count);
     });
   }
 
-  void write_column(const Tile<T>& tile, const Gradients<T>& gradients, Int index, const S* from, const P* t, S* to) {
-    const T weight = weight_of(index);
-    const auto at = [&](int64_t j) {
+  void write_column(const Tile<T>& tile, const Gradients<T>& gradients, T weight, const S* from, const P* t, S* to) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < tile.count; ++j) {
       const ZAndSlope<T> of = loss.logit(load(from[j]));
       const T gap = of.z - tile.max[j], e = exp(gap);
       T value = gradients.factor[j] * e;
@@ -178,16 +218,20 @@ struct Columns {
         value -= gradients.share[j] * loss.factor(weight, Loss::soft ? load(t[j]) : T(0));
       }
       if constexpr (decltype(loss.logit)::changes) value *= of.slope;
-      return Loss::soft ? value : select(tile.y[j] == index, gradients.own[j], value);
-    };
-    if (tile.all_active) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < tile.count; ++j) to[j] = store<S>(at(j));
-    } else {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < tile.count; ++j) {
-        to[j] = store<S>(select(tile.active[j] == 0, T(0), at(j)));  // the logits of an ignored row may be NaN
-      }
+      to[j] = store<S>(value);
+    }
+  }
+
+  // What differs from row to row: the target's own gradient, and zero where a row has none, whose logits may be NaN.
+  void write_targets_of_block(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns,
+                              S* to) const {
+    for (int64_t j = 0; j < tile.count; ++j) {
+      const int64_t place = tile.y[j] - first;
+      if (place >= 0 && place < columns) to[place * grad.stride() + j] = store<S>(gradients.own[j]);
+    }
+    for (int64_t j = 0; j < tile.count && !tile.all_active; ++j) {
+      if (tile.active[j]) continue;
+      for (int64_t c = 0; c < columns; ++c) to[c * grad.stride() + j] = store<S>(T(0));
     }
   }
 };
