@@ -1,5 +1,6 @@
 """What is measured: each loss as it is written today and fused, with the goals it is held to."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from fusedloss._route import LOSSES
 Loss = Callable[[Tensor, Tensor], Tensor]  # (input, target) to the mean
 
 GAMMA = 2.0
+SMOOTHING = 0.1
 ALPHA = 0.25
 
 
@@ -65,6 +67,27 @@ def eager_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
 
 def fused_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
     return L.cross_entropy(input, target)
+
+
+def probabilities(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(input.shape, generator=generator).softmax(1).to(input.dtype)
+
+
+def eager_smoothed(input: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
+
+
+def fused_smoothed(input: Tensor, target: Tensor) -> Tensor:
+    return L.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
+
+
+@functools.cache
+def _class_weights(classes: int) -> Tensor:
+    return torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+def class_weights(input: Tensor) -> Tensor:
+    return _class_weights(input.shape[1])
 
 
 def eager_huber(input: Tensor, target: Tensor) -> Tensor:
@@ -128,6 +151,26 @@ def cross_entropy(
     )
 
 
+def smoothed_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
+    """Label smoothing with class weights."""
+    name = _name("smoothed_cross_entropy", shape, torch.float32)
+    return Case(name, shape, torch.float32, class_indices, eager_smoothed, fused_smoothed, speedup=speedup, memory=1.05)
+
+
+def soft_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
+    name = _name("soft_cross_entropy", shape, torch.float32)
+    return Case(
+        name,
+        shape,
+        torch.float32,
+        probabilities,
+        eager_cross_entropy,
+        fused_cross_entropy,
+        speedup=speedup,
+        memory=1.05,
+    )
+
+
 def huber(elements: int, dtype: torch.dtype = torch.float32, speedup: float | None = None) -> Case:
     name = _name("huber", (elements,), dtype)
     return Case(name, (elements,), dtype, values, eager_huber, fused_huber, speedup=speedup)
@@ -176,6 +219,9 @@ CASES = [
     cross_entropy((512, 32000), torch.bfloat16),  # 65.5 MB
     # 46.1 MB; classes 256 kB apart. 8 bytes of statistics a row beside 84 of logits: no goal for memory.
     cross_entropy((4, 21, 256, 256), memory=None),
+    cross_entropy((1, 128256), speedup=1.3),  # 1.0 MB; one row, cut into parts for two threads
+    smoothed_cross_entropy((2048, 1000), speedup=3.0),  # 16.4 MB
+    soft_cross_entropy((512, 32000), speedup=2.5),  # 197 MB
     huber(1 << 22, speedup=1.6),  # 50.3 MB
     huber(1 << 22, torch.bfloat16),  # 25.2 MB
     huber(64),  # 768 bytes

@@ -113,25 +113,32 @@ struct Gradients {
   T factor[kTile], lean[kTile], share[kTile], own[kTile];
 };
 
-// k_c along a row.
-template <class P, class Loss, class T>
+// k_c along a row whose classes lie side by side.
+template <class P, bool kWeighted, class Loss, class T>
 struct Factors {
   const Loss& loss;
-  const T* weights;  // null: 1
+  const T* weights;
   const P* probabilities;
-  int64_t stride;
 
   Factors(const Loss& loss_, const SoftmaxArgs& args, int64_t row)
       : loss(loss_),
         weights(static_cast<const T*>(args.weight)),
-        probabilities(static_cast<const P*>(args.probabilities)),
-        stride(args.probabilities_layout.class_stride) {
+        probabilities(static_cast<const P*>(args.probabilities)) {
     if (Loss::soft) probabilities += row_offset(args.probabilities_layout, row);
   }
   T operator()(int64_t c) const {
-    return loss.factor(weights ? weights[c] : T(1), Loss::soft ? load(probabilities[c * stride]) : T(0));
+    return loss.factor(kWeighted ? weights[c] : T(1), Loss::soft ? load(probabilities[c]) : T(0));
   }
 };
+
+// Calls f with them; only losses that sum them know of weights there.
+template <class P, class T, class Loss, class F>
+void with_factors(const Loss& loss, const SoftmaxArgs& args, int64_t row, F f) {
+  if constexpr (Loss::sum == Sum::linear) {
+    if (args.weight) return f(Factors<P, true, Loss, T>(loss, args, row));
+  }
+  f(Factors<P, false, Loss, T>(loss, args, row));
+}
 
 // Calls f with a functor, a storage type and that of the probabilities.
 template <class F>

@@ -99,9 +99,10 @@ struct Runs {
 };
 
 // Adds k_c (max - z_c) and k_c over columns [begin, end).
-template <class S, class P, class Loss, class T>
-void add_linear(const Loss& loss, const S* logits, const Factors<P, Loss, T>& factors, int64_t begin, int64_t end,
+template <class S, class Loss, class Factors>
+void add_linear(const Loss& loss, const S* logits, const Factors& factors, int64_t begin, int64_t end,
                 RowStatistics<double>& row) {
+  using T = Accumulate<S>;
   const T max = T(row.max);
   T sums[kLanes] = {}, masses[kLanes] = {};
   const auto add = [&](int64_t c, int lane) {
@@ -124,7 +125,6 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
                                     int64_t hole) {
   using T = Accumulate<S>;
   const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, row);
-  const Factors<P, Loss, T> factors(loss, args, row);
   RowStatistics<double> total = {double(lowest<T>()), 0, 0, 0};  // finite: a row of -infinity masks is no inf - inf
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = least(end, block + kBlock);
@@ -138,8 +138,10 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
     if constexpr (Loss::sum == Sum::entropy) total.sum += double(runs.sum_entropy(T(total.max)));
     if constexpr (Loss::sum == Sum::linear) {
       const bool has_hole = hole >= block && hole < stop;
-      add_linear<S, P>(loss, logits, factors, block, has_hole ? hole : stop, total);
-      if (has_hole) add_linear<S, P>(loss, logits, factors, hole + 1, stop, total);
+      with_factors<P, T>(loss, args, row, [&](const auto& factors) {
+        add_linear(loss, logits, factors, block, has_hole ? hole : stop, total);
+        if (has_hole) add_linear(loss, logits, factors, hole + 1, stop, total);
+      });
     }
   }
   return total;
@@ -203,16 +205,17 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
       continue;
     }
     const T factor = gradients.factor[j], max = tile.max[j], lean = gradients.lean[j], share = gradients.share[j];
-    const Factors<P, Loss, T> factors(loss, args, tile.row + j);
+    with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
 #pragma GCC ivdep
-    for (int64_t c = begin; c < end; ++c) {
-      const ZAndSlope<T> z = loss.logit(load(logits[c]));
-      const T gap = z.z - max, e = exp(gap);
-      T value = factor * e;
-      if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
-      if constexpr (Loss::sum == Sum::linear) value -= share * factors(c);
-      grad[c] = store<S>(decltype(loss.logit)::changes ? value * z.slope : value);
-    }
+      for (int64_t c = begin; c < end; ++c) {
+        const ZAndSlope<T> z = loss.logit(load(logits[c]));
+        const T gap = z.z - max, e = exp(gap);
+        T value = factor * e;
+        if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
+        if constexpr (Loss::sum == Sum::linear) value -= share * factors(c);
+        grad[c] = store<S>(decltype(loss.logit)::changes ? value * z.slope : value);
+      }
+    });
     const int64_t target = tile.y[j];
     if (target >= begin && target < end) grad[target] = store<S>(gradients.own[j]);
   }
