@@ -17,7 +17,8 @@ struct ColumnBlock {
   explicit ColumnBlock(const SoftmaxLayout& l) : layout(l), in_place(l.inner_stride == 1 && l.inner >= kShortestRun) {}
 
   void open(int64_t row, int64_t count) {
-    for (int64_t j = 0; j < (in_place ? 1 : count); ++j) offset[j] = row_offset(layout, row + j);
+    RowOffsets offsets(layout, row);
+    for (int64_t j = 0; j < (in_place ? 1 : count); ++j) offset[j] = offsets.next();
   }
   // How many rows from this one on may share a tile: in place, those of its run.
   int64_t rows_left(int64_t row) const { return in_place ? least(kTile, layout.inner - row % layout.inner) : kTile; }

@@ -197,9 +197,10 @@ void merge_parts(Tile<T>& tile, const SoftmaxArgs& args, const SoftmaxPart* part
 template <class S, class P, class Loss, class T>
 void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args, const Gradients<T>& gradients,
                    int64_t begin, int64_t end) {
+  RowOffsets of_logits(args.logits_layout, tile.row), of_grad(args.grad_layout, tile.row);
   for (int64_t j = 0; j < tile.count; ++j) {
-    const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, tile.row + j);
-    S* grad = static_cast<S*>(args.grad) + row_offset(args.grad_layout, tile.row + j);
+    const S* logits = static_cast<const S*>(args.logits) + of_logits.next();
+    S* grad = static_cast<S*>(args.grad) + of_grad.next();
     if (!tile.active[j]) {
       for (int64_t c = begin; c < end; ++c) grad[c] = store<S>(T(0));
       continue;
@@ -225,8 +226,9 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
 template <class S, class Loss, class T>
 void write_targets(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args) {
   const SoftmaxLayout& layout = args.grad_layout;
+  RowOffsets offsets(layout, tile.row);
   for (int64_t j = 0; j < tile.count; ++j) {
-    S* grad = static_cast<S*>(args.grad) + row_offset(layout, tile.row + j);
+    S* grad = static_cast<S*>(args.grad) + offsets.next();
     for (int64_t c = 0; c < layout.classes; ++c) grad[c * layout.class_stride] = store<S>(T(0));
     if (tile.y[j] < 0) continue;
     const T upstream = upstream_of<S>(args.upstream, args.upstream_stride, args.wide, tile.row + j, T(1));
