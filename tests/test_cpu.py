@@ -109,7 +109,7 @@ def test_one_and_two_threads_give_the_same_bits(loss, dtype):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="counts threads through /proc, which is Linux's")
-@named(ONE_OF_EACH)
+@named([loss for loss in ONE_OF_EACH if loss.op != "nll"])  # which has next to no work
 def test_work_is_spread_over_torchs_threads(loss):
     # CPU time of every thread of the process: on one thread alone, no other one's would grow.
     def cpu_times() -> dict[str, int]:
