@@ -25,6 +25,12 @@ def _in_float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
+def _widened(logits: Tensor, wide: bool) -> bool:
+    """Whether results are float32: asked for, or under autocast, as torch's losses are."""
+    device = logits.device.type
+    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+
+
 def _index(target: Tensor) -> Tensor:
     """In int64: not everything of torch that takes class indices takes them in bytes."""
     return target.long() if isinstance(target, Tensor) and target.dtype == torch.uint8 else target
@@ -67,7 +73,7 @@ def _cross_entropy(
     if z_loss:
         losses = losses + torch.where(kept, z_loss * lse.square(), 0.0)
     divisor = kept.sum() if weight is None else weight[torch.where(kept, target, 0).long()].where(kept, 0.0).sum()
-    dtype = z.dtype if wide else logits.dtype
+    dtype = z.dtype if _widened(logits, wide) else logits.dtype
     loss = _reduced(losses, divisor, reduction, zero).to(dtype)
     return (loss, lse.to(dtype)) if second else loss
 
@@ -83,6 +89,7 @@ def _soft_cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
     z = _capped(_in_float(logits), softcap)
+    dtype = torch.promote_types(z.dtype if _widened(logits, wide) else logits.dtype, target.dtype)
     target = target.to(torch.promote_types(z.dtype, target.dtype))
     losses = F.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
@@ -91,7 +98,6 @@ def _soft_cross_entropy(
         raise ValueError(f"{reduction} is not a valid value for reduction")
     lse = z.logsumexp(_class_dim(z))
     losses = losses + z_loss * lse.square()
-    dtype = z.dtype if wide else logits.dtype
     loss = losses.mean() if reduction == "mean" else _reduced(losses, losses, reduction, zero)
     return (loss.to(dtype), lse.to(dtype)) if second else loss.to(dtype)
 
@@ -270,11 +276,6 @@ def _focal(
     losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[index])
     losses = torch.where(kept, losses, 0.0)
     return _reduced(losses, kept.sum(), reduction, zero).to(x.dtype if _widened(logits, wide) else logits.dtype)
-
-
-def _widened(logits: Tensor, wide: bool) -> bool:
-    """Whether results are float32: asked for, or under autocast, as torch's losses are."""
-    return wide or torch.is_autocast_enabled(logits.device.type)
 
 
 def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, gamma: float, reduction: str) -> Tensor:
