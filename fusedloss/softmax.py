@@ -3,6 +3,7 @@
 The formulas take ``wide``, ``second`` and ``zero`` as :func:`fusedloss._route.softmax` explains them.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -141,7 +142,8 @@ def cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: :math:`\epsilon` in [0, 1].
         z_loss: :math:`\lambda`, what is added times lse squared in every row that is not ignored.
-        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; a logit of -infinity stays a mask.
+        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; a logit of -infinity stays a mask, and
+            infinity caps nothing.
         out_dtype: of the results, computed in no lesser precision: ``torch.float32`` makes a float32 loss of bfloat16
             logits without a copy of them.
         all_ignored: ``"zero"`` makes a mean over nothing 0, with a gradient of 0, where torch's is ``"nan"``.
@@ -187,6 +189,7 @@ def cross_entropy(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if all_ignored not in ("nan", "zero"):
         raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    cap = 0.0 if softcap is None or softcap == math.inf else softcap
     dtype = input.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating point type, got {dtype}")
@@ -197,7 +200,7 @@ def cross_entropy(
         input = input.to(computed)
         weight = weight if weight is None else weight.to(computed)
     result = loss(
-        input, target, weight, reduction, ignore_index, smoothing, z_loss, softcap or 0.0,
+        input, target, weight, reduction, ignore_index, smoothing, z_loss, cap,
         wide=wide, second=return_lse, zero=all_ignored == "zero", grad_in_forward=grad_in_forward, inplace=inplace,
     )  # fmt: skip
     if out_dtype is None:
