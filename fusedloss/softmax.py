@@ -3,6 +3,7 @@
 The formulas take ``wide``, ``second`` and ``zero`` as :func:`fusedloss._route.softmax` explains them.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def _class_dim(logits: Tensor) -> int:
 
 def _in_float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALVES else tensor
+
+
+def _widened(logits: Tensor, wide: bool) -> bool:
+    """Whether results are float32: asked for, or under autocast, as torch's losses are."""
+    device = logits.device.type
+    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _index(target: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def _cross_entropy(
     if z_loss:
         losses = losses + torch.where(kept, z_loss * lse.square(), 0.0)
     divisor = kept.sum() if weight is None else weight[torch.where(kept, target, 0).long()].where(kept, 0.0).sum()
-    dtype = z.dtype if wide else logits.dtype
+    dtype = z.dtype if _widened(logits, wide) else logits.dtype
     loss = _reduced(losses, divisor, reduction, zero).to(dtype)
     return (loss, lse.to(dtype)) if second else loss
 
@@ -83,6 +90,7 @@ def _soft_cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
     z = _capped(_in_float(logits), softcap)
+    dtype = torch.promote_types(z.dtype if _widened(logits, wide) else logits.dtype, target.dtype)
     target = target.to(torch.promote_types(z.dtype, target.dtype))
     losses = F.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
@@ -91,7 +99,6 @@ def _soft_cross_entropy(
         raise ValueError(f"{reduction} is not a valid value for reduction")
     lse = z.logsumexp(_class_dim(z))
     losses = losses + z_loss * lse.square()
-    dtype = z.dtype if wide else logits.dtype
     loss = losses.mean() if reduction == "mean" else _reduced(losses, losses, reduction, zero)
     return (loss.to(dtype), lse.to(dtype)) if second else loss.to(dtype)
 
@@ -135,7 +142,8 @@ def cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: :math:`\epsilon` in [0, 1].
         z_loss: :math:`\lambda`, what is added times lse squared in every row that is not ignored.
-        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; a logit of -infinity stays a mask.
+        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; a logit of -infinity stays a mask, and
+            infinity caps nothing.
         out_dtype: of the results, computed in no lesser precision: ``torch.float32`` makes a float32 loss of bfloat16
             logits without a copy of them.
         all_ignored: ``"zero"`` makes a mean over nothing 0, with a gradient of 0, where torch's is ``"nan"``.
@@ -181,6 +189,7 @@ def cross_entropy(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if all_ignored not in ("nan", "zero"):
         raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    cap = 0.0 if softcap is None or softcap == math.inf else softcap
     dtype = input.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating point type, got {dtype}")
@@ -191,7 +200,7 @@ def cross_entropy(
         input = input.to(computed)
         weight = weight if weight is None else weight.to(computed)
     result = loss(
-        input, target, weight, reduction, ignore_index, smoothing, z_loss, softcap or 0.0,
+        input, target, weight, reduction, ignore_index, smoothing, z_loss, cap,
         wide=wide, second=return_lse, zero=all_ignored == "zero", grad_in_forward=grad_in_forward, inplace=inplace,
     )  # fmt: skip
     if out_dtype is None:
@@ -267,12 +276,6 @@ def _focal(
     losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[index])
     losses = torch.where(kept, losses, 0.0)
     return _reduced(losses, kept.sum(), reduction, zero).to(x.dtype if _widened(logits, wide) else logits.dtype)
-
-
-def _widened(logits: Tensor, wide: bool) -> bool:
-    """Whether results are float32: asked for, or under autocast, as torch's losses are."""
-    device = logits.device.type
-    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, gamma: float, reduction: str) -> Tensor:
