@@ -85,10 +85,11 @@ def test_no_code_of_an_instruction_set_leaks_into_shared_symbols(isa, tmp_path):
 
 def check_symbols(isa: str, source: Path, object_file: Path) -> None:
     subprocess.run([COMPILER, "-std=c++20", "-O0", "-fPIC", "-c", str(source), "-o", str(object_file)], check=True)
-    symbols = subprocess.run(["nm", "-C", str(object_file)], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", str(object_file)], capture_output=True, text=True, check=True).stdout
     weak = [line for line in symbols.splitlines() if line[17:18] in ("W", "V", "u")]
     assert weak
-    assert [line for line in weak if f"fusedloss::{isa}::" not in line] == []
+    # Mangled, since not every nm can read the name of a lambda within a lambda.
+    assert [line for line in weak if f"9fusedloss{len(isa)}{isa}" not in line] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
