@@ -137,7 +137,7 @@ def test_byte_targets_are_taken_in_every_shape(shape):
             x, as_bytes, "mean",
         )  # fmt: skip
         expected, expected_grad, _ = value_and_grad(
-            lambda x, y, r: L.cross_entropy(x, y, weight, label_smoothing=smoothing),
+            lambda x, y, r, e=smoothing: L.cross_entropy(x, y, weight, label_smoothing=e),
             x,
             target,
             "mean",  # noqa: B023
