@@ -107,7 +107,8 @@ struct CrossEntropyWith : SoftmaxLoss<T> {
 
   FUSEDLOSS_HD T factor(T weight, T) const { return weight; }
   FUSEDLOSS_HD T value(const Row<T>& row, T weight) const {
-    const T smooth = kSmooth ? share * (row.mass * row.log_total + row.sum) : T(0);
+    // row.sum is infinite behind a mask
+    const T smooth = kSmooth ? linear_term(share, row.mass * row.log_total + row.sum) : T(0);
     return kept * weight * row.ce + smooth + z_loss * row.lse() * row.lse();
   }
   FUSEDLOSS_HD Coefficients<T> gradient(const Row<T>& row, T weight, T upstream, T upstream_second) const {
