@@ -81,6 +81,7 @@ struct SoftmaxArgs {
   const void* upstream_second;
   int64_t upstream_second_stride;
   double scale;  // 1 / total weight for a mean
+  bool streams;  // CPU: a gradient by columns is written past the caches
 };
 
 FUSEDLOSS_HD int64_t target_of(const SoftmaxArgs& args, int64_t row) {
@@ -110,6 +111,8 @@ struct CpuKernels {
   void (*pointwise_losses)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
   void (*pointwise_grad)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
   double (*indexed)(Pointwise, PointwiseResult, const IndexedArgs&, int64_t begin, int64_t end);  // returns the sum
+  // Of the targets alone: a bad row, and the divisor of a mean over weights or rows.
+  SoftmaxSums (*softmax_targets)(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
   // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
   SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
   void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);

@@ -5,10 +5,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 import fusedloss.functional as L
@@ -210,6 +212,18 @@ def runs_fused(loss: Loss, input: Tensor, target: Tensor, reduction: str = "mean
     weightless = (input, target, None, reduction)
     middle = (-100,) if loss.family == "softmax" else ()
     return extension is not None and getattr(extension, loss.op)(*weightless, *middle, *loss.params) is not None
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def value_and_grad(

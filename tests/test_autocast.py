@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REDUCTIONS, needs_extension
+from conftest import REDUCTIONS, Recorder, needs_extension
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss.functional as L
 
@@ -42,16 +41,6 @@ CALLS = {
     "nll": lambda f, x, y, t, w, r: f.nll_loss(x, y, reduction=r),
     "nll, weight": lambda f, x, y, t, w, r: f.nll_loss(x, y, w, reduction=r),
 }
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, needs_extension, on_cpu_alone
+from conftest import DTYPES, Recorder, needs_extension, on_cpu_alone
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss.functional as L
 
@@ -55,16 +54,6 @@ def assert_close(got: Tensor, exact: Tensor, steps: float) -> None:
     assert got.shape == exact.shape
     bound = steps * limits.eps / 2 * exact.abs().max() + limits.tiny * limits.eps / 2
     assert (got.double() - exact).abs().max() <= bound
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 5.0])

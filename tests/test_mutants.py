@@ -41,7 +41,10 @@ MUTANTS = {
     "probabilities unsmoothed": ("losses/softmax.h", "probability * kept + share", "probability"),
     "nll sign": ("losses/softmax.h", "return -weight * upstream;", "return weight * upstream;"),
     "temperature slope": ("losses/logit.h", "return {x * scale, scale};", "return {x * scale, T(1)};"),
-    "target left in": ("cpu/softmax_rows.inl", "if (hole >= 0) to[hole] = -infinity<T>();", ""),
+    "target left in a row": ("cpu/softmax_rows.inl", " | int(lane == Int(hole))", ""),
+    "target left in a column": ("cpu/softmax_columns.inl", "z[place * kTile + j] = -infinity<T>();", ""),
+    "filling counted": ("cpu/softmax_rows.inl", "int(lane < Int(first)) | ", ""),
+    "square askew": ("cpu/lanes.inl", "FUSEDLOSS_SHUFFLE(low, next_low, 2, 3, 6, 7)", "low"),
     "block rescale": ("cpu/softmax_rows.inl", "if (block > begin) total = raised<Loss::sum>(total, max);", ""),
     "column rescale": (
         "cpu/softmax_columns.inl",

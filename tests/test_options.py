@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import needs_extension, on_cpu_alone
+from conftest import Recorder, needs_extension, on_cpu_alone
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -75,6 +75,38 @@ def test_gradcheck():
     x.requires_grad_()
     assert gradcheck(lambda x: L.cross_entropy(x, target, grad_in_forward=True), x)
     assert gradgradcheck(lambda x: L.cross_entropy(x, target, grad_in_forward=True), x)
+
+
+@needs_extension
+@on_cpu_alone("a GPU makes no gradient in forward unasked")
+def test_where_the_gradient_is_made_unasked():
+    def makes_it_in_forward(dtype: torch.dtype = torch.float32, **options: object) -> bool:
+        x, target = data((6, 5), dtype)
+        with Recorder() as recorder:
+            L.cross_entropy(x.requires_grad_(), target, **options).sum().backward()
+        return "fusedloss.cross_entropy_with_grad.default" in recorder.seen
+
+    assert makes_it_in_forward() and makes_it_in_forward(torch.float64)
+    assert not makes_it_in_forward(torch.bfloat16) and not makes_it_in_forward(torch.float16)
+    assert not makes_it_in_forward(grad_in_forward=False) and makes_it_in_forward(torch.bfloat16, grad_in_forward=True)
+    assert not makes_it_in_forward(reduction="none")
+    with torch.autograd.graph.save_on_cpu():
+        assert not makes_it_in_forward() and makes_it_in_forward(grad_in_forward=True)
+
+
+@needs_extension
+@on_cpu_alone("counts the CPU's allocations")
+def test_a_checkpointed_loss_keeps_no_gradient():
+    x, target = data((64, 8000))
+    leaf = x.requires_grad_()
+    expected = loss_and_grad(x.detach(), target, 1.0)[1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = torch.utils.checkpoint.checkpoint(lambda z: L.cross_entropy(z, target), leaf, use_reentrant=False)
+    kept = sum(event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert kept < x.nbytes / 10
+    loss.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 @needs_extension

@@ -72,6 +72,8 @@ def test_value_and_gradient_against_float64(loss: Loss, shape, dtype, reduction)
     steps = 1.01 if dtype in (torch.bfloat16, torch.float16) else 24
     if dtype == torch.float64 and loss in SOFTMAX:
         steps = 200  # the sums of the native formula are of the same precision, and less careful
+    if loss.soft and shape[:2][-1] == 1:
+        steps *= 2  # p is 1, and the gradient what a difference leaves of it
     bound = steps * EPSILON[dtype]
     assert largest_error(value, exact) <= bound
     assert largest_error(grad, exact_grad) <= bound

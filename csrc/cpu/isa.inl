@@ -9,6 +9,7 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 // In files of their own, which compile side by side.
+SoftmaxSums softmax_targets(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
 SoftmaxSums softmax_forward(Softmax, const SoftmaxArgs&, const SoftmaxPart*, int64_t begin, int64_t end);
 SoftmaxPart softmax_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 void softmax_backward(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
@@ -20,6 +21,7 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             pointwise_losses,
                             pointwise_grad,
                             indexed,
+                            softmax_targets,
                             softmax_forward,
                             softmax_backward,
                             softmax_part,

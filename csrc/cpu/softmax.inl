@@ -28,30 +28,42 @@ struct RowOffsets {
 
   RowOffsets(const SoftmaxLayout& layout_, int64_t row)
       : layout(layout_), outer(row / layout_.inner), inner(row % layout_.inner) {}
-  int64_t next() {
-    const int64_t offset = outer * layout.outer_stride + inner * layout.inner_stride;
-    if (++inner == layout.inner) {
+
+  // The next rows, at most `most`, that lie inner_stride apart.
+  struct Run {
+    int64_t offset, count;
+  };
+  Run next(int64_t most) {
+    const Run run = {outer * layout.outer_stride + inner * layout.inner_stride, least(most, layout.inner - inner)};
+    inner += run.count;
+    if (inner == layout.inner) {
       inner = 0;
       ++outer;
     }
-    return offset;
+    return run;
   }
+  int64_t next() { return next(1).offset; }
 };
 
-inline int64_t first_bad_row(const SoftmaxArgs& args, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end && args.target; ++row) {
-    const int64_t target = target_of(args, row);
-    if (target != args.ignore_index && uint64_t(target) >= uint64_t(args.logits_layout.classes)) return row;
-  }
-  return -1;
+// Calls f with the class indices as the integers they are.
+template <class F>
+auto with_targets(const SoftmaxArgs& args, F f) {
+  return args.byte_target ? f(static_cast<const uint8_t*>(args.target)) : f(static_cast<const int64_t*>(args.target));
 }
 
-// An upstream gradient: of dtype or of its arithmetic type, one for all rows or one each, `otherwise` where null.
+// Upstream gradients of `count` rows: of dtype or of its arithmetic type, one for all rows or one each, `otherwise`
+// where null.
 template <class S>
-Accumulate<S> upstream_of(const void* upstream, int64_t stride, bool wide, int64_t row, Accumulate<S> otherwise) {
-  if (!upstream) return otherwise;
-  return wide ? static_cast<const Accumulate<S>*>(upstream)[row * stride]
-              : load(static_cast<const S*>(upstream)[row * stride]);
+void read_upstream(const void* upstream, int64_t stride, bool wide, int64_t row, int64_t count, Accumulate<S> otherwise,
+                   Accumulate<S>* to) {
+  using T = Accumulate<S>;
+  const auto value = [&](int64_t j) {
+    const int64_t i = (row + j) * stride;
+    return wide ? static_cast<const T*>(upstream)[i] : T(load(static_cast<const S*>(upstream)[i]));
+  };
+  const bool one = !upstream || stride == 0;
+  const T of_all = upstream ? value(0) : otherwise;
+  for (int64_t j = 0; j < count; ++j) to[j] = one ? of_all : value(j);
 }
 
 template <class S>
@@ -72,9 +84,9 @@ struct Tile {
   using Int = typename Constants<T>::Int;
   int64_t row, count, padded;
   bool all_active;
-  Int y[kTile], active[kTile];                  // active: the row has a gradient, or a second result
+  Int y[kTile];
   T counts[kTile];                              // 1 where the row counts, 0 where it is ignored
-  T weight[kTile], logit[kTile], slope[kTile];  // of the target; the logit as z
+  T weight[kTile], logit[kTile], slope[kTile];  // of the target; the logit as z, -infinity where there is none
   T max[kTile], rest[kTile], sum[kTile], mass[kTile];
 
   RowStatistics<T> statistics(int64_t j) const { return {max[j], rest[j], sum[j], mass[j]}; }
@@ -84,38 +96,54 @@ struct Tile {
     sum[j] = row_statistics.sum;
     mass[j] = row_statistics.mass;
   }
+  // Whether the row has a gradient, or a second result.
+  bool active(int64_t j) const { return all_active || counts[j] != T(0); }
 
-  void open(const SoftmaxArgs& args, int64_t first, int64_t end, bool second) {
+  // all_second: ignored rows have a second result, too.
+  void open(const SoftmaxArgs& args, int64_t first, int64_t end, bool all_second) {
     row = first;
     count = end - first;
     padded = (count + kLanes - 1) / kLanes * kLanes;
-    all_active = true;
-    const T* weights = static_cast<const T*>(args.weight);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t target = args.target ? target_of(args, row + j) : -1;
-      const bool ignored = args.target && target == args.ignore_index;
-      y[j] = Int(ignored ? -1 : target);
-      counts[j] = ignored ? T(0) : T(1);
-      active[j] = Int(!ignored || second);
-      all_active = all_active && active[j];
-      weight[j] = y[j] < 0 ? counts[j] : (weights ? weights[target] : T(1));
-    }
-    for (int64_t j = count; j < padded; ++j) {
+    for (int64_t j = args.target ? count : 0; j < padded; ++j) {
       y[j] = -1;
-      active[j] = 0;
-      counts[j] = weight[j] = logit[j] = slope[j] = 0;
+      counts[j] = T(j < count);
+    }
+    int64_t ignored = 0;
+    if (args.target) ignored = with_targets(args, [&](const auto* target) { return read(target, args.ignore_index); });
+    all_active = all_second || ignored == 0;
+    const T* weights = static_cast<const T*>(args.weight);
+    for (int64_t j = 0; j < padded; ++j) weight[j] = weights && y[j] >= 0 ? weights[y[j]] : counts[j];
+    for (int64_t j = count; j < padded; ++j) {
+      logit[j] = slope[j] = 0;
       set(j, {0, 0, 0, 0});
     }
   }
 
-  // The target's logits, -infinity where there is none.
+  // Returns how many rows are ignored.
+  template <class Index>
+  int64_t read(const Index* target, int64_t ignore_index) {
+    Int ignored = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t of_row = target[row + j];
+      y[j] = Int(of_row == ignore_index ? -1 : of_row);
+      counts[j] = of_row == ignore_index ? T(0) : T(1);
+      ignored += of_row == ignore_index;
+    }
+    return ignored;
+  }
+
   template <class S, class Loss>
   void read_logits(const Loss& loss, const SoftmaxArgs& args) {
     const SoftmaxLayout& layout = args.logits_layout;
     RowOffsets offsets(layout, row);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t target = y[j] < 0 ? 0 : y[j];
-      logit[j] = load(static_cast<const S*>(args.logits)[offsets.next() + target * layout.class_stride]);
+    for (int64_t first = 0; first < count;) {
+      const auto [offset, rows] = offsets.next(count - first);
+      const S* logits = static_cast<const S*>(args.logits) + offset;
+      for (int64_t j = first; j < first + rows; ++j) {
+        const int64_t target = y[j] < 0 ? 0 : y[j];
+        logit[j] = load(logits[(j - first) * layout.inner_stride + target * layout.class_stride]);
+      }
+      first += rows;
     }
     for (int64_t j = 0; j < padded; ++j) {
       const ZAndSlope<T> z = loss.logit(logit[j]);
@@ -174,4 +202,5 @@ auto with_types(Softmax loss, const SoftmaxArgs& args, F f) {
 }  // namespace fusedloss::FUSEDLOSS_ISA
 
 #include "softmax_rows.inl"
+#include "stream.inl"
 #include "softmax_columns.inl"

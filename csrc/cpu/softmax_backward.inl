@@ -12,14 +12,16 @@ void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs
   tile.template read_logits<S>(loss, args);
   const T* saved = static_cast<const T*>(args.statistics) + tile.row;
   const int64_t rows = args.logits_layout.rows;
-  T upstream[kTile], upstream_second[kTile];
   for (int64_t j = 0; j < tile.count; ++j) {
     const T third = Loss::sum == Sum::none ? T(0) : saved[2 * rows + j];
     tile.set(j, {saved[j], saved[rows + j], third, third});
-    const T loss_upstream = upstream_of<S>(args.upstream, args.upstream_stride, args.wide, tile.row + j, T(1));
-    upstream[j] = tile.counts[j] == T(0) ? T(0) : T(double(loss_upstream) * args.scale);
-    upstream_second[j] =
-        upstream_of<S>(args.upstream_second, args.upstream_second_stride, args.wide, tile.row + j, T(0));
+  }
+  T upstream[kTile], upstream_second[kTile];
+  read_upstream<S>(args.upstream, args.upstream_stride, args.wide, tile.row, tile.count, T(1), upstream);
+  read_upstream<S>(args.upstream_second, args.upstream_second_stride, args.wide, tile.row, tile.count, T(0),
+                   upstream_second);
+  for (int64_t j = 0; j < tile.count; ++j) {
+    upstream[j] = select(tile.counts[j] == T(0), T(0), T(double(upstream[j]) * args.scale));
   }
   for (int64_t j = tile.count; j < tile.padded; ++j) upstream[j] = upstream_second[j] = 0;
   for (int64_t j = 0; j < tile.padded; ++j) {
@@ -52,6 +54,7 @@ void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t 
       write_targets<S>(loss, tile, args);
     }
   }
+  if (args.streams) end_stream();
 }
 
 void softmax_backward(Softmax loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {

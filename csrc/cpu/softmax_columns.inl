@@ -6,41 +6,109 @@ namespace fusedloss::FUSEDLOSS_ISA {
 constexpr int kColumns = 32;          // of a block: with kTile rows 32 KB of float, between max and sum
 constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
 
-// Columns [first, first + columns) of a tile as vectors across its rows: in place, or moved through a buffer.
+// Columns [first, first + columns) of a tile, moved between memory and vectors across its rows, kTile apart.
 template <class S>
 struct ColumnBlock {
+  using T = Accumulate<S>;
   const SoftmaxLayout& layout;
-  const bool in_place;
+  const bool side_by_side;  // the rows, in memory: vectors across them are there already
   int64_t offset[kTile];
-  alignas(64) S buffer[kColumns * kTile];
 
-  explicit ColumnBlock(const SoftmaxLayout& l) : layout(l), in_place(l.inner_stride == 1 && l.inner >= kShortestRun) {}
+  explicit ColumnBlock(const SoftmaxLayout& l)
+      : layout(l), side_by_side(l.inner_stride == 1 && l.inner >= kShortestRun) {}
 
   void open(int64_t row, int64_t count) {
     RowOffsets offsets(layout, row);
-    for (int64_t j = 0; j < (in_place ? 1 : count); ++j) offset[j] = offsets.next();
-  }
-  // How many rows from this one on may share a tile: in place, those of its run.
-  int64_t rows_left(int64_t row) const { return in_place ? least(kTile, layout.inner - row % layout.inner) : kTile; }
-  int64_t stride() const { return in_place ? layout.class_stride : kTile; }
-
-  template <class Pointer>
-  Pointer in_memory(Pointer base, int64_t first) const {
-    return base + offset[0] + first * layout.class_stride;
-  }
-  const S* read(const S* base, int64_t first, int64_t columns, int64_t count) {
-    if (in_place) return in_memory(base, first);
-    for (int64_t j = 0; j < count; ++j) {
-      const S* row = base + offset[j] + first * layout.class_stride;
-      for (int64_t c = 0; c < columns; ++c) buffer[c * kTile + j] = row[c * layout.class_stride];
+    for (int64_t first = 0; first < (side_by_side ? 1 : count);) {
+      const auto run = offsets.next(count - first);
+      for (int64_t j = 0; j < run.count; ++j) offset[first + j] = run.offset + j * layout.inner_stride;
+      first += run.count;
     }
-    return buffer;
   }
-  void write(S* base, int64_t first, int64_t columns, int64_t count) const {
-    if (in_place) return;
-    for (int64_t j = 0; j < count; ++j) {
+  // How many rows from this one on may share a tile: side by side, those of its run.
+  int64_t rows_left(int64_t row) const {
+    return side_by_side ? least(kTile, layout.inner - row % layout.inner) : kTile;
+  }
+  template <class Pointer>
+  Pointer column(Pointer base, int64_t c) const {
+    return base + offset[0] + c * layout.class_stride;
+  }
+
+  void read(const S* base, int64_t first, int64_t columns, int64_t count, T* to) const {
+    if (side_by_side) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const S* from = column(base, first + c);
+#pragma GCC ivdep
+        for (int64_t j = 0; j < count; ++j) to[c * kTile + j] = load(from[j]);
+      }
+      return;
+    }
+    const int64_t by_four = layout.class_stride == 1 && columns >= 4 ? count / 4 * 4 : 0;
+    for (int64_t j = 0; j < by_four; j += 4) read_four(base + first, columns, j, to + j);
+    for (int64_t j = by_four; j < count; ++j) {
+      const S* row = base + offset[j] + first * layout.class_stride;
+      for (int64_t c = 0; c < columns; ++c) to[c * kTile + j] = load(row[c * layout.class_stride]);
+    }
+  }
+
+  void write(S* base, int64_t first, int64_t columns, int64_t count, const T* from) const {
+    if (side_by_side) {
+      for (int64_t c = 0; c < columns; ++c) {
+        S* to = column(base, first + c);
+#pragma GCC ivdep
+        for (int64_t j = 0; j < count; ++j) to[j] = store<S>(from[c * kTile + j]);
+      }
+      return;
+    }
+    const int64_t by_four = layout.class_stride == 1 && columns >= 4 ? count / 4 * 4 : 0;
+    for (int64_t j = 0; j < by_four; j += 4) write_four(base + first, columns, j, from + j);
+    for (int64_t j = by_four; j < count; ++j) {
       S* row = base + offset[j] + first * layout.class_stride;
-      for (int64_t c = 0; c < columns; ++c) row[c * layout.class_stride] = buffer[c * kTile + j];
+      for (int64_t c = 0; c < columns; ++c) row[c * layout.class_stride] = store<S>(from[c * kTile + j]);
+    }
+  }
+
+ private:
+  // Four rows whose classes lie side by side, by squares of four, the last of which may overlap another.
+  void read_four(const S* base, int64_t columns, int64_t j, T* to) const {
+    const T* rows[4];
+    T converted[4][kColumns];
+    for (int r = 0; r < 4; ++r) {
+      const S* row = base + offset[j + r];
+      if constexpr (std::is_same_v<S, T>) {
+        rows[r] = row;
+      } else {
+        for (int64_t c = 0; c < columns; ++c) converted[r][c] = load(row[c]);
+        rows[r] = converted[r];
+      }
+    }
+    for (int64_t c = 0; c < columns; c += 4) {
+      const int64_t at = least(c, columns - 4);
+      T* lines = to + at * kTile;
+      transpose<T>({rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at},
+                   {lines, lines + kTile, lines + 2 * kTile, lines + 3 * kTile});
+    }
+  }
+
+  void write_four(S* base, int64_t columns, int64_t j, const T* from) const {
+    T* rows[4];
+    T converted[4][kColumns];
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (std::is_same_v<S, T>) {
+        rows[r] = base + offset[j + r];
+      } else {
+        rows[r] = converted[r];
+      }
+    }
+    for (int64_t c = 0; c < columns; c += 4) {
+      const int64_t at = least(c, columns - 4);
+      const T* lines = from + at * kTile;
+      transpose<T>({lines, lines + kTile, lines + 2 * kTile, lines + 3 * kTile},
+                   {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at});
+    }
+    for (int r = 0; r < 4 && !std::is_same_v<S, T>; ++r) {
+      S* row = base + offset[j + r];
+      for (int64_t c = 0; c < columns; ++c) row[c] = store<S>(converted[r][c]);
     }
   }
 };
@@ -53,7 +121,10 @@ struct Columns {
   const SoftmaxArgs& args;
   ColumnBlock<S> logits, grad;
   ColumnBlock<P> probabilities;
-  alignas(64) T z[kColumns * kTile] = {};  // rows beyond a tile's last are worked on too, and left out
+  // Of a block; rows beyond a tile's last are worked on too, and left out.
+  alignas(64) T z[kColumns * kTile] = {};
+  alignas(64) T t[Loss::soft ? kColumns * kTile : 1] = {};
+  alignas(64) S streamed[kColumns * kTile];
 
   Columns(const Loss& loss_, const SoftmaxArgs& args_)
       : loss(loss_),
@@ -66,7 +137,7 @@ struct Columns {
     return least(logits.rows_left(row), least(grad.rows_left(row), probabilities.rows_left(row)));
   }
 
-  // Calls f(first column, columns, logits, probabilities) for one block after the other.
+  // Calls f(first column, columns) for one block after the other, whose probabilities are in t.
   template <class F>
   void over_blocks(const Tile<T>& tile, F f) {
     logits.open(tile.row, tile.count);
@@ -74,11 +145,8 @@ struct Columns {
     const int64_t classes = args.logits_layout.classes;
     for (int64_t first = 0; first < classes; first += kColumns) {
       const int64_t columns = least(kColumns, classes - first);
-      const P* t = nullptr;
-      if (Loss::soft) {
-        t = probabilities.read(static_cast<const P*>(args.probabilities), first, columns, tile.count);
-      }
-      f(first, columns, logits.read(static_cast<const S*>(args.logits), first, columns, tile.count), t);
+      if (Loss::soft) probabilities.read(static_cast<const P*>(args.probabilities), first, columns, tile.count, t);
+      f(first, columns);
     }
   }
 
@@ -86,73 +154,63 @@ struct Columns {
 
   // Sums in T within a block and in double across blocks: there may be a hundred thousand classes.
   struct Totals {
-    T max[kTile] = {};
+    T max[kTile];
     double rest[kTile], sum[kTile], mass[kTile];
   };
 
   void collect(Tile<T>& tile) {
-    const int64_t count = tile.count;
+    const bool one_block = args.logits_layout.classes <= kColumns;
     Totals totals;
-    for (int64_t j = 0; j < count; ++j) {
-      totals.max[j] = lowest<T>();  // finite: a row of -infinity masks is no inf - inf
-      totals.rest[j] = totals.sum[j] = totals.mass[j] = 0;
+    for (int64_t j = 0; j < tile.padded; ++j) {
+      tile.max[j] = lowest<T>();  // finite: a row of -infinity masks is no inf - inf
+      tile.logit[j] = -infinity<T>();
     }
-    over_blocks(tile, [&](int64_t first, int64_t columns, const S* from, const P* t) {
-      read_block(tile, first, columns, from);
-      for (int64_t j = 0; j < count; j += kLanes) {
-        if (logits.in_place) prefetch(from + count + j, columns);
-        add_lanes_of_block(tile, totals, first, columns, t, j);
+    over_blocks(tile, [&](int64_t first, int64_t columns) {
+      logits.read(static_cast<const S*>(args.logits), first, columns, tile.count, z);
+      for (int64_t i = 0; i < columns * kTile && decltype(loss.logit)::changes; ++i) z[i] = loss.logit(z[i]).z;
+      if (!Loss::soft) take_targets(tile, first, columns);
+      for (int64_t j = 0; j < tile.count; j += kLanes) {
+        if (logits.side_by_side) prefetch(tile.count + j, first, columns);
+        add_lanes_of_block(tile, first, columns, j);
       }
-      first == 0 ? set_block(tile, totals) : add_block(tile, totals);
+      if (!one_block) first == 0 ? set_block(tile, totals) : add_block(tile, totals);
     });
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < tile.count && !one_block; ++j) {
       tile.set(j, {totals.max[j], T(totals.rest[j]), T(totals.sum[j]), T(totals.mass[j])});
     }
   }
 
-  // Moves a block to z, -infinity in place of targets.
-  void read_block(const Tile<T>& tile, int64_t first, int64_t columns, const S* from) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const S* column = from + c * logits.stride();
-      T* to = z + c * kTile;
-#pragma GCC ivdep
-      for (int64_t j = 0; j < tile.count; ++j) to[j] = loss.logit(load(column[j])).z;
-    }
-    if (Loss::soft) return;
+  // Moves the targets' logits from the block to the tile, and leaves -infinity.
+  void take_targets(Tile<T>& tile, int64_t first, int64_t columns) {
     for (int64_t j = 0; j < tile.count; ++j) {
       const int64_t place = tile.y[j] - first;
-      if (place >= 0 && place < columns) z[place * kTile + j] = -infinity<T>();
+      if (place < 0 || place >= columns) continue;
+      tile.logit[j] = z[place * kTile + j];
+      z[place * kTile + j] = -infinity<T>();
     }
   }
 
   // Statistics of a block for the rows [j, j + kLanes), whose numbers stay in registers from column to column.
-  void add_lanes_of_block(Tile<T>& tile, const Totals& totals, int64_t first, int64_t columns, const P* t, int64_t j) {
+  void add_lanes_of_block(Tile<T>& tile, int64_t first, int64_t columns, int64_t j) {
     T max[kLanes], rest[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {};
-    for (int lane = 0; lane < kLanes; ++lane) max[lane] = totals.max[j + lane];
+    for (int lane = 0; lane < kLanes; ++lane) max[lane] = tile.max[j + lane];
     for (int64_t c = 0; c < columns; ++c) {
       const T* values = z + c * kTile + j;
       for (int lane = 0; lane < kLanes; ++lane) max[lane] = values[lane] > max[lane] ? values[lane] : max[lane];
     }
     for (int64_t c = 0; c < columns; ++c) {
       const T* values = z + c * kTile + j;
-      const auto index = Int(first + c);
+      [[maybe_unused]] const T* probability = Loss::soft ? t + c * kTile + j : nullptr;
+      [[maybe_unused]] const auto index = Int(first + c);
       [[maybe_unused]] const T weight = weight_of(index);
-      [[maybe_unused]] const P* of_column = Loss::soft ? t + c * probabilities.stride() + j : nullptr;
-      [[maybe_unused]] const int64_t inside = least(kLanes, tile.count - j);
       for (int lane = 0; lane < kLanes; ++lane) {
         const T gap = values[lane] - max[lane], e = exp(gap);
         rest[lane] += e;
         if constexpr (Loss::sum == Sum::entropy) sum[lane] += entropy_term(e, gap);
-        if constexpr (Loss::sum == Sum::linear && !Loss::soft) {
-          const T factor = select(tile.y[j + lane] == index, T(0), weight);
+        if constexpr (Loss::sum == Sum::linear) {
+          const T factor =
+              Loss::soft ? loss.factor(weight, probability[lane]) : select(tile.y[j + lane] == index, T(0), weight);
           sum[lane] += linear_term(factor, -gap);
-          mass[lane] += factor;
-        }
-      }
-      if constexpr (Loss::soft) {
-        for (int lane = 0; lane < inside; ++lane) {
-          const T factor = loss.factor(weight, load(of_column[lane]));
-          sum[lane] += linear_term(factor, max[lane] - values[lane]);
           mass[lane] += factor;
         }
       }
@@ -161,10 +219,11 @@ struct Columns {
   }
 
   // The next tile's lines on their way while this one is worked on: its runs are too short for the hardware to see.
-  void prefetch(const S* from, int64_t columns) const {
+  void prefetch(int64_t row, int64_t first, int64_t columns) const {
     constexpr int64_t kLine = 64 / sizeof(S);
     for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t i = 0; i < kLanes; i += kLine) __builtin_prefetch(from + c * logits.stride() + i);
+      const S* from = logits.column(static_cast<const S*>(args.logits), first + c) + row;
+      for (int64_t i = 0; i < kLanes; i += kLine) __builtin_prefetch(from + i);
     }
   }
 
@@ -195,20 +254,45 @@ struct Columns {
   }
 
   void write(const Tile<T>& tile, const Gradients<T>& gradients) {
+    const S* from = static_cast<const S*>(args.logits);
+    S* to = static_cast<S*>(args.grad);
     grad.open(tile.row, tile.count);
-    over_blocks(tile, [&](int64_t first, int64_t columns, const S* from, const P* t) {
-      S* base = static_cast<S*>(args.grad);
-      S* to = grad.in_place ? grad.in_memory(base, first) : grad.buffer;
-      for (int64_t c = 0; c < columns; ++c) {
-        write_column(tile, gradients, weight_of(first + c), from + c * logits.stride(),
-                     Loss::soft ? t + c * probabilities.stride() : nullptr, to + c * grad.stride());
+    over_blocks(tile, [&](int64_t first, int64_t columns) {
+      if (!logits.side_by_side || !grad.side_by_side) {
+        logits.read(from, first, columns, tile.count, z);
+        write_block(tile, gradients, first, columns, z, kTile, z, kTile);
+        return grad.write(to, first, columns, tile.count, z);
       }
-      if (!Loss::soft) write_targets_of_block(tile, gradients, first, columns, to);
-      grad.write(base, first, columns, tile.count);
+      const S* read = logits.column(from, first);
+      const int64_t stride = args.logits_layout.class_stride, grad_stride = args.grad_layout.class_stride;
+      S* written = grad.column(to, first);
+      if (!args.streams) return write_block(tile, gradients, first, columns, read, stride, written, grad_stride);
+      write_block(tile, gradients, first, columns, read, stride, streamed, kTile);
+      for (int64_t c = 0; c < columns; ++c) stream(written + c * grad_stride, streamed + c * kTile, tile.count);
     });
   }
 
-  void write_column(const Tile<T>& tile, const Gradients<T>& gradients, T weight, const S* from, const P* t, S* to) {
+  template <class V>
+  void write_block(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns, const V* from,
+                   int64_t from_stride, V* to, int64_t to_stride) {
+    for (int64_t c = 0; c < columns; ++c) {
+      write_column(tile, gradients, weight_of(first + c), from + c * from_stride, t + (Loss::soft ? c * kTile : 0),
+                   to + c * to_stride);
+    }
+    // What differs from row to row: the target's own gradient, and zero where a row has none, whose logits may be NaN.
+    for (int64_t j = 0; j < tile.count && !Loss::soft; ++j) {
+      const int64_t place = tile.y[j] - first;
+      if (place >= 0 && place < columns) to[place * to_stride + j] = store<V>(gradients.own[j]);
+    }
+    for (int64_t j = 0; j < tile.count && !tile.all_active; ++j) {
+      if (tile.active(j)) continue;
+      for (int64_t c = 0; c < columns; ++c) to[c * to_stride + j] = store<V>(T(0));
+    }
+  }
+
+  template <class V>
+  void write_column(const Tile<T>& tile, const Gradients<T>& gradients, T weight, const V* from, const T* probability,
+                    V* to) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < tile.count; ++j) {
       const ZAndSlope<T> of = loss.logit(load(from[j]));
@@ -216,23 +300,10 @@ struct Columns {
       T value = gradients.factor[j] * e;
       if constexpr (Loss::sum == Sum::entropy) value += gradients.lean[j] * entropy_term(e, gap);
       if constexpr (Loss::sum == Sum::linear) {
-        value -= gradients.share[j] * loss.factor(weight, Loss::soft ? load(t[j]) : T(0));
+        value -= gradients.share[j] * loss.factor(weight, Loss::soft ? probability[j] : T(0));
       }
       if constexpr (decltype(loss.logit)::changes) value *= of.slope;
-      to[j] = store<S>(value);
-    }
-  }
-
-  // What differs from row to row: the target's own gradient, and zero where a row has none, whose logits may be NaN.
-  void write_targets_of_block(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns,
-                              S* to) const {
-    for (int64_t j = 0; j < tile.count; ++j) {
-      const int64_t place = tile.y[j] - first;
-      if (place >= 0 && place < columns) to[place * grad.stride() + j] = store<S>(gradients.own[j]);
-    }
-    for (int64_t j = 0; j < tile.count && !tile.all_active; ++j) {
-      if (tile.active[j]) continue;
-      for (int64_t c = 0; c < columns; ++c) to[c * grad.stride() + j] = store<S>(T(0));
+      to[j] = store<V>(value);
     }
   }
 };

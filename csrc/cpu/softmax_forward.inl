@@ -9,6 +9,7 @@ template <class S, class Loss>
 SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
   using T = Accumulate<S>;
   T losses[kTile], second[kTile], loss_lanes[kLanes] = {}, weight_lanes[kLanes] = {};
+  const T all_active = T(tile.all_active);
   for (int64_t j = 0; j < tile.padded; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = j + lane;
@@ -17,7 +18,7 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
         const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[i] : T(0);
         const Row<T> row = complete<Loss::sum>(tile.statistics(i), tile.logit[i], factor);
         value = loss.value(row, tile.weight[i]);
-        second[i] = select(tile.active[i] == 0, T(0), loss.second(row));
+        second[i] = select(tile.counts[i] + all_active == T(0), T(0), loss.second(row));
       } else {
         value = loss.value(tile.logit[i], tile.weight[i]);
       }
@@ -52,7 +53,7 @@ SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart
   for (int64_t first = begin, stop; first < end; first = stop) {
     stop = first + least(end - first, rows ? kTile : columns.rows_left(first));
     tile.open(args, first, stop, args.second && Loss::second_of_ignored);
-    tile.template read_logits<S>(loss, args);
+    if (rows || !Loss::reads_row) tile.template read_logits<S>(loss, args);
     if constexpr (Loss::reads_row) {
       if (parts) {
         merge_parts<Loss>(tile, args, parts);
@@ -67,10 +68,46 @@ SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart
   return sums;
 }
 
+// A tile's worth of comparisons at a time, without a branch in between.
+template <class T, class Index>
+SoftmaxSums sums_of_targets(const Index* target, const SoftmaxArgs& args, const T* weight, int64_t begin, int64_t end) {
+  const auto counts = [&](int64_t row) { return int64_t(int64_t(target[row]) != args.ignore_index); };
+  const auto is_bad = [&](int64_t row) {
+    return counts(row) & int64_t(uint64_t(target[row]) >= uint64_t(args.logits_layout.classes));
+  };
+  SoftmaxSums sums = {0, 0, -1};
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t stop = least(end, first + kTile);
+    int64_t counted = 0, bad = 0;
+    for (int64_t row = first; row < stop; ++row) {
+      counted += counts(row);
+      bad += is_bad(row);
+    }
+    for (int64_t row = first; row < stop && bad; ++row) {
+      if (is_bad(row)) return {0, 0, row};
+    }
+    double lanes[kLanes] = {};
+    for (int64_t row = first; row < stop && weight; ++row) {
+      if (counts(row)) lanes[(row - first) % kLanes] += double(weight[target[row]]);
+    }
+    sums.weight += weight ? add_lanes(lanes) : double(counted);
+  }
+  return sums;
+}
+
+SoftmaxSums softmax_targets(const SoftmaxArgs& args, bool by_weight, int64_t begin, int64_t end) {
+  if (!args.target) return {0, double(end - begin), -1};
+  const void* weight = by_weight ? args.weight : nullptr;
+  return with_targets(args, [&](const auto* target) {
+    return args.dtype == DType::Double ? sums_of_targets(target, args, static_cast<const double*>(weight), begin, end)
+                                       : sums_of_targets(target, args, static_cast<const float*>(weight), begin, end);
+  });
+}
+
 SoftmaxSums softmax_forward(Softmax loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin,
                             int64_t end) {
-  const int64_t bad_row = first_bad_row(args, begin, end);
-  if (bad_row >= 0) return {0, 0, bad_row};
+  const SoftmaxSums of_targets = softmax_targets(args, false, begin, end);
+  if (of_targets.bad_row >= 0) return of_targets;
   return with_types(loss, args, [&](const auto& functor, auto storage, auto probability) {
     return forward<decltype(storage), decltype(probability)>(functor, args, parts, begin, end);
   });

@@ -6,6 +6,7 @@ namespace fusedloss::FUSEDLOSS_ISA {
 constexpr int64_t kBlock = 4096;  // 16 KB of float: stays in the first-level cache between max and sum
 // Shorter rows cost more in tails and lane sums than in logits; the gradient has no sums.
 constexpr int64_t kShortestRowForward = 120, kShortestRowBackward = 24;
+static_assert(kShortestRowForward >= kLanes, "a row fills a group");
 
 template <class Loss>
 bool by_rows(const SoftmaxArgs& args, int64_t shortest) {
@@ -13,86 +14,67 @@ bool by_rows(const SoftmaxArgs& args, int64_t shortest) {
          (!Loss::soft || args.probabilities_layout.class_stride == 1);
 }
 
-// A block of a row as runs of whole lanes of z. The column `hole`, if inside, is left out, and a tail is filled up,
-// with -infinity. Float logits that are z themselves are read where they are, but for the 32 around the hole and the
-// tail.
+// A block of a row as groups of kLanes values of z: float logits that are z themselves are read where they are, all
+// else from a buffer. The column `hole`, if inside, is -infinity, and so is what fills up the last group.
 template <class S, class Logit>
-struct Runs {
+struct Groups {
   using T = Accumulate<S>;
   static constexpr bool kReadsInPlace = std::is_same_v<S, T> && !Logit::changes;
-  struct Run {
-    const T* begin;
-    int64_t count;
-  };
   const Logit& logit;
-  Run runs[4];
-  int size = 0;
-  alignas(64) T buffer[kReadsInPlace ? 2 * kLanes : kBlock + kLanes];
+  int64_t size;
+  const T* place[kReadsInPlace ? kBlock / kLanes : 1];
+  alignas(64) T buffer[kReadsInPlace ? 2 * kLanes : kBlock];
 
-  Runs(const Logit& logit_, const S* logits, int64_t count, int64_t hole) : logit(logit_) {
-    const bool has_hole = uint64_t(hole) < uint64_t(count);
-    const int64_t whole = count / kLanes * kLanes;
+  // A group that a row's last columns do not fill begins before them: the row has kLanes columns or more.
+  Groups(const Logit& logit_, const S* logits, int64_t count, int64_t hole)
+      : logit(logit_), size((count + kLanes - 1) / kLanes) {
+    const int64_t whole = count / kLanes, filled = count - whole * kLanes;
+    const int64_t of_hole = uint64_t(hole) < uint64_t(count) ? hole / kLanes : -1;
+    const S* last = logits + count - kLanes;
     if constexpr (kReadsInPlace) {
-      const int64_t group = has_hole ? hole / kLanes * kLanes : whole;
-      if (group > 0) runs[size++] = {logits, group};
-      if (group < whole) copy(logits + group, kLanes, hole - group, buffer);
-      if (group + kLanes < whole) runs[size++] = {logits + group + kLanes, whole - group - kLanes};
-      if (whole < count)
-        copy(logits + whole, count - whole, has_hole && group == whole ? hole - whole : -1, buffer + kLanes);
+      for (int64_t g = 0; g < whole; ++g) place[g] = logits + g * kLanes;
+      if (of_hole >= 0 && of_hole < whole) {
+        place[of_hole] = copy(logits + of_hole * kLanes, 0, hole - of_hole * kLanes, buffer);
+      }
+      if (filled) place[whole] = copy(last, kLanes - filled, hole - (count - kLanes), buffer + kLanes);
     } else {
-      copy(logits, count, has_hole ? hole : -1, buffer);
+#pragma GCC ivdep
+      for (int64_t i = 0; i < whole * kLanes; ++i) buffer[i] = logit(load(logits[i])).z;
+      if (filled) copy(last, kLanes - filled, -1, buffer + whole * kLanes);
+      if (of_hole >= 0) buffer[of_hole < whole ? hole : size * kLanes - count + hole] = -infinity<T>();
     }
   }
 
-  void copy(const S* logits, int64_t count, int64_t hole, T* to) {
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    for (int lane = 0; lane < kLanes; ++lane) to[padded - kLanes + lane] = -infinity<T>();
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) to[i] = logit(load(logits[i])).z;
-    if (hole >= 0) to[hole] = -infinity<T>();
-    runs[size++] = {to, padded};
+  const T* copy(const S* from, int64_t first, int64_t hole, T* to) {
+    using Int = typename Constants<T>::Int;
+    for (Int lane = 0; lane < kLanes; ++lane) {
+      const bool left_out = int(lane < Int(first)) | int(lane == Int(hole));
+      to[lane] = select(left_out, -infinity<T>(), logit(load(from[lane])).z);
+    }
+    return to;
   }
+
+  const T* operator[](int64_t g) const { return kReadsInPlace ? place[g] : buffer + g * kLanes; }
 
   T max() const {
     T lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = -infinity<T>();
-    for (int r = 0; r < size; ++r) {
-      const T* values = runs[r].begin;
-      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
-        }
-      }
+    for (int64_t g = 0; g < size; ++g) {
+      asm("");  // without which GCC works on two groups at once, number by number
+      const T* values = (*this)[g];
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[lane] > lanes[lane] ? values[lane] : lanes[lane];
     }
-    for (int width = kLanes / 2; width; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) {
-        lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
-      }
-    }
-    return lanes[0];
+    return max_of_lanes(lanes);
   }
 
-  T sum_exp(T max) const {
+  // Of f(z - max).
+  template <class F>
+  T sum(T max, F f) const {
     T lanes[kLanes] = {};
-    for (int r = 0; r < size; ++r) {
-      const T* values = runs[r].begin;
-      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += exp(values[i + lane] - max);
-      }
-    }
-    return add_lanes(lanes);
-  }
-
-  T sum_entropy(T max) const {
-    T lanes[kLanes] = {};
-    for (int r = 0; r < size; ++r) {
-      const T* values = runs[r].begin;
-      for (int64_t i = 0; i < runs[r].count; i += kLanes) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const T gap = values[i + lane] - max;
-          lanes[lane] += entropy_term(exp(gap), gap);
-        }
-      }
+    for (int64_t g = 0; g < size; ++g) {
+      asm("");
+      const T* values = (*this)[g];
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += f(values[lane] - max);
     }
     return add_lanes(lanes);
   }
@@ -136,14 +118,16 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
   RowStatistics<double> total = {double(lowest<T>()), 0, 0, 0};  // finite: a row of -infinity masks is no inf - inf
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = least(end, block + kBlock);
-    const Runs<S, decltype(loss.logit)> runs(loss.logit, logits + block, stop - block, hole - block);
-    const double max = double(runs.max());
+    const Groups<S, decltype(loss.logit)> groups(loss.logit, logits + block, stop - block, hole - block);
+    const double max = double(groups.max());
     if (max > total.max) {
       if (block > begin) total = raised<Loss::sum>(total, max);
       total.max = max;
     }
-    total.rest += double(runs.sum_exp(T(total.max)));
-    if constexpr (Loss::sum == Sum::entropy) total.sum += double(runs.sum_entropy(T(total.max)));
+    total.rest += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
+    if constexpr (Loss::sum == Sum::entropy) {
+      total.sum += double(groups.sum(T(total.max), [](T gap) { return entropy_term(exp(gap), gap); }));
+    }
     if constexpr (Loss::sum == Sum::linear) {
       const bool has_hole = hole >= block && hole < stop;
       with_factors<P, T>(loss, args, row, [&](const auto& factors) {
@@ -165,7 +149,7 @@ void collect_by_rows(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxA
   using T = Accumulate<S>;
   const int64_t classes = args.logits_layout.classes;
   for (int64_t j = 0; j < tile.count; ++j) {
-    if (!tile.active[j]) {
+    if (!tile.active(j)) {
       tile.set(j, {0, 0, 0, 0});
       continue;
     }
@@ -209,7 +193,7 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
   for (int64_t j = 0; j < tile.count; ++j) {
     const S* logits = static_cast<const S*>(args.logits) + of_logits.next();
     S* grad = static_cast<S*>(args.grad) + of_grad.next();
-    if (!tile.active[j]) {
+    if (!tile.active(j)) {
       for (int64_t c = begin; c < end; ++c) grad[c] = store<S>(T(0));
       continue;
     }
@@ -235,12 +219,14 @@ template <class S, class Loss, class T>
 void write_targets(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args) {
   const SoftmaxLayout& layout = args.grad_layout;
   RowOffsets offsets(layout, tile.row);
+  T upstream[kTile];
+  read_upstream<S>(args.upstream, args.upstream_stride, args.wide, tile.row, tile.count, T(1), upstream);
   for (int64_t j = 0; j < tile.count; ++j) {
     S* grad = static_cast<S*>(args.grad) + offsets.next();
     for (int64_t c = 0; c < layout.classes; ++c) grad[c * layout.class_stride] = store<S>(T(0));
     if (tile.y[j] < 0) continue;
-    const T upstream = upstream_of<S>(args.upstream, args.upstream_stride, args.wide, tile.row + j, T(1));
-    grad[tile.y[j] * layout.class_stride] = store<S>(loss.gradient(tile.weight[j], T(double(upstream) * args.scale)));
+    grad[tile.y[j] * layout.class_stride] =
+        store<S>(loss.gradient(tile.weight[j], T(double(upstream[j]) * args.scale)));
   }
 }
 

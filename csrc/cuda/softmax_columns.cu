@@ -13,7 +13,9 @@ namespace {
 
 // Loads in flight a thread, as many as the registers of 8 rows leave room for.
 template <class Loss>
-constexpr int kClasses = Loss::sum != Sum::linear ? 4 : decltype(Loss::logit)::changes ? 1 : 2;
+constexpr int kClasses = Loss::sum != Sum::linear         ? 4
+                         : decltype(Loss::logit)::changes ? 1
+                                                          : 2;
 constexpr int kBlocks = 2;  // resident on a multiprocessor: up to 8 rows a thread need their registers
 
 // kRows neighbouring values at one class; by a vector where there are several.

@@ -189,8 +189,6 @@ struct SoftmaxArguments : Call {
   }
 };
 
-// grad_in_forward None chooses what never moves more bytes: forward and backward apart read the logits twice and write
-// the gradient once; made in forward, it is read and written again where the upstream gradient is not 1.
 template <Softmax kLoss>
 py::object softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
                    py::handle ignore_index, py::handle p0, py::handle p1, py::handle p2, bool wide, bool second,
@@ -199,7 +197,7 @@ py::object softmax(py::handle logits, py::handle target, py::handle weight, py::
   if (given.declined) return py::none();
   const auto results = [&] {
     py::gil_scoped_release no_gil;
-    return softmax_loss(kLoss, given.input, given.call, grad_in_forward.value_or(false), inplace);
+    return softmax_loss(kLoss, given.input, given.call, grad_in_forward, inplace);
   }();
   return second ? py::cast(results) : py::cast(std::get<0>(results));
 }

@@ -38,7 +38,7 @@ struct SoftmaxCall {
 
 // The autograd side, callable without the dispatcher: the loss, and the second result or an undefined tensor.
 std::tuple<Tensor, Tensor> softmax_loss(Softmax loss, const Tensor& logits, const SoftmaxCall& call,
-                                        bool grad_in_forward, bool in_place);
+                                        std::optional<bool> grad_in_forward, bool in_place);
 
 // Why the kernels do not own a call, tensors being plain ones on one device; null where they do.
 const char* declines_softmax(Softmax loss, const Tensor& logits, const SoftmaxCall& call);

@@ -1,6 +1,7 @@
 // The softmax family under autograd.
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -183,6 +184,14 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(Softmax loss, const Tensor& l
   return {values[0], call.second ? values[1] : Tensor(), statistics};
 }
 
+// On a CPU forward makes the gradient from logits that are in its caches, a read less than backward would need; where
+// the upstream gradient is not 1, multiplying takes no longer than a backward. Of half types it would round twice.
+// Under hooks (checkpointing, offloading) what forward leaves must pass through them, and a gradient does not.
+bool pays_in_forward(const Tensor& logits) {
+  return logits.is_cpu() && c10::elementSize(logits.scalar_type()) >= sizeof(float) &&
+         at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+}
+
 // What the dispatcher calls.
 template <Softmax kLoss>
 std::tuple<Tensor, Tensor, Tensor> autograd_forward(const Tensor& logits, const Tensor& target,
@@ -198,8 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> autograd_forward(const Tensor& logits, const 
 }  // namespace
 
 std::tuple<Tensor, Tensor> softmax_loss(Softmax loss, const Tensor& logits, const SoftmaxCall& call,
-                                        bool grad_in_forward, bool in_place) {
-  const auto results = with_statistics(loss, logits, call, grad_in_forward, in_place);
+                                        std::optional<bool> grad_in_forward, bool in_place) {
+  const bool in_forward = grad_in_forward.value_or(!in_place && pays_in_forward(logits));
+  const auto results = with_statistics(loss, logits, call, in_forward, in_place);
   return {std::get<0>(results), std::get<1>(results)};
 }
 

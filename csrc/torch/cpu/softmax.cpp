@@ -7,13 +7,15 @@
 namespace fusedloss {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // logits worth waking a thread for
-constexpr int64_t kFewRows = 32;   // up to here long rows are cut into parts, so that every thread has work
+constexpr int64_t kGrain = 32768;       // numbers read that are worth waking a thread for
+constexpr size_t kStreamed = 16 << 20;  // bytes of a gradient that no cache keeps until it is read
+constexpr int64_t kFewRows = 32;        // up to here long rows are cut into parts, so that every thread has work
 
+// Calls f(number of chunk, first row, last row); it reads `work` numbers a row.
 template <class F>
-void over_chunks(const SoftmaxLayout& layout, F f) {
+void over_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
   const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
-  const int64_t grain = (kGrain + rows * layout.classes - 1) / (rows * layout.classes);
+  const int64_t grain = (kGrain + rows * work - 1) / (rows * work);
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i, i * rows, std::min(layout.rows, (i + 1) * rows));
   };
@@ -64,30 +66,35 @@ double divisor_from(double weight, int64_t reduction) {
   return reduction == kMeanOrZero && weight == 0 ? std::numeric_limits<double>::infinity() : weight;
 }
 
-void check_targets(const SoftmaxArgs& args) {
-  for (int64_t row = 0; row < args.logits_layout.rows && args.target; ++row) {
-    const int64_t y = target_of(args, row);
-    TORCH_CHECK_INDEX(y == args.ignore_index || uint64_t(y) < uint64_t(args.logits_layout.classes), "Target ", y,
-                      " is out of bounds.");
-  }
+void check_bad_row(const SoftmaxArgs& args, int64_t row) {
+  TORCH_CHECK_INDEX(row < 0, "Target ", target_of(args, std::max<int64_t>(row, 0)), " is out of bounds.");
 }
 
-template <class T>
-double sum_of_weights(const SoftmaxArgs& args, bool by_weight) {
-  if (!args.target) return double(args.logits_layout.rows);
-  const T* weight = by_weight ? static_cast<const T*>(args.weight) : nullptr;
-  double sum = 0;
-  for (int64_t row = 0; row < args.logits_layout.rows; ++row) {
-    const int64_t target = target_of(args, row);
-    if (target != args.ignore_index) sum += weight ? double(weight[target]) : 1.0;
+// The sums of every chunk, added in order.
+template <class F>
+SoftmaxSums sum_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
+  const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
+  if (chunks == 1) return f(0, layout.rows);
+  std::vector<SoftmaxSums> partial(chunks);
+  over_chunks(layout, work, [&](int64_t i, int64_t begin, int64_t end) { partial[i] = f(begin, end); });
+  SoftmaxSums total = {0, 0, -1};
+  for (const SoftmaxSums& part : partial) {
+    total.loss += part.loss;
+    total.weight += part.weight;
+    if (total.bad_row < 0) total.bad_row = part.bad_row;
   }
-  return sum;
+  return total;
 }
 
-// What a mean divides by, from the targets alone: a gradient made in forward needs it before the last row is read.
-double divisor_ahead(Softmax loss, const SoftmaxArgs& args) {
+// Before anything is written. Returns what a mean divides by, which a gradient made in forward needs before the last
+// row is read.
+double check_targets(Softmax loss, const SoftmaxArgs& args) {
   const bool by_weight = traits_of(loss).mean_by_weight;
-  return args.dtype == DType::Double ? sum_of_weights<double>(args, by_weight) : sum_of_weights<float>(args, by_weight);
+  const SoftmaxSums sums = sum_chunks(args.logits_layout, 1, [&](int64_t begin, int64_t end) {
+    return cpu_kernels().softmax_targets(args, by_weight, begin, end);
+  });
+  check_bad_row(args, sums.bad_row);
+  return sums.weight;
 }
 
 void run_backward(Softmax loss, const SoftmaxArgs& args) {
@@ -97,9 +104,15 @@ void run_backward(Softmax loss, const SoftmaxArgs& args) {
     over_parts(args.logits_layout,
                [&](int64_t row, int64_t part, int64_t) { kernels.softmax_backward_part(loss, args, row, part); });
   } else {
-    over_chunks(args.logits_layout,
+    over_chunks(args.logits_layout, args.logits_layout.classes,
                 [&](int64_t, int64_t begin, int64_t end) { kernels.softmax_backward(loss, args, begin, end); });
   }
+}
+
+void set_gradient(SoftmaxArgs& args, const Tensor& grad) {
+  args.grad = grad.mutable_data_ptr();
+  args.grad_layout = *layout_of(grad);
+  args.streams = grad.nbytes() >= kStreamed && args.grad != args.logits;
 }
 
 struct CpuSoftmax {
@@ -112,15 +125,12 @@ struct CpuSoftmax {
     args.statistics = results.statistics.mutable_data_ptr();
 
     if (grad) {
-      check_targets(args);
-      args.grad = grad->mutable_data_ptr();
-      args.grad_layout = *layout_of(*grad);
-      args.scale = 1 / divisor_from(is_mean(reduction) ? divisor_ahead(loss, args) : 1, reduction);
+      set_gradient(args, *grad);
+      args.scale = 1 / divisor_from(check_targets(loss, args), reduction);
     }
     const SoftmaxSums total =
         traits_of(loss).reads_row && cuts_rows(args) ? of_parts(loss, args) : of_chunks(loss, args);
-    TORCH_CHECK_INDEX(total.bad_row < 0, "Target ", target_of(args, std::max<int64_t>(total.bad_row, 0)),
-                      " is out of bounds.");
+    check_bad_row(args, total.bad_row);
     const double divisor = divisor_from(total.weight, reduction);
     if (reduction != kNone) set_value(results.loss, 0, total.loss / divisor);
     set_value(results.statistics, results.statistics.numel() - 1, divisor);
@@ -128,27 +138,15 @@ struct CpuSoftmax {
 
   static SoftmaxSums of_chunks(Softmax loss, const SoftmaxArgs& args) {
     const CpuKernels& kernels = cpu_kernels();
-    const SoftmaxLayout& layout = args.logits_layout;
-    const auto run = [&](int64_t begin, int64_t end) {
+    return sum_chunks(args.logits_layout, args.logits_layout.classes, [&](int64_t begin, int64_t end) {
       const SoftmaxSums sums = kernels.softmax_forward(loss, args, nullptr, begin, end);
       if (args.grad) kernels.softmax_backward(loss, args, begin, end);  // while the chunk is in the cache
       return sums;
-    };
-    const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
-    if (chunks == 1) return run(0, layout.rows);
-    std::vector<SoftmaxSums> partial(chunks);
-    over_chunks(layout, [&](int64_t i, int64_t begin, int64_t end) { partial[i] = run(begin, end); });
-    SoftmaxSums total = {0, 0, -1};
-    for (const SoftmaxSums& part : partial) {
-      total.loss += part.loss;
-      total.weight += part.weight;
-      if (total.bad_row < 0) total.bad_row = part.bad_row;
-    }
-    return total;
+    });
   }
 
   static SoftmaxSums of_parts(Softmax loss, const SoftmaxArgs& args) {
-    check_targets(args);
+    check_targets(loss, args);
     const CpuKernels& kernels = cpu_kernels();
     const SoftmaxLayout& layout = args.logits_layout;
     std::vector<SoftmaxPart> parts(layout.rows * ((layout.classes + kSoftmaxPart - 1) / kSoftmaxPart));
@@ -163,9 +161,8 @@ struct CpuSoftmax {
                        const OptionalTensor& upstream_second, const Tensor& statistics, int64_t, Tensor& grad) {
     SoftmaxArgs args = {};
     inputs.fill(args);
-    check_targets(args);
-    args.grad = grad.mutable_data_ptr();
-    args.grad_layout = *layout_of(grad);
+    check_targets(loss, args);
+    set_gradient(args, grad);
     args.statistics = const_cast<void*>(statistics.const_data_ptr());
     const Upstream read = read_upstream(upstream);
     args.upstream = read.tensor.const_data_ptr();
