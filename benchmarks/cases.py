@@ -32,10 +32,13 @@ class Case:
     speedup: float | None = None
     over: str = "eager"
     memory: float | None = None
+    channels_last: bool = False
 
     def data(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         input = torch.randn(self.shape, generator=generator).to(self.dtype)
+        if self.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
         return input.requires_grad_(), self.target(input, generator)
 
     def losses(self) -> dict[str, Loss]:
@@ -144,11 +147,13 @@ def cross_entropy(
     dtype: torch.dtype = torch.float32,
     speedup: float | None = None,
     memory: float | None = 1.05,
+    channels_last: bool = False,
 ) -> Case:
-    name = _name("cross_entropy", shape, dtype)
+    name = _name("cross_entropy", shape, dtype) + "-channels_last" * channels_last
     return Case(
-        name, shape, dtype, class_indices, eager_cross_entropy, fused_cross_entropy, speedup=speedup, memory=memory
-    )
+        name, shape, dtype, class_indices, eager_cross_entropy, fused_cross_entropy,
+        speedup=speedup, memory=memory, channels_last=channels_last,
+    )  # fmt: skip
 
 
 def smoothed_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
@@ -213,12 +218,18 @@ def _name(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 CASES = [
     cross_entropy((512, 32000), speedup=2.5),  # 131 MB
     cross_entropy((257, 50257), speedup=2.5),  # 103 MB; odd rows, none but the first on a cache line
-    cross_entropy((2048, 1000), speedup=2.0),  # 16.4 MB
+    cross_entropy((64, 128256), speedup=2.5),  # 65.7 MB
+    cross_entropy((2048, 1000), speedup=2.5),  # 16.4 MB
     cross_entropy((4, 10), speedup=0.95, memory=None),  # 352 bytes: the cost of a call
     cross_entropy((32, 10), speedup=0.95, memory=None),  # 2.8 kB
-    cross_entropy((512, 32000), torch.bfloat16),  # 65.5 MB
+    cross_entropy((512, 32000), torch.bfloat16, speedup=2.0),  # 65.5 MB
+    cross_entropy((257, 50257), torch.bfloat16, speedup=2.0),  # 51.7 MB
+    cross_entropy((64, 128256), torch.bfloat16, speedup=2.0),  # 32.8 MB
+    cross_entropy((2048, 1000), torch.bfloat16, speedup=2.0),  # 8.2 MB
     # 46.1 MB; classes 256 kB apart. 8 bytes of statistics a row beside 84 of logits: no goal for memory.
-    cross_entropy((4, 21, 256, 256), memory=None),
+    cross_entropy((4, 21, 256, 256), speedup=3.0, memory=None),
+    cross_entropy((4, 21, 256, 256), speedup=3.0, memory=None, channels_last=True),  # 46.1 MB
+    cross_entropy((100_000, 21), speedup=1.0, memory=None),  # 17.6 MB; rows of five and a quarter vectors
     cross_entropy((1, 128256), speedup=1.3),  # 1.0 MB; one row, cut into parts for two threads
     smoothed_cross_entropy((2048, 1000), speedup=3.0),  # 16.4 MB
     soft_cross_entropy((512, 32000), speedup=2.5),  # 197 MB
