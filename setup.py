@@ -82,8 +82,13 @@ def extensions():
         if path.suffix in (".cpp", ".cu")
     ]
     headers = [str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.suffix in HEADERS]
-    # -fno-trapping-math and -fno-math-errno let comparisons and selects become vector code; no rounding changes.
-    cxx = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Vectors as at -O3, in half its time; it would also work on two rows of lanes at once, number by number.
+    cxx = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funswitch-loops", "-fpeel-loops"]
+    # They let comparisons and selects become vector code; no rounding changes.
+    cxx += ["-fno-math-errno", "-fno-trapping-math"]
+    # Python's own flags ask for debugging information, five times the size of the code.
+    cxx += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
+    cxx += ["-fvisibility=hidden", "-Wall", "-Wextra"]
     # As system headers, torch's own do not warn: every warning is about this project.
     cxx += [flag for path in include_paths("cuda" if cuda else "cpu") for flag in ("-isystem", path)]
     macros = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"')]

@@ -103,6 +103,8 @@ struct SoftmaxPart {
   double max, rest, sum, mass;
 };
 
+constexpr int64_t kSoftmaxScratch = 32768;
+
 // Every function works on a range, so that the caller may split the work over threads: the ranges are chosen from the
 // shape alone, and their sums are added in order, which makes the result independent of the thread count.
 struct CpuKernels {
@@ -116,6 +118,9 @@ struct CpuKernels {
   // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
   SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
   void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+  // Both at once, for an upstream gradient of 1 and targets in range; false, and nothing done, where it saves nothing.
+  // In half types it needs `scratch` for kSoftmaxScratch or a row of floats, whichever is more.
+  bool (*softmax_with_grad)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, void* scratch, SoftmaxSums*);
   // Part number `part` of a row whose classes lie side by side.
   SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
   void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);

@@ -151,9 +151,10 @@ def cross_entropy(
         grad_in_forward: ``True`` makes the gradient while forward has the logits at hand, one read and one write of
             them in all; backward then multiplies it by the upstream gradient, which costs nothing where that is 1 and
             a read and a write otherwise. ``False`` leaves it to backward: two reads and one write. ``None`` takes
-            ``True`` on a CPU, in float32 and float64 and outside saved-tensor hooks (checkpointing, offloading), and
-            else ``False``. No effect on float16 (an unscaled gradient would underflow), on ``reduction="none"``,
-            beside ``return_lse``, or where nothing requires a gradient.
+            ``True`` on a CPU outside saved-tensor hooks (checkpointing, offloading), and else ``False``. A bfloat16
+            gradient is made anew where the upstream gradient is no power of two, which would round it once more. No
+            effect on float16 (an unscaled gradient would underflow), on ``reduction="none"``, beside ``return_lse``, or
+            where nothing requires a gradient.
         inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. They hold
             their values until backward, or only until this call returns with ``grad_in_forward=True``. The gradient
             that backward hands on is their memory: what is written to them later changes it. Without grad mode nothing

@@ -52,6 +52,13 @@ MUTANTS = {
         "totals.rest[j] + double(tile.rest[j])",
     ),
     "column sum not moved": ("cpu/softmax_columns.inl", "double(tile.sum[j]) - moved", "double(tile.sum[j])"),
+    "kept block not rescaled": (
+        "cpu/softmax_with_grad.inl",
+        "gradients.factor[j] * exp(kept.max_of_block[block / kBlock] - tile.max[j])",
+        "gradients.factor[j]",
+    ),
+    "kept column not rescaled": ("cpu/softmax_with_grad.inl", "gradients.factor[j] *= exp(max[j] - tile.max[j]);", ";"),
+    "kept tail lost": ("cpu/softmax_rows.inl", "kept[count - filled + i] = last[kLanes - filled + i];", ";"),
     "tail of a sum": (
         "cpu/pointwise.inl",
         "for (int lane = 0; i + lane < stop; ++lane) lanes[lane] += at(i + lane);",

@@ -86,9 +86,8 @@ def test_where_the_gradient_is_made_unasked():
             L.cross_entropy(x.requires_grad_(), target, **options).sum().backward()
         return "fusedloss.cross_entropy_with_grad.default" in recorder.seen
 
-    assert makes_it_in_forward() and makes_it_in_forward(torch.float64)
-    assert not makes_it_in_forward(torch.bfloat16) and not makes_it_in_forward(torch.float16)
-    assert not makes_it_in_forward(grad_in_forward=False) and makes_it_in_forward(torch.bfloat16, grad_in_forward=True)
+    assert all(makes_it_in_forward(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16))
+    assert not makes_it_in_forward(torch.float16) and not makes_it_in_forward(grad_in_forward=False)
     assert not makes_it_in_forward(reduction="none")
     with torch.autograd.graph.save_on_cpu():
         assert not makes_it_in_forward() and makes_it_in_forward(grad_in_forward=True)

@@ -11,6 +11,7 @@ namespace fusedloss::FUSEDLOSS_ISA {
 // In files of their own, which compile side by side.
 SoftmaxSums softmax_targets(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
 SoftmaxSums softmax_forward(Softmax, const SoftmaxArgs&, const SoftmaxPart*, int64_t begin, int64_t end);
+bool softmax_with_grad(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, void* scratch, SoftmaxSums*);
 SoftmaxPart softmax_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 void softmax_backward(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
 void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
@@ -24,6 +25,7 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             softmax_targets,
                             softmax_forward,
                             softmax_backward,
+                            softmax_with_grad,
                             softmax_part,
                             softmax_backward_part};
 

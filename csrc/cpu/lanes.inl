@@ -20,6 +20,7 @@ template <class T, class F>
 FUSEDLOSS_HD T merge_lanes(const T (&lanes)[kLanes], F f) {
   Quad<T> quads[kLanes / 4];
   std::memcpy(quads, lanes, sizeof(lanes));
+#pragma GCC unroll 8
   for (int i = 2; i < kLanes / 4; ++i) f(quads[i % 2], quads[i]);
   f(quads[0], quads[1]);
   f(quads[0], FUSEDLOSS_SHUFFLE(quads[0], quads[0], 2, 3, 0, 1));
@@ -41,6 +42,7 @@ FUSEDLOSS_HD T max_of_lanes(const T (&lanes)[kLanes]) {
 template <class T>
 FUSEDLOSS_HD void transpose(const T* const (&from)[4], T* const (&to)[4]) {
   Quad<T> lines[4];
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) std::memcpy(&lines[j], from[j], sizeof(lines[j]));
   const Quad<T> low = FUSEDLOSS_SHUFFLE(lines[0], lines[1], 0, 4, 1, 5);
   const Quad<T> high = FUSEDLOSS_SHUFFLE(lines[0], lines[1], 2, 6, 3, 7);
@@ -50,6 +52,7 @@ FUSEDLOSS_HD void transpose(const T* const (&from)[4], T* const (&to)[4]) {
   lines[1] = FUSEDLOSS_SHUFFLE(low, next_low, 2, 3, 6, 7);
   lines[2] = FUSEDLOSS_SHUFFLE(high, next_high, 0, 1, 4, 5);
   lines[3] = FUSEDLOSS_SHUFFLE(high, next_high, 2, 3, 6, 7);
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) std::memcpy(to[i], &lines[i], sizeof(lines[i]));
 }
 

@@ -4,35 +4,15 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// The coefficients of a tile from the statistics that forward saved; leaves the max over all columns in the tile.
+// The statistics that forward saved.
 template <class S, class Loss>
-void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args,
-                  Gradients<Accumulate<S>>& gradients) {
+void read_statistics(Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
   using T = Accumulate<S>;
-  tile.template read_logits<S>(loss, args);
   const T* saved = static_cast<const T*>(args.statistics) + tile.row;
   const int64_t rows = args.logits_layout.rows;
   for (int64_t j = 0; j < tile.count; ++j) {
     const T third = Loss::sum == Sum::none ? T(0) : saved[2 * rows + j];
     tile.set(j, {saved[j], saved[rows + j], third, third});
-  }
-  T upstream[kTile], upstream_second[kTile];
-  read_upstream<S>(args.upstream, args.upstream_stride, args.wide, tile.row, tile.count, T(1), upstream);
-  read_upstream<S>(args.upstream_second, args.upstream_second_stride, args.wide, tile.row, tile.count, T(0),
-                   upstream_second);
-  for (int64_t j = 0; j < tile.count; ++j) {
-    upstream[j] = select(tile.counts[j] == T(0), T(0), T(double(upstream[j]) * args.scale));
-  }
-  for (int64_t j = tile.count; j < tile.padded; ++j) upstream[j] = upstream_second[j] = 0;
-  for (int64_t j = 0; j < tile.padded; ++j) {
-    const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[j] : T(0);
-    const Row<T> row = complete<Loss::sum>(tile.statistics(j), tile.logit[j], factor);
-    const Coefficients<T> of = loss.gradient(row, tile.weight[j], upstream[j], upstream_second[j]);
-    gradients.factor[j] = (of.a + of.b) * row.inverse;
-    gradients.lean[j] = of.h * row.inverse;
-    gradients.share[j] = of.s;
-    gradients.own[j] = of.own(row, tile.logit[j], factor) * tile.slope[j];
-    tile.max[j] = row.max;
   }
 }
 
@@ -48,6 +28,8 @@ void backward(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t 
     stop = first + least(end - first, rows ? kTile : columns.rows_left(first));
     tile.open(args, first, stop, args.upstream_second && Loss::second_of_ignored);
     if constexpr (Loss::reads_row) {
+      tile.template read_logits<S>(loss, args);
+      read_statistics<S, Loss>(tile, args);
       coefficients<S>(loss, tile, args, gradients);
       rows ? write_by_rows<S, P>(loss, tile, args, gradients, first_class, last_class) : columns.write(tile, gradients);
     } else {

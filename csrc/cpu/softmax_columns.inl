@@ -73,6 +73,7 @@ struct ColumnBlock {
   void read_four(const S* base, int64_t columns, int64_t j, T* to) const {
     const T* rows[4];
     T converted[4][kColumns];
+#pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const S* row = base + offset[j + r];
       if constexpr (std::is_same_v<S, T>) {
@@ -93,6 +94,7 @@ struct ColumnBlock {
   void write_four(S* base, int64_t columns, int64_t j, const T* from) const {
     T* rows[4];
     T converted[4][kColumns];
+#pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       if constexpr (std::is_same_v<S, T>) {
         rows[r] = base + offset[j + r];
@@ -158,6 +160,8 @@ struct Columns {
     double rest[kTile], sum[kTile], mass[kTile];
   };
 
+  // Of one block the exponentials may be kept, in place of z.
+  template <bool kKeep = false>
   void collect(Tile<T>& tile) {
     const bool one_block = args.logits_layout.classes <= kColumns;
     Totals totals;
@@ -171,7 +175,7 @@ struct Columns {
       if (!Loss::soft) take_targets(tile, first, columns);
       for (int64_t j = 0; j < tile.count; j += kLanes) {
         if (logits.side_by_side) prefetch(tile.count + j, first, columns);
-        add_lanes_of_block(tile, first, columns, j);
+        add_lanes_of_block<kKeep>(tile, first, columns, j);
       }
       if (!one_block) first == 0 ? set_block(tile, totals) : add_block(tile, totals);
     });
@@ -191,6 +195,7 @@ struct Columns {
   }
 
   // Statistics of a block for the rows [j, j + kLanes), whose numbers stay in registers from column to column.
+  template <bool kKeep>
   void add_lanes_of_block(Tile<T>& tile, int64_t first, int64_t columns, int64_t j) {
     T max[kLanes], rest[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane) max[lane] = tile.max[j + lane];
@@ -199,13 +204,14 @@ struct Columns {
       for (int lane = 0; lane < kLanes; ++lane) max[lane] = values[lane] > max[lane] ? values[lane] : max[lane];
     }
     for (int64_t c = 0; c < columns; ++c) {
-      const T* values = z + c * kTile + j;
+      T* values = z + c * kTile + j;
       [[maybe_unused]] const T* probability = Loss::soft ? t + c * kTile + j : nullptr;
       [[maybe_unused]] const auto index = Int(first + c);
       [[maybe_unused]] const T weight = weight_of(index);
       for (int lane = 0; lane < kLanes; ++lane) {
         const T gap = values[lane] - max[lane], e = exp(gap);
         rest[lane] += e;
+        if constexpr (kKeep) values[lane] = e;
         if constexpr (Loss::sum == Sum::entropy) sum[lane] += entropy_term(e, gap);
         if constexpr (Loss::sum == Sum::linear) {
           const T factor =
@@ -272,6 +278,30 @@ struct Columns {
     });
   }
 
+  // From exponentials kept in z.
+  void write_kept(const Tile<T>& tile, const Gradients<T>& gradients) {
+    const int64_t columns = args.logits_layout.classes;
+    for (int64_t c = 0; c < columns; ++c) {
+      T* values = z + c * kTile;
+      [[maybe_unused]] const T weight = weight_of(c);
+      for (int64_t j = 0; j < tile.padded; ++j) {
+        T value = gradients.factor[j] * values[j];
+        if constexpr (Loss::sum == Sum::linear) {
+          value -= gradients.share[j] * loss.factor(weight, Loss::soft ? t[c * kTile + j] : T(0));
+        }
+        values[j] = value;
+      }
+    }
+    write_targets(tile, gradients, 0, columns, z, kTile);
+    S* to = static_cast<S*>(args.grad);
+    grad.open(tile.row, tile.count);
+    if (!grad.side_by_side || !args.streams) return grad.write(to, 0, columns, tile.count, z);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t j = 0; j < tile.count; ++j) streamed[j] = store<S>(z[c * kTile + j]);
+      stream(grad.column(to, c), streamed, tile.count);
+    }
+  }
+
   template <class V>
   void write_block(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns, const V* from,
                    int64_t from_stride, V* to, int64_t to_stride) {
@@ -279,7 +309,13 @@ struct Columns {
       write_column(tile, gradients, weight_of(first + c), from + c * from_stride, t + (Loss::soft ? c * kTile : 0),
                    to + c * to_stride);
     }
-    // What differs from row to row: the target's own gradient, and zero where a row has none, whose logits may be NaN.
+    write_targets(tile, gradients, first, columns, to, to_stride);
+  }
+
+  // What differs from row to row: the target's own gradient, and zero where a row has none, whose logits may be NaN.
+  template <class V>
+  void write_targets(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns, V* to,
+                     int64_t to_stride) {
     for (int64_t j = 0; j < tile.count && !Loss::soft; ++j) {
       const int64_t place = tile.y[j] - first;
       if (place >= 0 && place < columns) to[place * to_stride + j] = store<V>(gradients.own[j]);

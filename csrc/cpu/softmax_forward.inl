@@ -4,45 +4,6 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// Losses and statistics of a tile whose statistics are collected; returns its sums.
-template <class S, class Loss>
-SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
-  using T = Accumulate<S>;
-  T losses[kTile], second[kTile], loss_lanes[kLanes] = {}, weight_lanes[kLanes] = {};
-  const T all_active = T(tile.all_active);
-  for (int64_t j = 0; j < tile.padded; j += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t i = j + lane;
-      T value;
-      if constexpr (Loss::reads_row) {
-        const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[i] : T(0);
-        const Row<T> row = complete<Loss::sum>(tile.statistics(i), tile.logit[i], factor);
-        value = loss.value(row, tile.weight[i]);
-        second[i] = select(tile.counts[i] + all_active == T(0), T(0), loss.second(row));
-      } else {
-        value = loss.value(tile.logit[i], tile.weight[i]);
-      }
-      const bool ignored = tile.counts[i] == T(0);
-      losses[i] = select(ignored, T(0), value);
-      loss_lanes[lane] += losses[i];
-      weight_lanes[lane] += Loss::mean_by_weight ? tile.counts[i] * tile.weight[i] : tile.counts[i];
-    }
-  }
-  if (args.losses) store_results<S>(args.losses, args.wide, tile.row, losses, tile.count);
-  if constexpr (Loss::reads_row) {
-    if (args.second) store_results<S>(args.second, args.wide, tile.row, second, tile.count);
-    T* saved = static_cast<T*>(args.statistics) + tile.row;
-    const int64_t rows = args.logits_layout.rows;
-    for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
-    for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.rest[j];
-    if constexpr (Loss::sum != Sum::none) {
-      const T* third = Loss::sum == Sum::linear ? tile.mass : tile.sum;
-      for (int64_t j = 0; j < tile.count; ++j) saved[2 * rows + j] = third[j];
-    }
-  }
-  return {double(add_lanes(loss_lanes)), double(add_lanes(weight_lanes)), -1};
-}
-
 template <class S, class P, class Loss>
 SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin, int64_t end) {
   using T = Accumulate<S>;
@@ -61,9 +22,7 @@ SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart
         rows ? collect_by_rows<S, P>(loss, tile, args) : columns.collect(tile);
       }
     }
-    const SoftmaxSums part = finish<S>(loss, tile, args);
-    sums.loss += part.loss;
-    sums.weight += part.weight;
+    add(sums, finish<S>(loss, tile, args));
   }
   return sums;
 }

@@ -60,11 +60,29 @@ struct Groups {
     T lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = -infinity<T>();
     for (int64_t g = 0; g < size; ++g) {
-      asm("");  // without which GCC works on two groups at once, number by number
       const T* values = (*this)[g];
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[lane] > lanes[lane] ? values[lane] : lanes[lane];
     }
     return max_of_lanes(lanes);
+  }
+
+  // Of exp(z - max), which are left in `kept`, one for each column of the block.
+  T sum_kept(T max, int64_t count, T* kept) const {
+    T lanes[kLanes] = {}, last[kLanes];
+    for (int64_t g = 0; g < size; ++g) {
+      const T* values = (*this)[g];
+      const bool whole = (g + 1) * kLanes <= count;
+      T* to = whole ? kept + g * kLanes : last;
+#pragma GCC ivdep
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T e = exp(values[lane] - max);
+        lanes[lane] += e;
+        to[lane] = e;
+      }
+    }
+    const int64_t filled = count % kLanes;
+    for (int64_t i = 0; i < filled; ++i) kept[count - filled + i] = last[kLanes - filled + i];
+    return add_lanes(lanes);
   }
 
   // Of f(z - max).
@@ -72,7 +90,6 @@ struct Groups {
   T sum(T max, F f) const {
     T lanes[kLanes] = {};
     for (int64_t g = 0; g < size; ++g) {
-      asm("");
       const T* values = (*this)[g];
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += f(values[lane] - max);
     }
@@ -109,10 +126,17 @@ void add_linear(const Loss& loss, const S* logits, const Factors& factors, int64
   row.mass += double(add_lanes(masses));
 }
 
+// The exponentials of a row, each relative to the max known when its block was read.
+template <class T>
+struct Kept {
+  T* exponentials = nullptr;  // [classes]; null where they are not wanted
+  T* max_of_block = nullptr;
+};
+
 // Of columns [begin, end) of a row, without the column `hole`.
 template <class S, class P, class Loss>
 RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, int64_t row, int64_t begin, int64_t end,
-                                    int64_t hole) {
+                                    int64_t hole, Kept<Accumulate<S>> kept = {}) {
   using T = Accumulate<S>;
   const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, row);
   RowStatistics<double> total = {double(lowest<T>()), 0, 0, 0};  // finite: a row of -infinity masks is no inf - inf
@@ -124,7 +148,12 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
       if (block > begin) total = raised<Loss::sum>(total, max);
       total.max = max;
     }
-    total.rest += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
+    if (kept.exponentials) {
+      total.rest += double(groups.sum_kept(T(total.max), stop - block, kept.exponentials + block));
+      kept.max_of_block[block / kBlock] = T(total.max);
+    } else {
+      total.rest += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
+    }
     if constexpr (Loss::sum == Sum::entropy) {
       total.sum += double(groups.sum(T(total.max), [](T gap) { return entropy_term(exp(gap), gap); }));
     }

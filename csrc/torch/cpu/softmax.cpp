@@ -115,6 +115,15 @@ void set_gradient(SoftmaxArgs& args, const Tensor& grad) {
   args.streams = grad.nbytes() >= kStreamed && args.grad != args.logits;
 }
 
+// Kept by each thread: 128 KB, or its longest row.
+float* scratch_for(const SoftmaxArgs& args) {
+  if (args.dtype != DType::BFloat16) return nullptr;
+  static thread_local std::vector<float> scratch;
+  const size_t needed = std::max(kSoftmaxScratch, args.logits_layout.classes);
+  if (scratch.size() < needed) scratch.resize(needed);
+  return scratch.data();
+}
+
 struct CpuSoftmax {
   static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
                       Tensor* grad) {
@@ -139,7 +148,9 @@ struct CpuSoftmax {
   static SoftmaxSums of_chunks(Softmax loss, const SoftmaxArgs& args) {
     const CpuKernels& kernels = cpu_kernels();
     return sum_chunks(args.logits_layout, args.logits_layout.classes, [&](int64_t begin, int64_t end) {
-      const SoftmaxSums sums = kernels.softmax_forward(loss, args, nullptr, begin, end);
+      SoftmaxSums sums = {0, 0, -1};
+      if (args.grad && kernels.softmax_with_grad(loss, args, begin, end, scratch_for(args), &sums)) return sums;
+      sums = kernels.softmax_forward(loss, args, nullptr, begin, end);
       if (args.grad) kernels.softmax_backward(loss, args, begin, end);  // while the chunk is in the cache
       return sums;
     });

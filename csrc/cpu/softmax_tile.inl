@@ -1,0 +1,225 @@
+// A tile: neighbouring rows, what is known of them, and what is left to do once a row, as vector code across them.
+#pragma once
+
+#include "../with_functor.h"
+#include "lanes.inl"
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+constexpr int kTile = 256;
+
+// Not std::min: a standard template compiled here could become the one copy every instruction set runs.
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
+  return row / layout.inner * layout.outer_stride + row % layout.inner * layout.inner_stride;
+}
+
+// row_offset of one row after the other: a division per tile, not per row, where it would cost as much as ten logits.
+struct RowOffsets {
+  const SoftmaxLayout& layout;
+  int64_t outer, inner;
+
+  RowOffsets(const SoftmaxLayout& layout_, int64_t row)
+      : layout(layout_), outer(row / layout_.inner), inner(row % layout_.inner) {}
+
+  // The next rows, at most `most`, that lie inner_stride apart.
+  struct Run {
+    int64_t offset, count;
+  };
+  Run next(int64_t most) {
+    const Run run = {outer * layout.outer_stride + inner * layout.inner_stride, least(most, layout.inner - inner)};
+    inner += run.count;
+    if (inner == layout.inner) {
+      inner = 0;
+      ++outer;
+    }
+    return run;
+  }
+  int64_t next() { return next(1).offset; }
+};
+
+// Calls f with the class indices as the integers they are.
+template <class F>
+auto with_targets(const SoftmaxArgs& args, F f) {
+  return args.byte_target ? f(static_cast<const uint8_t*>(args.target)) : f(static_cast<const int64_t*>(args.target));
+}
+
+// Upstream gradients of `count` rows: of dtype or of its arithmetic type, one for all rows or one each, `otherwise`
+// where null.
+template <class S>
+void read_upstream(const void* upstream, int64_t stride, bool wide, int64_t row, int64_t count, Accumulate<S> otherwise,
+                   Accumulate<S>* to) {
+  using T = Accumulate<S>;
+  const auto value = [&](int64_t j) {
+    const int64_t i = (row + j) * stride;
+    return wide ? static_cast<const T*>(upstream)[i] : T(load(static_cast<const S*>(upstream)[i]));
+  };
+  const bool one = !upstream || stride == 0;
+  const T of_all = upstream ? value(0) : otherwise;
+  for (int64_t j = 0; j < count; ++j) to[j] = one ? of_all : value(j);
+}
+
+template <class S>
+void store_results(void* to, bool wide, int64_t first, const Accumulate<S>* from, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    if (wide) {
+      static_cast<Accumulate<S>*>(to)[first + j] = from[j];
+    } else {
+      static_cast<S*>(to)[first + j] = store<S>(from[j]);
+    }
+  }
+}
+
+// Neighbouring rows, padded to whole vectors with rows that count nowhere.
+// y is -1 where there is no target: ignored rows, and all rows of class probabilities.
+template <class T>
+struct Tile {
+  using Int = typename Constants<T>::Int;
+  int64_t row, count, padded;
+  bool all_active;
+  Int y[kTile];
+  T counts[kTile];                              // 1 where the row counts, 0 where it is ignored
+  T weight[kTile], logit[kTile], slope[kTile];  // of the target; the logit as z, -infinity where there is none
+  T max[kTile], rest[kTile], sum[kTile], mass[kTile];
+
+  RowStatistics<T> statistics(int64_t j) const { return {max[j], rest[j], sum[j], mass[j]}; }
+  void set(int64_t j, const RowStatistics<T>& row_statistics) {
+    max[j] = row_statistics.max;
+    rest[j] = row_statistics.rest;
+    sum[j] = row_statistics.sum;
+    mass[j] = row_statistics.mass;
+  }
+  // Whether the row has a gradient, or a second result.
+  bool active(int64_t j) const { return all_active || counts[j] != T(0); }
+
+  // all_second: ignored rows have a second result, too.
+  void open(const SoftmaxArgs& args, int64_t first, int64_t end, bool all_second) {
+    row = first;
+    count = end - first;
+    padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int64_t j = args.target ? count : 0; j < padded; ++j) {
+      y[j] = -1;
+      counts[j] = T(j < count);
+    }
+    int64_t ignored = 0;
+    if (args.target) ignored = with_targets(args, [&](const auto* target) { return read(target, args.ignore_index); });
+    all_active = all_second || ignored == 0;
+    const T* weights = static_cast<const T*>(args.weight);
+    for (int64_t j = 0; j < padded; ++j) weight[j] = weights && y[j] >= 0 ? weights[y[j]] : counts[j];
+    for (int64_t j = count; j < padded; ++j) {
+      logit[j] = slope[j] = 0;
+      set(j, {0, 0, 0, 0});
+    }
+  }
+
+  // Returns how many rows are ignored.
+  template <class Index>
+  int64_t read(const Index* target, int64_t ignore_index) {
+    Int ignored = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t of_row = target[row + j];
+      y[j] = Int(of_row == ignore_index ? -1 : of_row);
+      counts[j] = of_row == ignore_index ? T(0) : T(1);
+      ignored += of_row == ignore_index;
+    }
+    return ignored;
+  }
+
+  template <class S, class Loss>
+  void read_logits(const Loss& loss, const SoftmaxArgs& args) {
+    const SoftmaxLayout& layout = args.logits_layout;
+    RowOffsets offsets(layout, row);
+    for (int64_t first = 0; first < count;) {
+      const auto [offset, rows] = offsets.next(count - first);
+      const S* logits = static_cast<const S*>(args.logits) + offset;
+      for (int64_t j = first; j < first + rows; ++j) {
+        const int64_t target = y[j] < 0 ? 0 : y[j];
+        logit[j] = load(logits[(j - first) * layout.inner_stride + target * layout.class_stride]);
+      }
+      first += rows;
+    }
+    for (int64_t j = 0; j < padded; ++j) {
+      const ZAndSlope<T> z = loss.logit(logit[j]);
+      logit[j] = select(y[j] < 0, -infinity<T>(), z.z);
+      slope[j] = z.slope;
+    }
+  }
+};
+
+// Per row of a tile, the coefficients of the gradient: p_c is exp(z_c - max) / total, `own` goes to the target.
+template <class T>
+struct Gradients {
+  T factor[kTile], lean[kTile], share[kTile], own[kTile];
+};
+
+inline void add(SoftmaxSums& to, const SoftmaxSums& from) {
+  to.loss += from.loss;
+  to.weight += from.weight;
+}
+
+// Losses and statistics of a tile whose statistics are collected; returns its sums.
+template <class S, class Loss>
+SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
+  using T = Accumulate<S>;
+  T losses[kTile], second[kTile], loss_lanes[kLanes] = {}, weight_lanes[kLanes] = {};
+  const T all_active = T(tile.all_active);
+  for (int64_t j = 0; j < tile.padded; j += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t i = j + lane;
+      T value;
+      if constexpr (Loss::reads_row) {
+        const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[i] : T(0);
+        const Row<T> row = complete<Loss::sum>(tile.statistics(i), tile.logit[i], factor);
+        value = loss.value(row, tile.weight[i]);
+        second[i] = select(tile.counts[i] + all_active == T(0), T(0), loss.second(row));
+      } else {
+        value = loss.value(tile.logit[i], tile.weight[i]);
+      }
+      const bool ignored = tile.counts[i] == T(0);
+      losses[i] = select(ignored, T(0), value);
+      loss_lanes[lane] += losses[i];
+      weight_lanes[lane] += Loss::mean_by_weight ? tile.counts[i] * tile.weight[i] : tile.counts[i];
+    }
+  }
+  if (args.losses) store_results<S>(args.losses, args.wide, tile.row, losses, tile.count);
+  if constexpr (Loss::reads_row) {
+    if (args.second) store_results<S>(args.second, args.wide, tile.row, second, tile.count);
+    T* saved = static_cast<T*>(args.statistics) + tile.row;
+    const int64_t rows = args.logits_layout.rows;
+    for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
+    for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.rest[j];
+    if constexpr (Loss::sum != Sum::none) {
+      const T* third = Loss::sum == Sum::linear ? tile.mass : tile.sum;
+      for (int64_t j = 0; j < tile.count; ++j) saved[2 * rows + j] = third[j];
+    }
+  }
+  return {double(add_lanes(loss_lanes)), double(add_lanes(weight_lanes)), -1};
+}
+
+// The coefficients of a tile whose statistics are collected; leaves the max over all columns in the tile.
+template <class S, class Loss>
+void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args,
+                  Gradients<Accumulate<S>>& gradients) {
+  using T = Accumulate<S>;
+  T upstream[kTile], upstream_second[kTile];
+  read_upstream<S>(args.upstream, args.upstream_stride, args.wide, tile.row, tile.count, T(1), upstream);
+  read_upstream<S>(args.upstream_second, args.upstream_second_stride, args.wide, tile.row, tile.count, T(0),
+                   upstream_second);
+  for (int64_t j = 0; j < tile.count; ++j) {
+    upstream[j] = select(tile.counts[j] == T(0), T(0), T(double(upstream[j]) * args.scale));
+  }
+  for (int64_t j = tile.count; j < tile.padded; ++j) upstream[j] = upstream_second[j] = 0;
+  for (int64_t j = 0; j < tile.padded; ++j) {
+    const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[j] : T(0);
+    const Row<T> row = complete<Loss::sum>(tile.statistics(j), tile.logit[j], factor);
+    const Coefficients<T> of = loss.gradient(row, tile.weight[j], upstream[j], upstream_second[j]);
+    gradients.factor[j] = (of.a + of.b) * row.inverse;
+    gradients.lean[j] = of.h * row.inverse;
+    gradients.share[j] = of.s;
+    gradients.own[j] = of.own(row, tile.logit[j], factor) * tile.slope[j];
+    tile.max[j] = row.max;
+  }
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA
