@@ -243,11 +243,12 @@ def excesses(call: Call) -> tuple[float, float]:
         results.append((value.detach(), *torch.autograd.grad(value, x, upstream)))
     (value, grad), (value_of_torch, grad_of_torch) = results
     expected = exact(call, upstream)
-    # Where torch's loss alone is NaN or infinite: a class that counts nothing behind a mask, sums beyond float16, and a
-    # mean over targets of weight 0, of which smoothing leaves infinity here and infinity + 0 / 0 there.
+    # Where torch's loss alone is NaN or infinite: a class that counts nothing behind a mask, log-probabilities and sums
+    # beyond float16, and a mean over targets of weight 0, of which smoothing leaves infinity here and infinity + 0 / 0
+    # there.
     excused = (
         expected.adds_masked
-        or value.dtype == torch.float16
+        or call.logits.dtype == torch.float16
         or (call.smoothing > 0 and not call.soft and expected.divisor.item() == 0)
     )
     return (

@@ -38,6 +38,15 @@ FUSEDLOSS_HD T max_of_lanes(const T (&lanes)[kLanes]) {
   return merge_lanes(lanes, [](Quad<T>& a, const Quad<T>& b) { a = b > a ? b : a; });
 }
 
+// sum += term, with what the addition rounds off in `lost`: smoothing makes many equal terms, which would all be
+// rounded the same way.
+template <class T>
+FUSEDLOSS_HD void add_with_loss(T term, T& sum, T& lost) {
+  const T wanted = term - lost, next = sum + wanted;
+  lost = (next - sum) - wanted;
+  sum = next;
+}
+
 // Four values of each of four lines: value i of line j becomes value j of line i.
 template <class T>
 FUSEDLOSS_HD void transpose(const T* const (&from)[4], T* const (&to)[4]) {

@@ -197,7 +197,7 @@ struct Columns {
   // Statistics of a block for the rows [j, j + kLanes), whose numbers stay in registers from column to column.
   template <bool kKeep>
   void add_lanes_of_block(Tile<T>& tile, int64_t first, int64_t columns, int64_t j) {
-    T max[kLanes], rest[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {};
+    T max[kLanes], rest[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {}, lost[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane) max[lane] = tile.max[j + lane];
     for (int64_t c = 0; c < columns; ++c) {
       const T* values = z + c * kTile + j;
@@ -217,7 +217,7 @@ struct Columns {
           const T factor =
               Loss::soft ? loss.factor(weight, probability[lane]) : select(tile.y[j + lane] == index, T(0), weight);
           sum[lane] += linear_term(factor, -gap);
-          mass[lane] += factor;
+          add_with_loss(factor, mass[lane], lost[lane]);
         }
       }
     }

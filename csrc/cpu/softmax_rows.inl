@@ -97,31 +97,23 @@ struct Groups {
   }
 };
 
-// Adds k_c (max - z_c) and k_c over columns [begin, end). A lane starts anew every 16 terms: smoothing makes thousands
-// of equal ones, which a long chain of additions rounds all the same way.
+// Adds k_c (max - z_c) and k_c over columns [begin, end).
 template <class S, class Loss, class Factors>
 void add_linear(const Loss& loss, const S* logits, const Factors& factors, int64_t begin, int64_t end,
                 RowStatistics<double>& row) {
   using T = Accumulate<S>;
-  constexpr int64_t kSpan = 16 * kLanes;
   const T max = T(row.max);
-  T sums[kLanes] = {}, masses[kLanes] = {};
-  for (int64_t first = begin, stop; first < end; first = stop) {
-    stop = least(end, first + kSpan);
-    T span_sums[kLanes] = {}, span_masses[kLanes] = {};
-    const auto add = [&](int64_t c, int lane) {
-      const T factor = factors(c);
-      span_sums[lane] += linear_term(factor, max - loss.logit(load(logits[c])).z);
-      span_masses[lane] += factor;
-    };
-    int64_t c = first;
-    for (; c + kLanes <= stop; c += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) add(c + lane, lane);
-    }
-    for (int lane = 0; c + lane < stop; ++lane) add(c + lane, lane);
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += span_sums[lane];
-    for (int lane = 0; lane < kLanes; ++lane) masses[lane] += span_masses[lane];
+  T sums[kLanes] = {}, masses[kLanes] = {}, lost[kLanes] = {};
+  const auto add = [&](int64_t c, int lane) {
+    const T factor = factors(c);
+    sums[lane] += linear_term(factor, max - loss.logit(load(logits[c])).z);
+    add_with_loss(factor, masses[lane], lost[lane]);
+  };
+  int64_t c = begin;
+  for (; c + kLanes <= end; c += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) add(c + lane, lane);
   }
+  for (int lane = 0; c + lane < end; ++lane) add(c + lane, lane);
   row.sum += double(add_lanes(sums));
   row.mass += double(add_lanes(masses));
 }
