@@ -285,11 +285,8 @@ struct Columns {
       T* values = z + c * kTile;
       [[maybe_unused]] const T weight = weight_of(c);
       for (int64_t j = 0; j < tile.padded; ++j) {
-        T value = gradients.factor[j] * values[j];
-        if constexpr (Loss::sum == Sum::linear) {
-          value -= gradients.share[j] * loss.factor(weight, Loss::soft ? t[c * kTile + j] : T(0));
-        }
-        values[j] = value;
+        const T of_column = loss.factor(weight, Loss::soft ? t[c * kTile + j] : T(0));
+        values[j] = column_gradient<Loss>(gradients.factor[j], T(0), gradients.share[j], values[j], T(0), of_column);
       }
     }
     write_targets(tile, gradients, 0, columns, z, kTile);
@@ -333,11 +330,8 @@ struct Columns {
     for (int64_t j = 0; j < tile.count; ++j) {
       const ZAndSlope<T> of = loss.logit(load(from[j]));
       const T gap = of.z - tile.max[j], e = exp(gap);
-      T value = gradients.factor[j] * e;
-      if constexpr (Loss::sum == Sum::entropy) value += gradients.lean[j] * entropy_term(e, gap);
-      if constexpr (Loss::sum == Sum::linear) {
-        value -= gradients.share[j] * loss.factor(weight, Loss::soft ? probability[j] : T(0));
-      }
+      const T of_column = loss.factor(weight, Loss::soft ? probability[j] : T(0));
+      T value = column_gradient<Loss>(gradients.factor[j], gradients.lean[j], gradients.share[j], e, gap, of_column);
       if constexpr (decltype(loss.logit)::changes) value *= of.slope;
       to[j] = store<V>(value);
     }

@@ -224,9 +224,7 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
       for (int64_t c = begin; c < end; ++c) {
         const ZAndSlope<T> z = loss.logit(load(logits[c]));
         const T gap = z.z - max, e = exp(gap);
-        T value = factor * e;
-        if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
-        if constexpr (Loss::sum == Sum::linear) value -= share * factors(c);
+        const T value = column_gradient<Loss>(factor, lean, share, e, gap, factors(c));
         grad[c] = store<S>(decltype(loss.logit)::changes ? value * z.slope : value);
       }
     });

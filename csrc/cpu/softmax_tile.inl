@@ -153,6 +153,15 @@ struct Gradients {
   T factor[kTile], lean[kTile], share[kTile], own[kTile];
 };
 
+// The gradient to z of a column that is not the target's: e = exp(gap), and k_c.
+template <class Loss, class T>
+FUSEDLOSS_HD T column_gradient(T factor, T lean, T share, T e, T gap, T of_column) {
+  T value = factor * e;
+  if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
+  if constexpr (Loss::sum == Sum::linear) value -= share * of_column;
+  return value;
+}
+
 inline void add(SoftmaxSums& to, const SoftmaxSums& from) {
   to.loss += from.loss;
   to.weight += from.weight;

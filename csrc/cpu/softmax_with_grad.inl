@@ -24,9 +24,7 @@ void write_kept(const Loss& loss, const SoftmaxArgs& args, const Tile<T>& tile, 
       const int64_t last = least(classes, block + kBlock);
 #pragma GCC ivdep
       for (int64_t c = block; c < last; ++c) {
-        T value = factor * kept.exponentials[c];
-        if constexpr (Loss::sum == Sum::linear) value -= share * factors(c);
-        grad[c] = store<S>(value);
+        grad[c] = store<S>(column_gradient<Loss>(factor, T(0), share, kept.exponentials[c], T(0), factors(c)));
       }
     }
   });
