@@ -167,6 +167,18 @@ struct Launch {
   void* counter = nullptr;  // set to 0 first, where the grid has several blocks
 };
 
+// A grid for so much work, a part of it a thread at a time, that adds up `sums` numbers at its end.
+inline Launch grid_for(int64_t work, int resident, int sums, void* workspace) {
+  constexpr int kRounds = 8;  // a thread: up to here one block without a memset beats several with one
+  const bool one_block = work <= (sums ? kRounds : 1) * kThreads;
+  Launch how = {one_block ? 1 : least(divide_up(work, kThreads), Device().resident_blocks(resident)), dim3(kThreads)};
+  if (sums) {
+    how.shared = kWarps * sums * sizeof(double);
+    how.counter = Workspace(workspace).counter;
+  }
+  return how;
+}
+
 // A launch as CUDA wants it; the attribute lives as long as the configuration.
 struct Configuration {
   cudaLaunchAttribute attribute = {};

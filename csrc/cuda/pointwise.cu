@@ -10,8 +10,7 @@ namespace {
 // Resident on a multiprocessor: 80 registers a thread, 128 for double.
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 2 : 3;
-constexpr int kUnroll = 2;             // 64 bytes of input and target in flight a thread
-constexpr int kVectorsOfOneBlock = 8;  // a thread: up to here one block without a memset beats several with one
+constexpr int kUnroll = 2;  // 64 bytes of input and target in flight a thread
 
 template <PointwiseResult kResult, class S, class Loss>
 struct Element {
@@ -107,14 +106,8 @@ cudaError_t run_kernel(const Loss& loss, const CudaPointwiseArgs& args, CudaStre
                        (!args.output || same_alignment(args.input, args.output)) &&
                        (!args.upstream_stride || same_alignment(args.input, args.upstream));
   const Run<S, int64_t> run(args.input, args.count, aligned);
-  constexpr bool sums = Element<kResult, S, Loss>::kSums;
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
-  const bool one_block = sums ? work <= kVectorsOfOneBlock * kThreads : work <= kThreads;
-  Launch how = {one_block ? 1 : least(divide_up(work, kThreads), Device().resident_blocks(kBlocks<S>)), dim3(kThreads)};
-  if (sums) {
-    how.shared = kWarps * sizeof(double);
-    how.counter = Workspace(args.workspace).counter;
-  }
+  const Launch how = grid_for(work, kBlocks<S>, Element<kResult, S, Loss>::kSums ? 1 : 0, args.workspace);
   return launch(how, stream, pointwise_kernel<kResult, S, Loss>, loss, args, run);
 }
 

@@ -14,8 +14,7 @@ constexpr int kBlocks = sizeof(S) == 8 ? 2 : 3;
 // Vectors in flight a thread, where classes lie side by side.
 template <PointwiseResult kResult, class S>
 constexpr int kUnroll = sizeof(S) == 8 || kResult == PointwiseResult::Grad ? 2 : 4;
-constexpr int kGroup = 8;     // classes in flight a thread, where they lie apart
-constexpr int kOneBlock = 8;  // rounds a thread: up to here one block without a memset beats several
+constexpr int kGroup = 8;  // classes in flight a thread, where they lie apart
 
 // What an index names: a class, or one of these.
 enum : int { kBackground = -1, kIgnored = -2, kOutOfRange = -3 };
@@ -221,20 +220,9 @@ __global__ void __launch_bounds__(kThreads) indexed_divisor(CudaIndexedArgs args
               [&](const Sums<1>& total) { *args.divisor = total.values[0] * double(args.layout.classes); });
 }
 
-// A grid for so much work, a part of it a thread at a time.
-Launch grid_for(int64_t work, int resident, bool sums, void* workspace) {
-  const bool one_block = work <= (sums ? kOneBlock : 1) * kThreads;
-  Launch how = {one_block ? 1 : least(divide_up(work, kThreads), Device().resident_blocks(resident)), dim3(kThreads)};
-  if (sums) {
-    how.shared = kWarps * 2 * sizeof(double);
-    how.counter = Workspace(workspace).counter;
-  }
-  return how;
-}
-
 template <PointwiseResult kResult, class S, class Loss>
 cudaError_t run_kernel(const Loss& loss, const CudaIndexedArgs& args, CudaStream stream) {
-  constexpr bool sums = Elements<kResult, S, Loss>::kSums;
+  constexpr int sums = Elements<kResult, S, Loss>::kSums ? 2 : 0;
   const auto& [outer, classes, inner] = args.layout;
   if (inner == 1) {
     const bool aligned = (!args.output || same_alignment(args.input, args.output)) &&
@@ -275,7 +263,7 @@ int cuda_indexed(Pointwise loss, PointwiseResult result, const CudaIndexedArgs& 
 int cuda_indexed_divisor(const CudaIndexedArgs& args, CudaStream stream) {
   using namespace FUSEDLOSS_ISA;
   const int64_t rows = args.layout.outer * args.layout.inner;
-  return launch(grid_for(rows, 4, true, args.workspace), stream, indexed_divisor, args);
+  return launch(grid_for(rows, 4, 1, args.workspace), stream, indexed_divisor, args);
 }
 
 }  // namespace fusedloss
