@@ -75,15 +75,6 @@ Upstream read_upstream(const Tensor& upstream) {
   return {upstream.contiguous(), 1};
 }
 
-namespace {
-// As mul_ does; of a few numbers in a third of the time.
-void multiply(float* data, int64_t count, float factor) {
-  parallel_for(count, 32768, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) data[i] *= factor;
-  });
-}
-}  // namespace
-
 Tensor scale_(const Tensor& data, const Tensor& factor) {
   static const auto op = find_op("fusedloss::scale_").typed<void(Tensor, const Tensor&)>();
   op.call(data, factor);
@@ -125,10 +116,14 @@ TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
     fusedloss::check_factor(data, factor);
     const double value = factor.item<double>();  // as a number, which bfloat16 data do not round first
     if (value == 1) return;
-    if (data.scalar_type() == at::kFloat && data.is_non_overlapping_and_dense()) {
-      fusedloss::multiply(data.mutable_data_ptr<float>(), data.numel(), float(value));
-    } else {
+    const int64_t count = data.numel();
+    if (data.scalar_type() != at::kFloat || count > 8192 || !data.is_non_overlapping_and_dense()) {
       data.mul_(value);
+      return;
     }
+    // mul_ takes 1 us to begin
+    float* numbers = data.mutable_data_ptr<float>();
+    const float by = float(value);
+    for (int64_t i = 0; i < count; ++i) numbers[i] *= by;
   });
 }
