@@ -89,9 +89,12 @@ def extensions():
     # Python's own flags ask for debugging information, five times the size of the code.
     cxx += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
     cxx += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+    # What a user's own loss is compiled with later.
+    flags_of_kernels = " ".join(cxx)
     # As system headers, torch's own do not warn: every warning is about this project.
     cxx += [flag for path in include_paths("cuda" if cuda else "cpu") for flag in ("-isystem", path)]
     macros = [("FUSEDLOSS_TORCH_VERSION", f'"{torch.__version__}"')]
+    macros.append(("FUSEDLOSS_COMPILE_FLAGS", f'"{flags_of_kernels}"'))
     if not cuda:
         macros.append(("FUSEDLOSS_CUDA_ARCHITECTURES", '"none"'))
         extension, flags = CppExtension, {"cxx": cxx}

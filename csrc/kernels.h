@@ -17,23 +17,49 @@ enum class Pointwise { FUSEDLOSS_POINTWISE(FUSEDLOSS_ENUMERATOR) };
 enum class Softmax { FUSEDLOSS_SOFTMAX(FUSEDLOSS_ENUMERATOR) };
 #undef FUSEDLOSS_ENUMERATOR
 
-constexpr int kMaxParams = 3;
+#define FUSEDLOSS_COUNT(name, Functor) +1
+constexpr int kPointwiseLosses = FUSEDLOSS_POINTWISE(FUSEDLOSS_COUNT);
+#undef FUSEDLOSS_COUNT
 
-// One loss per element of dense tensors that share one order in memory.
-struct PointwiseArgs {
+constexpr int kMaxParams = 8;
+constexpr int kMaxDims = 6;
+
+// What a loss reads of every element. A null one is 1 everywhere.
+struct Operand {
+  const void* data;
   DType dtype;
-  const void* input;
-  const void* target;
-  const void* weight;  // null: 1
-  double params[kMaxParams];
-  void* output;          // losses or gradients; unused by the sum
-  const void* upstream;  // gradient only, of dtype; upstream_stride 0 where one value serves all
-  int64_t upstream_stride;
-  double scale;  // gradient only: 1 / n for a mean
+  bool dense;  // side by side in the order of the elements
+  int64_t strides[kMaxDims];
 };
 
-// What a pass over the elements makes; SumAndGrad for an upstream gradient of 1.
-enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad };
+// One loss per element. The elements are numbered in the order in which the output lies in memory, the dimensions given
+// from the innermost one on.
+struct PointwiseArgs {
+  DType arithmetic;  // Float or Double
+  Operand input, target;
+  Operand weight, pos_weight;  // factors of the loss, and of its term for a target of 1
+  Operand upstream;            // gradient only; of one value where `one_upstream`
+  bool one_upstream;
+  int dims;
+  int64_t sizes[kMaxDims];
+  double params[kMaxParams];
+  void* output;  // losses or gradients, dense; unused by the sum
+  DType output_dtype;
+  double scale;  // gradient only: 1 / n for a mean, negative for the gradient of a difference's target
+};
+
+// What a pass over the elements makes; SumAndGrad for an upstream gradient of 1. Outside tells whether an operand is
+// where the loss is not defined: 2 for the input, 1 for the target, 0 for none.
+enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad, TargetGrad, Outside };
+
+// A pass over elements [begin, end); returns the sum, or which operand lies outside.
+using CpuPointwise = double (*)(PointwiseResult, const PointwiseArgs&, int64_t begin, int64_t end);
+
+// What a loss is whatever its parameters.
+struct PointwiseTraits {
+  bool of_difference, has_target_slope, has_positive_weight, of_probabilities;
+  ResultDType result;
+};
 
 // Dense logits whose classes lie `inner` elements apart: element (outer * classes + class) * inner + i is of row
 // outer * inner + i.
@@ -42,11 +68,19 @@ struct IndexedLayout {
 };
 
 // A pointwise loss whose target is 1 in the class that `index` names for the row, and 0 in every other.
-struct IndexedArgs : PointwiseArgs {  // without a target
+struct IndexedArgs {
+  DType dtype;
+  const void* input;
   IndexedLayout layout;
   const int64_t* index;  // [rows]; the number of classes, or a negative one, names none of them
   int64_t ignore_index;
+  const void* weight;  // null: 1
   int64_t weight_outer_stride, weight_class_stride, weight_inner_stride;
+  double params[kMaxParams];
+  void* output;          // losses or gradients; unused by the sum
+  const void* upstream;  // gradient only, of dtype; upstream_stride 0 where one value serves all
+  int64_t upstream_stride;
+  double scale;  // gradient only: 1 / n for a mean
 };
 
 // One loss per row of logits; the row of class scores number r starts at
@@ -109,9 +143,7 @@ constexpr int64_t kSoftmaxScratch = 32768;
 // shape alone, and their sums are added in order, which makes the result independent of the thread count.
 struct CpuKernels {
   const char* isa;
-  double (*pointwise_sum)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
-  void (*pointwise_losses)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
-  void (*pointwise_grad)(Pointwise, const PointwiseArgs&, int64_t begin, int64_t end);
+  CpuPointwise pointwise[kPointwiseLosses];
   double (*indexed)(Pointwise, PointwiseResult, const IndexedArgs&, int64_t begin, int64_t end);  // returns the sum
   // Of the targets alone: a bad row, and the divisor of a mean over weights or rows.
   SoftmaxSums (*softmax_targets)(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
@@ -124,6 +156,15 @@ struct CpuKernels {
   // Part number `part` of a row whose classes lie side by side.
   SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
   void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+};
+
+// A loss that was compiled apart, and its version: that of these structs.
+constexpr int64_t kCustomVersion = 1'000'000 + sizeof(PointwiseArgs);
+struct CustomPointwise {
+  int64_t version;
+  PointwiseTraits traits;
+  CpuPointwise cpu;
+  int (*cuda)(PointwiseResult, const struct CudaPointwiseArgs&, CUstream_st*);  // null where it has none
 };
 
 // The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.
@@ -143,10 +184,12 @@ constexpr int64_t kCudaWorkspaceBytes = 72 << 10;
 
 struct CudaPointwiseArgs : PointwiseArgs {
   int64_t count;
-  void* total;     // of dtype: the sum over divisor
+  void* total;  // of total_dtype: the sum over divisor
+  DType total_dtype;
   double divisor;  // count for a mean
   void* workspace;
 };
+using CudaPointwise = int (*)(PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 
 // A target out of range, in pinned host memory: row -1 until a kernel has met one.

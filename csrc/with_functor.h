@@ -10,6 +10,56 @@ constexpr bool has_twin = false;
 template <class Functor>
 constexpr bool has_twin<Functor, std::void_t<typename Functor::Twin>> = true;
 
+// What else a pointwise functor may have: a slope by its target that is not the other one's negative, a form of its own
+// for a weight of the positive term, and a domain.
+template <class Functor, class = void>
+constexpr bool has_target_slope = false;
+template <class Functor>
+constexpr bool has_target_slope<Functor, std::void_t<decltype(&Functor::grad_target)>> = true;
+
+template <class Functor, class = void>
+constexpr bool has_positive_weight = false;
+template <class Functor>
+constexpr bool has_positive_weight<Functor, std::void_t<typename Functor::WithPositiveWeight>> = true;
+
+template <class Functor, class = void>
+constexpr bool of_probabilities = false;
+template <class Functor>
+constexpr bool of_probabilities<Functor, std::void_t<decltype(&Functor::is_probability)>> = true;
+
+template <class Functor, class = void>
+constexpr bool takes_pos_weight = false;
+template <class Functor>
+constexpr bool takes_pos_weight<Functor, std::enable_if_t<Functor::takes_pos_weight>> = true;
+
+template <class Functor>
+constexpr PointwiseTraits pointwise_traits() {
+  return {Functor::of_difference, has_target_slope<Functor>, has_positive_weight<Functor>, of_probabilities<Functor>,
+          Functor::result};
+}
+
+template <class Functor, class T>
+FUSEDLOSS_HD T value_of(const Functor& loss, T x, T t, T pos_weight) {
+  if constexpr (takes_pos_weight<Functor>)
+    return loss.value(x, t, pos_weight);
+  else
+    return loss.value(x, t);
+}
+template <class Functor, class T>
+FUSEDLOSS_HD T grad_of(const Functor& loss, T x, T t, T pos_weight) {
+  if constexpr (takes_pos_weight<Functor>)
+    return loss.grad(x, t, pos_weight);
+  else
+    return loss.grad(x, t);
+}
+template <class Functor, class T>
+FUSEDLOSS_HD T grad_target_of(const Functor& loss, T x, T t, T pos_weight) {
+  if constexpr (takes_pos_weight<Functor>)
+    return loss.grad_target(x, t, pos_weight);
+  else
+    return loss.grad_target(x, t);
+}
+
 // Calls f with a value of the storage type.
 template <class F>
 auto with_storage(DType dtype, F f) {

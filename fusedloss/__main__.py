@@ -19,6 +19,7 @@ def sample(loss: Loss) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     input = 4 * torch.randn(257, 33, dtype=torch.float64)
     if loss.family == "pointwise":
+        input = (input / 4).sigmoid() if loss.of_probabilities else input
         return input, torch.rand(257, 33, dtype=torch.float64).round()
     if loss.soft:
         return input, torch.randn(257, 33, dtype=torch.float64).softmax(1)
@@ -70,7 +71,7 @@ def main() -> int:
             good = all(errors[dtype] <= slack * limit for dtype, limit in TOLERANCES.items())
             failures += not good
             columns = "  ".join(f"{str(dtype).removeprefix('torch.')} {value:.1e}" for dtype, value in errors.items())
-            print(f"  {name:22s} {columns}  {'ok' if good else 'OFF'}")
+            print(f"  {name:32s} {columns}  {'ok' if good else 'OFF'}")
     return 1 if failures else 0
 
 

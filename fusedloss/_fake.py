@@ -10,14 +10,6 @@ from torch import Tensor
 Fakes = dict[str, Callable[..., Any]]
 
 
-def _pointwise(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float]) -> Tensor:
-    return torch.empty_like(input) if reduction == 0 else input.new_empty(())
-
-
-def _pointwise_with_grad(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return input.new_empty(()), torch.empty_like(input)
-
-
 def _results(
     logits: Tensor, rows: torch.Size, reduction: int, wide: bool, second: bool, saved: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,8 +38,38 @@ def nothing(*arguments: Any) -> None:
     return None
 
 
-pointwise: Fakes = {"": _pointwise, "_with_grad": _pointwise_with_grad, "_backward": _backward}
-indexed: Fakes = {"": _indexed, "_with_grad": _pointwise_with_grad, "_backward": _backward}
+def pointwise(by_target: bool) -> Fakes:
+    """Losses lie in memory as torch's: in the order of the input and the target, or of the target alone."""
+
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
+        pos_weight: Tensor | None = None, wide: bool = False,
+    ) -> Tensor:  # fmt: skip
+        dtype = torch.float32 if wide else input.dtype
+        if reduction:
+            return input.new_empty((), dtype=dtype)
+        return torch.empty_like(-target if by_target else input + target, dtype=dtype)
+
+    def with_grad(
+        input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
+        pos_weight: Tensor | None = None, wide: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return input.new_empty((), dtype=torch.float32 if wide else input.dtype), torch.empty_like(input)
+
+    def backward(
+        upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
+        pos_weight: Tensor | None = None, wide: bool = False, of_target: bool = False,
+    ) -> Tensor:  # fmt: skip
+        return torch.empty_like(target if of_target else input)
+
+    return {"": forward, "_with_grad": with_grad, "_backward": backward}
+
+
+def _indexed_with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(()), torch.empty_like(logits)
+
+
+indexed: Fakes = {"": _indexed, "_with_grad": _indexed_with_grad, "_backward": _backward}
 
 
 def softmax(saved: Callable[[list[float]], int]) -> Fakes:

@@ -14,6 +14,7 @@ which gives a callable of the same arguments that goes one of three ways:
 The formula is also what the extension differentiates when a backward is itself differentiated.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _fake
+from ._dtypes import HALVES
 from ._library import extension, why_native
 
 Formula = Callable[..., Tensor]
@@ -37,6 +39,7 @@ class Loss(NamedTuple):
     native: Formula
     params: tuple[float, ...]  # the defaults of the formula's parameters
     soft: bool = False  # targets are class probabilities
+    of_probabilities: bool = False  # inputs are
 
 
 LOSSES: dict[str, Loss] = {}
@@ -46,17 +49,23 @@ if extension is not None:
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _MEAN_OR_ZERO = 3  # kMeanOrZero of csrc/torch/common.h
-_HALVES = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float32, torch.float64, *_HALVES)
+_DTYPES = (torch.float32, torch.float64, *HALVES)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 # What was built, not what runs on this GPU: to ask that would break the graph, and the op itself says so.
 _DEVICES = ("cpu",) if extension is None or extension.cuda_architectures == "none" else ("cpu", "cuda")
 _CUDA_MAX_CLASSES = 2**31 - 1 - 2**16  # kCudaMaxClasses of csrc/kernels.h
 
 
-def pointwise(name: str) -> Callable[[Formula], Formula]:
-    """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name."""
-    return lambda formula: _routed(name, formula, _captures_pointwise, _fake.pointwise, "pointwise")
+def pointwise(name: str, of_probabilities: bool = False) -> Callable[[Formula], Formula]:
+    """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name.
+
+    A formula that takes ``pos_weight`` too has a factor of its positive term. ``of_probabilities``: inputs and targets
+    lie in [0, 1].
+    """
+    traits = None if extension is None else getattr(extension, f"traits_of_{name}")
+    captures = functools.partial(_captures_pointwise, traits)
+    fakes = {} if traits is None else _fake.pointwise(traits.by_target)
+    return lambda formula: _routed(name, formula, captures, fakes, "pointwise", of_probabilities=of_probabilities)
 
 
 def indexed(name: str) -> Callable[[Formula], Formula]:
@@ -76,7 +85,7 @@ def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
     """
     captures = _captures_probabilities if soft else _captures_indices
     fakes = {} if extension is None else _fake.softmax(getattr(extension, f"saved_by_{name}"))
-    return lambda formula: _routed(name, formula, captures, fakes, "softmax")
+    return lambda formula: _routed(name, formula, captures, fakes, "softmax", soft=soft)
 
 
 class Path(Exception):
@@ -101,8 +110,8 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
     >>> explain(fusedloss.CrossEntropyLoss(), torch.zeros(2, 4), torch.tensor([0, 3]))  # doctest: +ELLIPSIS
     'fused: cpu ..., rows of 4'
-    >>> explain(fusedloss.functional.huber_loss, torch.zeros(3, 1), torch.zeros(3))
-    'native: shapes, dtypes or gradients that the kernels do not take'
+    >>> explain(fusedloss.functional.sigmoid_focal_loss, torch.zeros(3, 1), torch.zeros(3))
+    'native: an input and a target whose shapes do not fit'
     """
     token = _asking.set(True)
     try:
@@ -120,14 +129,21 @@ def tell_native(reason: str) -> None:
         raise Path(f"native: {reason}")
 
 
-def _routed(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
+def _routed(
+    name: str,
+    formula: Formula,
+    captures: Callable[..., bool],
+    fakes: _fake.Fakes,
+    family: str,
+    **what: bool,
+) -> Formula:
     routed = _unfused(formula) if extension is None else _fused(name, formula, captures, fakes, family)
     defaults = [
         parameter.default
         for parameter in inspect.signature(formula).parameters.values()
         if parameter.default is not parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
     ]
-    LOSSES[name] = Loss(family, routed, formula, tuple(defaults), captures is _captures_probabilities)
+    LOSSES[name] = Loss(family, routed, formula, tuple(defaults), **what)
     return routed
 
 
@@ -149,6 +165,7 @@ def _unfused(formula: Formula) -> Formula:
 
 def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
     integers = 0 if family == "pointwise" else 1  # ignore_index
+    run = {"pointwise": _pointwise_op, "softmax": _softmax_op, "indexed": lambda op, *call: op(*call)}[family]
     kernel: Any = getattr(extension, name)
     explained: Any = getattr(extension, f"explain_{name}")
     op: Any = getattr(torch.ops.fusedloss, name)
@@ -161,7 +178,7 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
             if captures(input, target, weight, reduction, **_without_hints(options)):
                 params = [float(value) for value in rest[integers:]]
                 call = (input, target, weight, REDUCTIONS[reduction], *rest[:integers], params)
-                return _softmax_op(op, *call, **_without_hints(options)) if family == "softmax" else op(*call)
+                return run(op, *call, **_without_hints(options))
         else:
             if _asking.get():
                 raise Path(explained(input, target, weight, reduction, *rest, **options))
@@ -171,6 +188,21 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
         return formula(input, target, weight, reduction, *rest, **_without_hints(options))
 
     return loss
+
+
+def _pointwise_op(
+    op: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
+    pos_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    wide = input.dtype in HALVES and (
+        torch.is_autocast_enabled(input.device.type)
+        or target.dtype == torch.float32
+        or (weight is not None and weight.dtype == torch.float32)
+    )
+    if input.shape != target.shape:
+        input, target = torch.broadcast_tensors(input, target)
+    value: Tensor = op(input, target, weight, reduction, params, pos_weight, wide)
+    return value
 
 
 def _softmax_op(
@@ -183,7 +215,7 @@ def _softmax_op(
     wide = wide or torch.is_autocast_enabled(logits.device.type)
     wide = wide or (target.is_floating_point() and target.dtype != logits.dtype)
     value, of_second, _ = op(
-        logits, target, weight, reduction, ignore_index, params, wide and logits.dtype in _HALVES, second
+        logits, target, weight, reduction, ignore_index, params, wide and logits.dtype in HALVES, second
     )
     return (value, of_second) if second else value
 
@@ -207,15 +239,47 @@ def _captures(input: Tensor, target: Tensor, weight: Tensor | None, reduction: s
     )
 
 
-def _captures_pointwise(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
-    return (
-        _captures(input, target, weight, reduction)
-        and not torch.is_autocast_enabled(input.device.type)
-        and target.dtype == input.dtype
-        and target.shape == input.shape
-        and not target.requires_grad
-        and (weight is None or (weight.dtype == input.dtype and weight.shape == input.shape))
-    )
+def _captures_pointwise(
+    traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, pos_weight: Tensor | None = None
+) -> bool:
+    """As declines_pointwise of csrc/torch/pointwise.cpp has it."""
+    if not _captures(input, target, weight, reduction) or target.dtype not in _DTYPES:
+        return False
+    if target.requires_grad and not (traits.of_difference or traits.has_target_slope):
+        return False
+    if input.shape != target.shape and not (traits.of_difference and _broadcasts_with(input.shape, target.shape)):
+        return False
+    for factor in (weight, pos_weight):
+        if factor is None:
+            continue
+        if factor.requires_grad or factor.dtype not in _DTYPES or not _captures(input, target, factor, reduction):
+            return False
+        if factor.shape != input.shape and (traits.of_difference or not _broadcasts_to(factor.shape, input.shape)):
+            return False
+    return _fits(traits, input, target, weight)
+
+
+def _fits(traits: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch's result is of the input's dtype, or float32 beside a half-precision one."""
+    half, result = input.dtype in HALVES, input.dtype
+    if half and torch.is_autocast_enabled(input.device.type):
+        return target.dtype != torch.float64 and (input.device.type == "cpu" or not traits.of_probabilities)
+    if traits.result == "promoted":
+        result = torch.promote_types(input.dtype, target.dtype)
+        result = result if weight is None else torch.promote_types(result, weight.dtype)
+    elif traits.result == "of target":
+        result = target.dtype
+    elif traits.result == "same" and any(each is not None and each.dtype != result for each in (target, weight)):
+        return False
+    return result == input.dtype or (half and result == torch.float32)
+
+
+def _broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
+
+
+def _broadcasts_with(shape: torch.Size, other: torch.Size) -> bool:
+    return all(n == m or 1 in (n, m) for n, m in zip(shape[::-1], other[::-1], strict=False))
 
 
 def _captures_indexed(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
@@ -256,7 +320,7 @@ def _captures_softmax(logits: Tensor, target: Tensor, weight: Tensor | None, red
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALVES else dtype
+    return torch.float32 if dtype in HALVES else dtype
 
 
 def _captures_indices(

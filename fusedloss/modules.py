@@ -117,6 +117,78 @@ class HuberLoss(nn.HuberLoss):
         return _as_native(self, nn.HuberLoss)
 
 
+class MSELoss(nn.MSELoss):
+    """:class:`torch.nn.MSELoss`, computed by :func:`fusedloss.functional.mse_loss`.
+
+    >>> MSELoss()(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor(4.)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.MSELoss)
+
+
+class L1Loss(nn.L1Loss):
+    """:class:`torch.nn.L1Loss`, computed by :func:`fusedloss.functional.l1_loss`.
+
+    >>> L1Loss()(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor(2.)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.l1_loss(input, target, reduction=self.reduction)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.L1Loss)
+
+
+class SmoothL1Loss(nn.SmoothL1Loss):
+    """:class:`torch.nn.SmoothL1Loss`, computed by :func:`fusedloss.functional.smooth_l1_loss`.
+
+    >>> SmoothL1Loss(beta=0.5)(torch.tensor([3.0]), torch.tensor([1.0]))
+    tensor(1.7500)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.SmoothL1Loss)
+
+
+class BCELoss(nn.BCELoss):
+    """:class:`torch.nn.BCELoss`, computed by :func:`fusedloss.functional.binary_cross_entropy`.
+
+    >>> BCELoss()(torch.tensor([0.5]), torch.tensor([1.0]))
+    tensor(0.6931)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.BCELoss)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """:class:`torch.nn.BCEWithLogitsLoss`, computed by :func:`fusedloss.functional.binary_cross_entropy_with_logits`.
+
+    >>> BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(torch.tensor([0.0]), torch.tensor([1.0]))
+    tensor(1.3863)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _as_native(self, nn.BCEWithLogitsLoss)
+
+
 def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
     """The same module under torch's own class, because TorchScript cannot look into the extension."""
     native = native_class.__new__(native_class)
@@ -219,4 +291,16 @@ class SigmoidFocalLoss(nn.Module):
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}{ignored}"
 
 
-__all__ = ["CrossEntropyLoss", "FocalLoss", "HuberLoss", "NLLLoss", "NLLLoss2d", "SigmoidFocalLoss"]
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "HuberLoss",
+    "L1Loss",
+    "MSELoss",
+    "NLLLoss",
+    "NLLLoss2d",
+    "SigmoidFocalLoss",
+    "SmoothL1Loss",
+]

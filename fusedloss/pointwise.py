@@ -1,18 +1,189 @@
 """The pointwise losses: for each the native formula, and the public function that routes it."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction as _Reduction
 
 from . import _route
+from ._dtypes import in_float, widened
 
-__all__ = ["huber_loss", "sigmoid_focal_loss"]
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "huber_loss",
+    "l1_loss",
+    "mse_loss",
+    "sigmoid_focal_loss",
+    "smooth_l1_loss",
+]
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction not in _route.REDUCTIONS:
+        # torch's words of weighted losses, which know no other name of the mean
+        raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
+    if target.size() != input.size():
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=3,
+        )
+
+
+def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one size, so that torch does not warn once more."""
+    if input.size() == target.size():
+        return input, target
+    return torch.broadcast_tensors(input, target)  # type: ignore[return-value]
+
+
+def _check_weight(input: Tensor, weight: Tensor | None) -> None:
+    if weight is not None and weight.size() != input.size():
+        raise ValueError("Weights and input must have the same size.")
+
+
+def _mean_by_weight(loss: _route.Formula, input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype)
+    # Beside a float32 weight the sum of a half type is float32, and overflows only where the mean does.
+    wide = in_float(weight)
+    return (loss(input, target, wide, "sum") / wide.sum()).to(dtype)
+
+
+@_route.pointwise("mse")
+def _mse(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    input, target = _broadcast(input, target)
+    if weight is None:
+        return F.mse_loss(input, target, reduction=reduction)
+    return _reduced(F.mse_loss(input, target, reduction="none") * weight, reduction)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Squared error, as :func:`torch.nn.functional.mse_loss`.
+
+    .. math:: \ell = w \, (x - t)^2
+
+    Args:
+        input: predictions x, any shape and strides; float32, float64, bfloat16 or float16 run fused on the CPU and on
+            CUDA, also beside each other where torch's result is of the input's dtype or float32.
+        target: t, of the same shape; another shape broadcasts, with torch's warning.
+        reduction: ``"mean"`` (over all elements; with a weight, over the sum of the weights), ``"sum"`` or ``"none"``.
+        weight: one factor per element, of the input's shape.
+
+    Raises:
+        RuntimeError: the shapes do not broadcast.
+        ValueError: an unknown ``reduction``, or a weight of another size.
+
+    >>> mse_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
+    tensor(4.6250)
+    """
+    _warn_of_broadcasting(input, target)
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    _check_weight(input, weight)
+    if weight is not None and reduction == "mean":
+        return _mean_by_weight(_mse, input, target, weight)
+    return _mse(input, target, weight, reduction)
+
+
+@_route.pointwise("l1")
+def _l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    input, target = _broadcast(input, target)
+    if weight is None:
+        return F.l1_loss(input, target, reduction=reduction)
+    return _reduced(F.l1_loss(input, target, reduction="none") * weight, reduction)
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Absolute error, as :func:`torch.nn.functional.l1_loss`.
+
+    .. math:: \ell = w \, |x - t|
+
+    Its gradient is 0 where x = t. Arguments and errors are those of :func:`mse_loss`.
+
+    >>> l1_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
+    tensor(1.7500)
+    """
+    _warn_of_broadcasting(input, target)
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    _check_weight(input, weight)
+    if weight is not None and reduction == "mean":
+        return _mean_by_weight(_l1, input, target, weight)
+    return _l1(input, target, weight, reduction)
+
+
+@_route.pointwise("smooth_l1")
+def _smooth_l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, beta: float = 1.0) -> Tensor:
+    input, target = _broadcast(input, target)
+    if weight is None:
+        return F.smooth_l1_loss(input, target, reduction=reduction, beta=beta)
+    return _reduced(F.smooth_l1_loss(input, target, reduction="none", beta=beta) * weight, reduction)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    r"""Smooth L1 loss, as :func:`torch.nn.functional.smooth_l1_loss`.
+
+    .. math:: \ell = \begin{cases} \tfrac12 (x - t)^2 / \beta & |x - t| < \beta \\
+                                   |x - t| - \tfrac12 \beta & \text{otherwise} \end{cases}
+
+    Args:
+        input: predictions x, as of :func:`mse_loss`.
+        target: t, of the same shape; another shape broadcasts, with torch's warning.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        beta: where the quadratic part ends, at least 0; 0 gives the :func:`l1_loss`.
+
+    Raises:
+        RuntimeError: ``beta`` is negative, or the shapes do not broadcast.
+        ValueError: an unknown ``reduction``.
+
+    >>> smooth_l1_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
+    tensor(1.3125)
+    """
+    _warn_of_broadcasting(input, target)
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if beta == 0.0:
+        return _l1(input, target, None, reduction)
+    return _smooth_l1(input, target, None, reduction, beta)
 
 
 @_route.pointwise("huber")
 def _huber(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, delta: float = 1.0) -> Tensor:
-    # torch's stubs of this function leave `weight` out
-    return F.huber_loss(input, target, reduction=reduction, delta=delta, weight=weight)  # type: ignore[call-arg]
+    input, target = _broadcast(input, target)
+    if weight is None:
+        return F.huber_loss(input, target, reduction=reduction, delta=delta)
+    return _reduced(F.huber_loss(input, target, reduction="none", delta=delta) * weight, reduction)
 
 
 def huber_loss(
@@ -24,8 +195,8 @@ def huber_loss(
                                            \delta (|x - t| - \tfrac12 \delta) & \text{otherwise} \end{cases}
 
     Args:
-        input: predictions x, any shape; float32, float64, bfloat16 or float16 run fused on the CPU and on CUDA.
-        target: t, of the same shape; another shape broadcasts natively, with torch's warning.
+        input: predictions x, as of :func:`mse_loss`.
+        target: t, of the input's dtype and shape; another shape broadcasts, with torch's warning.
         reduction: ``"mean"`` (over all elements, also with a weight), ``"sum"`` or ``"none"``.
         delta: where the quadratic part ends; positive.
         weight: one factor per element, of the input's shape.
@@ -37,7 +208,90 @@ def huber_loss(
     >>> huber_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
     tensor(1.3125)
     """
+    _warn_of_broadcasting(input, target)
+    _check_weight(input, weight)
     return _huber(input, target, weight, reduction, delta)
+
+
+@_route.pointwise("binary_cross_entropy", of_probabilities=True)
+def _binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    return F.binary_cross_entropy(input, target, weight, reduction=reduction)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross-entropy of probabilities, as :func:`torch.nn.functional.binary_cross_entropy`.
+
+    .. math:: \ell = -w \, (t \log x + (1 - t) \log (1 - x))
+
+    with logarithms of at least -100.
+
+    Args:
+        input: probabilities x in [0, 1], any shape and strides; float32, float64, bfloat16 or float16.
+        target: t in [0, 1], of the same shape and dtype.
+        weight: a factor that broadcasts to the input, of its dtype.
+        reduction: ``"mean"`` (over all elements, whatever their weight), ``"sum"`` or ``"none"``.
+
+    Raises:
+        RuntimeError: an input or a target is NaN or outside [0, 1] (on a GPU its loss is NaN instead), or the dtypes
+            differ.
+        ValueError: the sizes differ, or an unknown ``reduction``.
+
+    >>> binary_cross_entropy(torch.tensor([0.9, 0.2]), torch.tensor([1.0, 0.0]))
+    tensor(0.1643)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return _binary_cross_entropy(input, target, weight, reduction)
+
+
+@_route.pointwise("binary_cross_entropy_with_logits")
+def _binary_cross_entropy_with_logits(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, pos_weight: Tensor | None = None
+) -> Tensor:
+    return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross-entropy of logits, as :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    .. math:: \ell = w \, (p \, t \, \mathrm{softplus}(-x) + (1 - t) \, \mathrm{softplus}(x))
+
+    with :math:`\mathrm{softplus}(x) = \log(1 + e^x)`, to the last digits for logits of any size.
+
+    Args:
+        input: logits x, any shape and strides; float32, float64, bfloat16 or float16.
+        target: t, of the same shape, in the input's dtype, or in float32 beside a bfloat16 or float16 input; the
+            result has the target's dtype.
+        weight: a factor w that broadcasts to the input.
+        reduction: ``"mean"`` (over all elements, whatever their weight), ``"sum"`` or ``"none"``.
+        pos_weight: a factor p of the positive term that broadcasts to the input, such as one for each class of
+            (N, C), or (C, 1, 1) beside (N, C, H, W); it is read through its strides.
+
+    Raises:
+        RuntimeError: a weight that does not broadcast, or a target of an integer dtype.
+        ValueError: the sizes differ, or an unknown ``reduction``.
+
+    >>> binary_cross_entropy_with_logits(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.2201)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return _binary_cross_entropy_with_logits(input, target, weight, reduction, pos_weight=pos_weight)
 
 
 def _binary_focal(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -61,16 +315,14 @@ def _binary_focal(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
 def _sigmoid_focal(
     inputs: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    x = in_float(inputs)
     t = targets.to(x.dtype)
     if x.shape != t.shape:
         raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
     losses = _binary_focal(x, t, alpha, gamma)
     if weight is not None:
         losses = losses * weight
-    if reduction != "none":
-        losses = losses.mean() if reduction == "mean" else losses.sum()
-    return losses.to(inputs.dtype)
+    return _reduced(losses, reduction).to(x.dtype if widened(inputs) else inputs.dtype)
 
 
 @_route.indexed("sigmoid_focal")
@@ -88,7 +340,7 @@ def _sigmoid_focal_indexed(
             f"Target size ({targets.shape}) must be the same as input size ({inputs.shape}), "
             "or for class indices that of inputs (N, C, d1, ...) without C"
         )
-    x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    x = in_float(inputs)
     classes = x.shape[1]
     kept = targets != ignore_index
     index = torch.where(kept & (targets >= 0), targets, classes)
@@ -103,7 +355,7 @@ def _sigmoid_focal_indexed(
     losses = torch.where(kept, losses, 0)
     if reduction != "none":
         losses = losses.sum() / (kept.sum() * classes) if reduction == "mean" else losses.sum()
-    return losses.to(inputs.dtype)
+    return losses.to(x.dtype if widened(inputs) else inputs.dtype)
 
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -179,12 +431,10 @@ def sigmoid_focal_loss(
     if targets.dtype in _INDEX_DTYPES and targets.shape != inputs.shape:
         loss = _sigmoid_focal_indexed(inputs, targets.long(), weight, kind, ignore_index, alpha, gamma)
     else:
-        if weight is not None and weight.shape != inputs.shape:
-            weight = weight.expand(inputs.shape).contiguous()
         loss = _sigmoid_focal(inputs, targets, weight, kind, alpha, gamma)
     if normalizer is None:
         return loss
-    return (loss / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)).to(inputs.dtype)
+    return (loss / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)).to(loss.dtype)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

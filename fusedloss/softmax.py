@@ -12,24 +12,13 @@ from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
 from . import _route
+from ._dtypes import HALVES, in_float, widened
 
 __all__ = ["cross_entropy", "focal_loss", "log_probs", "nll_loss"]
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _class_dim(logits: Tensor) -> int:
     return min(logits.dim() - 1, 1)
-
-
-def _in_float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in _HALVES else tensor
-
-
-def _widened(logits: Tensor, wide: bool) -> bool:
-    """Whether results are float32: asked for, or under autocast, as torch's losses are."""
-    device = logits.device.type
-    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 def _index(target: Tensor) -> Tensor:
@@ -62,7 +51,7 @@ def _cross_entropy(
         return F.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
-    z = _capped(_in_float(logits), softcap)
+    z = _capped(in_float(logits), softcap)
     weight = weight if weight is None else weight.to(z.dtype)
     losses = F.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
@@ -74,7 +63,7 @@ def _cross_entropy(
     if z_loss:
         losses = losses + torch.where(kept, z_loss * lse.square(), 0.0)
     divisor = kept.sum() if weight is None else weight[torch.where(kept, target, 0).long()].where(kept, 0.0).sum()
-    dtype = z.dtype if _widened(logits, wide) else logits.dtype
+    dtype = z.dtype if widened(logits, wide) else logits.dtype
     loss = _reduced(losses, divisor, reduction, zero).to(dtype)
     return (loss, lse.to(dtype)) if second else loss
 
@@ -89,8 +78,8 @@ def _soft_cross_entropy(
         return F.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
-    z = _capped(_in_float(logits), softcap)
-    dtype = torch.promote_types(z.dtype if _widened(logits, wide) else logits.dtype, target.dtype)
+    z = _capped(in_float(logits), softcap)
+    dtype = torch.promote_types(z.dtype if widened(logits, wide) else logits.dtype, target.dtype)
     target = target.to(torch.promote_types(z.dtype, target.dtype))
     losses = F.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
@@ -216,7 +205,7 @@ def _nll(
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Tensor:  # fmt: skip
     if wide:
-        logits, weight = _in_float(logits), weight if weight is None else _in_float(weight)
+        logits, weight = in_float(logits), weight if weight is None else in_float(weight)
     # torch's derivative refuses other strides
     return F.nll_loss(
         logits.contiguous(), _index(target), weight, ignore_index=ignore_index, reduction=reduction
@@ -261,7 +250,7 @@ def _focal(
     factor: float = 1.0, gamma: float = 2.0,
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Tensor:  # fmt: skip
-    x = _in_float(logits)
+    x = in_float(logits)
     class_dim = _class_dim(x)
     # Picks, and rejects as torch does; its derivative knows no channels_last.
     target = _index(target)
@@ -277,11 +266,11 @@ def _focal(
         losses = losses * torch.exp(gamma * F.logsigmoid(log_odds))
     losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[index])
     losses = torch.where(kept, losses, 0.0)
-    return _reduced(losses, kept.sum(), reduction, zero).to(x.dtype if _widened(logits, wide) else logits.dtype)
+    return _reduced(losses, kept.sum(), reduction, zero).to(x.dtype if widened(logits, wide) else logits.dtype)
 
 
 def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, gamma: float, reduction: str) -> Tensor:
-    x = _in_float(logits)
+    x = in_float(logits)
     class_dim = _class_dim(x)
     log_p = x.log_softmax(class_dim)
     losses = -target * log_p
@@ -295,7 +284,7 @@ def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, ga
     losses = losses.sum(class_dim)
     if reduction != "none":
         losses = losses.mean() if reduction == "mean" else losses.sum()
-    return losses.to(x.dtype if _widened(logits, False) else logits.dtype)
+    return losses.to(x.dtype if widened(logits) else logits.dtype)
 
 
 def focal_loss(
@@ -357,7 +346,7 @@ def _log_probs(
     temperature: float = 1.0, entropy: float = 0.0,
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Any:  # fmt: skip
-    x = _in_float(logits) / temperature
+    x = in_float(logits) / temperature
     class_dim = _class_dim(x)
     log_p = x.log_softmax(class_dim)
     target = _index(target)
@@ -411,5 +400,5 @@ def log_probs(
         raise ValueError(f"temperature must be positive, got {temperature}")
     return _log_probs(
         logits, target, None, "none", ignore_index, temperature, float(return_entropy),
-        wide=logits.dtype in _HALVES, second=return_entropy,
+        wide=logits.dtype in HALVES, second=return_entropy,
     )  # fmt: skip

@@ -31,6 +31,7 @@ class Loss:
     op: str
     params: tuple[float, ...] = ()
     soft: bool = False  # targets are class probabilities
+    of_probabilities: bool = False  # inputs are
 
     def losses_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the losses of an input of a shape: its rows in the softmax family."""
@@ -46,6 +47,8 @@ class Loss:
         input = 3 * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         if self.op == "nll":
             input = -input.abs()  # log-probabilities
+        if self.of_probabilities:
+            input = input.sigmoid()
         input = input.to(dtype).to(device)
         if self.family == "pointwise":
             target = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -104,7 +107,7 @@ def _declared(name: str, op: str, params: tuple[float, ...]) -> Loss:
     declared = _route.LOSSES[op]
     middle = (-100,) if declared.family == "softmax" else ()
     call = lambda formula: lambda x, t, r: formula(x, t, None, r, *middle, *params)  # noqa: E731
-    return Loss(name, declared.family, call(declared.routed), call(declared.native), op, params, declared.soft)
+    return Loss(name, declared.family, call(declared.routed), call(declared.native), op, params, *declared[4:])
 
 
 LOSSES = [

@@ -10,12 +10,11 @@
 namespace {
 
 template <class Args>
-Args with_params(bool is_double, const double* params) {
-  Args args = {};
-  args.dtype = is_double ? fusedloss::DType::Double : fusedloss::DType::Float;
+void copy_params(const double* params, Args& args) {
   for (int i = 0; i < fusedloss::kMaxParams; ++i) args.params[i] = params[i];
-  return args;
 }
+
+fusedloss::DType dtype_of(int is_double) { return is_double ? fusedloss::DType::Double : fusedloss::DType::Float; }
 
 const double kOneDouble = 1;
 const float kOneFloat = 1;
@@ -36,20 +35,41 @@ bool close(const void* one, const std::vector<double>& other, int64_t count) {
 
 }  // namespace
 
+// A matrix whose rows have `columns`; pos_weight, or null, has a stride between columns and one between rows.
+// grad_target: null where there is none.
 extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* input, const void* target,
-                                const double* params, void* losses, void* grad) {
-  auto args = with_params<fusedloss::PointwiseArgs>(is_double, params);
-  const auto kind = fusedloss::Pointwise(loss);
-  const fusedloss::CpuKernels& kernels = fusedloss::baseline::kernels;
-  args.input = input;
-  args.target = target;
-  args.output = losses;
-  kernels.pointwise_losses(kind, args, 0, n);
-  args.output = grad;
-  args.upstream = one(is_double);
+                                const void* pos_weight, int64_t columns, const int64_t* strides, const double* params,
+                                void* losses, void* grad, void* grad_target) {
+  using Result = fusedloss::PointwiseResult;
+  fusedloss::PointwiseArgs args = {};
+  const fusedloss::DType dtype = dtype_of(is_double);
+  copy_params(params, args);
+  args.arithmetic = args.output_dtype = dtype;
+  args.dims = 2;
+  args.sizes[0] = columns;
+  args.sizes[1] = n / columns;
+  args.input = {input, dtype, true, {1, columns}};
+  args.target = {target, dtype, true, {1, columns}};
+  args.pos_weight = {pos_weight, dtype, false, {strides[0], strides[1]}};
+  args.upstream = {one(is_double), dtype, true, {}};
+  args.one_upstream = true;
   args.scale = 1;
-  kernels.pointwise_grad(kind, args, 0, n);
-  return kernels.pointwise_sum(kind, args, 0, n);
+  const fusedloss::CpuPointwise run = fusedloss::baseline::kernels.pointwise[loss];
+  args.output = losses;
+  run(Result::Losses, args, 0, n);
+  args.output = grad_target;
+  if (grad_target) run(Result::TargetGrad, args, 0, n);
+  args.output = grad;
+  run(Result::Grad, args, 0, n);
+  args.upstream = {};
+  args.one_upstream = false;
+  std::vector<double> grad_in_forward(n);
+  args.output = grad_in_forward.data();
+  const double both = run(Result::SumAndGrad, args, 0, n);
+  args.output = nullptr;
+  const double sum = run(Result::Sum, args, 0, n);
+  const bool same = is_double ? close<double>(grad, grad_in_forward, n) : close<float>(grad, grad_in_forward, n);
+  return both == sum && same ? sum : NAN;
 }
 
 // layout: outer, classes, inner; weight_strides: outer, class, inner. The gradient is made twice: with the sum, and
@@ -57,7 +77,9 @@ extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* 
 extern "C" double run_indexed(int loss, int is_double, const int64_t* layout, const void* input, const int64_t* index,
                               const void* weight, const int64_t* weight_strides, const double* params, void* losses,
                               void* grad_in_forward, void* grad) {
-  auto args = with_params<fusedloss::IndexedArgs>(is_double, params);
+  fusedloss::IndexedArgs args = {};
+  args.dtype = dtype_of(is_double);
+  copy_params(params, args);
   const auto kind = fusedloss::Pointwise(loss);
   const auto run = fusedloss::baseline::kernels.indexed;
   const int64_t n = layout[0] * layout[1] * layout[2];
@@ -84,7 +106,9 @@ extern "C" double run_indexed(int loss, int is_double, const int64_t* layout, co
 extern "C" double run_softmax(int loss, int is_double, int64_t rows, int64_t classes, const void* logits,
                               const int64_t* target, const void* probabilities, const double* params, void* statistics,
                               void* losses, void* grad) {
-  auto args = with_params<fusedloss::SoftmaxArgs>(is_double, params);
+  fusedloss::SoftmaxArgs args = {};
+  args.dtype = dtype_of(is_double);
+  copy_params(params, args);
   const auto kind = fusedloss::Softmax(loss);
   const fusedloss::CpuKernels& kernels = fusedloss::baseline::kernels;
   args.logits_layout = args.probabilities_layout = args.grad_layout = {rows, classes, rows, 0, 1, classes};

@@ -65,7 +65,7 @@ def test_expanded_logits_and_targets(loss):
 
 @named(POINTWISE)
 def test_broadcast_inputs(loss):
-    x, t = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
+    x, t = loss.data((6, 5), torch.float64)
     torch.testing.assert_close(loss.fused(x[:1].expand(6, 5), t, "mean"), loss.native(x[:1].expand(6, 5), t, "mean"))
     torch.testing.assert_close(loss.fused(x, t.t().contiguous().t(), "none"), loss.native(x, t, "none"))
 
@@ -280,7 +280,7 @@ def test_ops_check_what_they_are_given(op):
         (y[:2], None, [1.0, 2.0]),
         (y.int(), None, [1.0, 2.0]),
         (y, torch.ones(3), [1.0, 2.0]),
-        (y, None, [1.0] * 4),
+        (y, None, [1.0] * 9),
     ]:
         with pytest.raises(RuntimeError, match="expected"):
             op(x, target, weight, 1, -100, params)

@@ -25,7 +25,13 @@ NATIVE = {
     "class probabilities in a focal loss": lambda: explain(fusedloss.FocalLoss(), X, X.softmax(1)),
     "the target holds no class indices in int64 or uint8": lambda: explain(L.cross_entropy, X, Y.int()),
     "a device, layout or view without kernels": lambda: explain(L.huber_loss, X.to("meta"), X.to("meta")),
-    "shapes, dtypes or gradients that the kernels do not take": lambda: explain(L.huber_loss, X, X[:1]),
+    "an input and a target whose shapes do not fit": lambda: explain(L.sigmoid_focal_loss, X, X[:1]),
+    "inputs of different dtypes": lambda: explain(L.mse_loss, X, X.double()),
+    "a parameter that is out of range": lambda: explain(L.huber_loss, X, X, delta=0.0),
+    "a weight that requires a gradient": lambda: explain(L.mse_loss, X, X, weight=X.clone().requires_grad_()),
+    "a target that requires a gradient": lambda: explain(L.sigmoid_focal_loss, X, X.clone().requires_grad_()),
+    "an input or target that is no float64, float32, bfloat16 or float16": lambda: explain(L.huber_loss, X, X.long()),
+    "an empty input": lambda: explain(L.mse_loss, X[:0], X[:0]),
 }
 
 
@@ -47,7 +53,8 @@ def test_a_native_call_is_told_with_its_reason(reason):
 def test_modes_are_told():
     with torch.autocast("cpu", torch.bfloat16):
         assert explain(L.cross_entropy, X.bfloat16(), Y).startswith("fused")
-        assert explain(L.huber_loss, X, X) == "native: autocast"
+        assert explain(L.huber_loss, X.bfloat16(), X).startswith("fused")
+        assert explain(L.sigmoid_focal_loss, X, Y) == "native: autocast"
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
         assert explain(L.cross_entropy, dual, Y) == "native: forward-mode AD"

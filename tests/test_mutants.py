@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LOSSES, SOFTMAX, Loss, needs_extension
 from torch import Tensor
 
@@ -26,7 +29,25 @@ INDEX = {name: index for names in NAMES for index, name in enumerate(names)}
 
 # name: (file, what stands there, what is put in its place)
 MUTANTS = {
-    "huber value": ("losses/pointwise.h", "T(0.5) * z * z", "T(0.25) * z * z"),
+    "mse slope": ("losses/pointwise.h", "T(2) * (x - t)", "x - t"),
+    "l1 slope": ("losses/pointwise.h", "T(x > t) - T(x < t)", "T(x > t)"),
+    "smooth l1 value": ("losses/pointwise.h", "z - T(0.5) * beta", "z"),
+    "smooth l1 slope": ("losses/pointwise.h", "select(z <= -beta, T(-1), z * inverse)", "z * inverse"),
+    "bce value": ("losses/pointwise.h", "(t - T(1)) * of_zero - t * of_one", "-t * of_one"),
+    "bce slope": ("losses/pointwise.h", "(T(1) - x) * x;", "x;"),
+    "bce target": ("losses/pointwise.h", "return log1p(-x) - log(x);", "return -log(x);"),
+    "logits value": ("losses/pointwise.h", "select(x < T(0), -t * x, (T(1) - t) * x)", "(-t * x)"),
+    "logits slope": ("losses/pointwise.h", "(T(1) - t) * s.p - t * s.q;", "s.p - t;"),
+    "pos_weight value": ("losses/pointwise.h", "(wanted + other) * sigmoid(x)", "sigmoid(x)"),
+    "pos_weight slope": ("losses/pointwise.h", "- weight * t * s.q", "- t * s.q"),
+    "pos_weight target": ("losses/pointwise.h", "weight * (select(x < T(0), -x, T(0)) + softplus)", "softplus"),
+    "tiles at the same place": (
+        "cpu/pointwise_tiles.inl",
+        "tile.read(first, last)",
+        "tile.read(begin, begin + last - first)",
+    ),
+    "a row on": ("cpu/pointwise_tiles.inl", "offset += strides[d];", ""),
+    "huber value": ("losses/pointwise.h", "select(z <= delta, T(0.5)", "select(z <= delta, T(0.25)"),
     "huber slope below": ("losses/pointwise.h", "z < -delta ? -delta : z", "z < -delta ? delta : z"),
     "sigmoid focal gamma": ("losses/pointwise.h", "modulation.gamma * (T(1)", "T(2) * (T(1)"),
     "sigmoid focal alpha": ("losses/pointwise.h", "T(2 * alpha - 1)", "T(1 - 2 * alpha)"),
@@ -91,10 +112,13 @@ def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     return kernels
 
 
-def run(kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Sum of the losses, the losses and the gradient of their sum."""
+def run(
+    kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor, pos_weight: Tensor | None = None
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Sum of the losses, the losses, the gradient of their sum and that by the target, if the loss has one."""
     pointer = lambda tensor: ctypes.c_void_p(tensor.data_ptr())  # noqa: E731
-    params = (ctypes.c_double * 3)(*(loss.params + (0.0,) * 3)[:3])
+    params = (ctypes.c_double * 8)(*(loss.params + (0.0,) * 8)[:8])
+    grad_target = x.new_empty(0)
     losses, grad = torch.empty(loss.losses_shape(x.shape), dtype=x.dtype), torch.empty_like(x)
     head = (INDEX[loss.op], int(x.dtype == torch.float64))
     if loss in SOFTMAX:
@@ -105,35 +129,63 @@ def run(kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor) -> tuple[fl
             params, pointer(statistics), pointer(losses), pointer(grad),
         )  # fmt: skip
     else:
+        has_slope = getattr(extension, f"traits_of_{loss.op}").has_target_slope
+        grad_target = torch.empty_like(x) if has_slope else x.new_empty(0)
         total = kernels.run_pointwise(
-            *head, ctypes.c_int64(x.numel()), pointer(x), pointer(target), params, pointer(losses), pointer(grad)
-        )
-    return total, losses, grad
+            *head, ctypes.c_int64(x.numel()), pointer(x), pointer(target),
+            None if pos_weight is None else pointer(pos_weight), ctypes.c_int64(x.shape[-1]),
+            (ctypes.c_int64 * 2)(*(0, 0) if pos_weight is None else pos_weight.expand_as(x).stride()[::-1]), params,
+            pointer(losses), pointer(grad), pointer(grad_target) if has_slope else None,
+        )  # fmt: skip
+    return total, losses, grad, grad_target
 
 
 def agrees_with_native(kernels: ctypes.CDLL) -> bool:
     for loss in LOSSES:
         confident = loss in (LOSSES[0], *LOSSES[1:4])  # see test_values: digits
         native = LOSSES[1].native if loss is LOSSES[0] else loss.native
-        for shape in [(40, 7), (40, 50), (5, 200), (2, 9000)] if loss in SOFTMAX else [(5000,), (77,)]:
+        if loss.op == "binary_cross_entropy_with_logits":
+            native = LOSSES[6].native  # focal without focus, whose formula keeps the digits that torch's loses
+        for shape in [(40, 7), (40, 50), (5, 200), (2, 9000)] if loss in SOFTMAX else [(5000,), (7, 11)]:
             x, target = loss.data(shape, torch.float64, seed=1)
             if confident:
                 x[0, target[0]] += 60
-            if loss not in SOFTMAX:
+            if loss not in SOFTMAX and not loss.of_probabilities:
                 x[:20] *= 12  # confident elements
-            exact_x = x.clone().requires_grad_()
-            exact = native(exact_x, target, "none")
-            (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x)
-            total, losses, grad = run(kernels, loss, x, target)
-            # Every single digit, but where the gradient is itself a difference.
-            cancelled = 1e-300 if confident or loss not in SOFTMAX else 1e-13 * exact_grad.abs().max().item()
-            close = [
-                torch.allclose(torch.tensor(total, dtype=torch.float64), exact.detach().sum(), rtol=1e-12, atol=0),
-                torch.allclose(losses, exact.detach(), rtol=1e-12, atol=1e-300),
-                torch.allclose(grad, exact_grad, rtol=1e-10, atol=cancelled),
-            ]
-            if not all(close):
+            if not agrees(loss, native, x, target, run(kernels, loss, x, target), confident):
                 return False
+    return agrees_with_pos_weight(kernels)
+
+
+def agrees(loss, native, x: Tensor, target: Tensor, results, confident: bool = False) -> bool:
+    exact_x, exact_target = x.clone().requires_grad_(), target.clone()
+    if exact_target.is_floating_point() and not loss.soft:
+        exact_target.requires_grad_()
+    exact = native(exact_x, exact_target, "none")
+    total, losses, grad, grad_target = results
+    (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x, retain_graph=True)
+    # Every single digit, but where the gradient is itself a difference.
+    cancelled = 1e-300 if confident or loss not in SOFTMAX else 1e-13 * exact_grad.abs().max().item()
+    close = [
+        torch.allclose(torch.tensor(total, dtype=torch.float64), exact.detach().sum(), rtol=1e-12, atol=0),
+        torch.allclose(losses, exact.detach(), rtol=1e-12, atol=1e-14 if loss.of_probabilities else 1e-300),
+        torch.allclose(grad, exact_grad, rtol=1e-10, atol=cancelled),
+    ]
+    if grad_target.numel():
+        (exact_slope,) = torch.autograd.grad(exact.sum(), exact_target)
+        close.append(torch.allclose(grad_target, exact_slope, rtol=1e-10, atol=1e-13))
+    return all(close)
+
+
+def agrees_with_pos_weight(kernels: ctypes.CDLL) -> bool:
+    """Of columns and of rows, read through their strides, over several tiles of 1024 numbers."""
+    loss = next(loss for loss in LOSSES if loss.op == "binary_cross_entropy_with_logits")
+    x, target = loss.data((500, 7), torch.float64)
+    for shape in [(7,), (500, 1)]:
+        weight = torch.rand(shape, dtype=torch.float64) + 0.5
+        native = lambda x, t, r: F.binary_cross_entropy_with_logits(x, t, reduction=r, pos_weight=weight)  # noqa: B023, E731
+        if not agrees(loss, native, x, target, run(kernels, loss, x, target, weight)):
+            return False
     return True
 
 
@@ -142,12 +194,24 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[ctypes.CDLL]]]:
+    """One compiler for each core, while the tests run."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = tmp_path_factory.mktemp("mutants")
+        edits = {"as they are": None, **MUTANTS}
+        yield {
+            name: pool.submit(build, folder / str(number), edit) for number, (name, edit) in enumerate(edits.items())
+        }
+        pool.shutdown(cancel_futures=True)
+
+
 @needs_compiler
-def test_the_kernels_as_they_are_agree(tmp_path):
-    assert agrees_with_native(build(tmp_path, None))
+def test_the_kernels_as_they_are_agree(builds):
+    assert agrees_with_native(builds["as they are"].result())
 
 
 @needs_compiler
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mutant_is_caught(mutant, tmp_path):
-    assert not agrees_with_native(build(tmp_path, MUTANTS[mutant]))
+def test_a_mutant_is_caught(mutant, builds):
+    assert not agrees_with_native(builds[mutant].result())

@@ -1,6 +1,7 @@
 // One instruction set's table of kernels.
 
 #include "pointwise.inl"
+#include "pointwise_tiles.inl"
 #include "pointwise_indexed.inl"
 
 #define FUSEDLOSS_STRING_(x) #x
@@ -16,11 +17,10 @@ SoftmaxPart softmax_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part)
 void softmax_backward(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
 void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 
+#define FUSEDLOSS_KERNEL(name, Functor) pointwise<Functor>,
 extern const CpuKernels kernels;
 const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
-                            pointwise_sum,
-                            pointwise_losses,
-                            pointwise_grad,
+                            {FUSEDLOSS_POINTWISE(FUSEDLOSS_KERNEL)},
                             indexed,
                             softmax_targets,
                             softmax_forward,
@@ -28,5 +28,6 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             softmax_with_grad,
                             softmax_part,
                             softmax_backward_part};
+#undef FUSEDLOSS_KERNEL
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

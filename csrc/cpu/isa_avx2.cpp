@@ -1,11 +1,5 @@
 #if defined(__x86_64__)
-#include <cfloat>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#include "target_avx2.inl"
 
-#pragma GCC target("avx2,fma,f16c")
-#define FUSEDLOSS_ISA avx2
 #include "isa.inl"
 #endif

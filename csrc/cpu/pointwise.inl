@@ -1,17 +1,50 @@
-// The pointwise driver for any functor; included once per instruction set.
+// The pointwise driver for any functor over dense arrays of one type; included once per instruction set.
 
 #include "../with_functor.h"
 #include "lanes.inl"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
+// What a pass reads and writes; an operand that is null is 1 everywhere, or none of the pass's.
+template <class S>
+struct Arrays {
+  const S *input, *target, *weight, *pos_weight, *upstream;
+  S* output;
+  Accumulate<S> scale;  // of gradients
+};
+
+// What the loss makes of each element.
+template <bool kWeighted, class S, class Loss>
+struct Elements {
+  using T = Accumulate<S>;
+  Loss loss;
+  Arrays<S> of;
+
+  FUSEDLOSS_HD T weighted(T number, int64_t i) const { return kWeighted ? number * load(of.weight[i]) : number; }
+  FUSEDLOSS_HD T value(int64_t i) const {
+    return weighted(value_of(loss, load(of.input[i]), load(of.target[i]), pos_weight(i)), i);
+  }
+  FUSEDLOSS_HD T grad(int64_t i) const {
+    return weighted(grad_of(loss, load(of.input[i]), load(of.target[i]), pos_weight(i)) * of.scale, i);
+  }
+  FUSEDLOSS_HD T grad_target(int64_t i) const {
+    return weighted(grad_target_of(loss, load(of.input[i]), load(of.target[i]), pos_weight(i)) * of.scale, i);
+  }
+
+ private:
+  FUSEDLOSS_HD T pos_weight(int64_t i) const {
+    if constexpr (takes_pos_weight<Loss>) return load(of.pos_weight[i]);
+    return T(1);
+  }
+};
+
 // The sum of at(i), which may store what belongs to i.
 template <class T, class F>
-double sum_over(int64_t begin, int64_t end, F at) {
+double sum_over(int64_t count, F at) {
   constexpr int64_t kBlock = 4096;  // float within a block, double across blocks
   double sum = 0;
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int64_t stop = block + kBlock < end ? block + kBlock : end;
+  for (int64_t block = 0; block < count; block += kBlock) {
+    const int64_t stop = block + kBlock < count ? block + kBlock : count;
     T lanes[kLanes] = {};
     int64_t i = block;
     for (; i + kLanes <= stop; i += kLanes) {
@@ -24,93 +57,70 @@ double sum_over(int64_t begin, int64_t end, F at) {
   return sum;
 }
 
-template <class S, bool kWeighted, class Loss>
-double sum_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const S* input = static_cast<const S*>(args.input);
-  const S* target = static_cast<const S*>(args.target);
-  const S* weight = static_cast<const S*>(args.weight);
-  const auto at = [&](int64_t i) __attribute__((always_inline)) {
-    const T value = loss.value(load(input[i]), load(target[i]));
-    return kWeighted ? value * load(weight[i]) : value;
-  };
-  return sum_over<T>(begin, end, at);
+template <class S, class F>
+void store_each(S* output, int64_t count, F at) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) output[i] = store<S>(at(i));
 }
 
-template <class S, bool kWeighted, class Loss>
-void losses_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
+template <bool kWeighted, class S, class Loss>
+double run_elements(const Loss& loss, PointwiseResult result, const Arrays<S>& arrays, int64_t count) {
   using T = Accumulate<S>;
-  const S* input = static_cast<const S*>(args.input);
-  const S* target = static_cast<const S*>(args.target);
-  const S* weight = static_cast<const S*>(args.weight);
-  S* output = static_cast<S*>(args.output);
-#pragma GCC ivdep
-  for (int64_t i = begin; i < end; ++i) {
-    const T value = loss.value(load(input[i]), load(target[i]));
-    output[i] = store<S>(kWeighted ? value * load(weight[i]) : value);
+  const Elements<kWeighted, S, Loss> elements = {loss, arrays};
+  const S* upstream = arrays.upstream;
+  S* output = arrays.output;
+  switch (result) {
+    case PointwiseResult::Sum:
+      return sum_over<T>(count, [=](int64_t i) __attribute__((always_inline)) { return elements.value(i); });
+    case PointwiseResult::SumAndGrad:  // in one pass, which shares what value and slope have in common
+      return sum_over<T>(
+          count, [=](int64_t i) __attribute__((always_inline)) {
+            const T value = elements.value(i);
+            output[i] = store<S>(elements.grad(i));
+            return value;
+          });
+    case PointwiseResult::Losses:
+      store_each(output, count, [=](int64_t i) __attribute__((always_inline)) { return elements.value(i); });
+      return 0;
+    case PointwiseResult::TargetGrad:
+      if constexpr (has_target_slope<Loss>) {
+        store_each(
+            output, count, [=](int64_t i) __attribute__((always_inline)) {
+              return elements.grad_target(i) * (upstream ? load(upstream[i]) : T(1));
+            });
+      }
+      return 0;
+    default:
+      if (upstream) {
+        store_each(
+            output,
+            count, [=](int64_t i) __attribute__((always_inline)) { return elements.grad(i) * load(upstream[i]); });
+      } else {
+        store_each(output, count, [=](int64_t i) __attribute__((always_inline)) { return elements.grad(i); });
+      }
+      return 0;
   }
 }
 
-template <class S, bool kWeighted, bool kOneUpstream, class Loss>
-void grad_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const S* input = static_cast<const S*>(args.input);
-  const S* target = static_cast<const S*>(args.target);
-  const S* weight = static_cast<const S*>(args.weight);
-  const S* upstream = static_cast<const S*>(args.upstream);
-  S* output = static_cast<S*>(args.output);
-  const T scale = T(args.scale) * (kOneUpstream ? load(upstream[0]) : T(1));
-#pragma GCC ivdep
-  for (int64_t i = begin; i < end; ++i) {
-    T slope = loss.grad(load(input[i]), load(target[i])) * scale;
-    if constexpr (!kOneUpstream) slope *= load(upstream[i]);
-    if constexpr (kWeighted) slope *= load(weight[i]);
-    output[i] = store<S>(slope);
+// Of the arrays together, as PointwiseResult::Outside has it.
+template <class S, class Loss>
+int outside(const Arrays<S>& arrays, int64_t count) {
+  int worst = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int of_input = 2 * !Loss::is_probability(load(arrays.input[i]));
+    const int of_either = of_input | int(!Loss::is_probability(load(arrays.target[i])));
+    worst = worst > of_either ? worst : of_either;
   }
+  return worst > 2 ? 2 : worst;
 }
 
-// Both in one pass, which shares what value and slope have in common.
-template <class S, bool kWeighted, class Loss>
-double sum_and_grad_of(const Loss& loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const S* input = static_cast<const S*>(args.input);
-  const S* target = static_cast<const S*>(args.target);
-  const S* weight = static_cast<const S*>(args.weight);
-  S* output = static_cast<S*>(args.output);
-  const T scale = T(args.scale);
-  const auto at = [=](int64_t i) __attribute__((always_inline)) {
-    const T x = load(input[i]), t = load(target[i]), w = kWeighted ? load(weight[i]) : T(1);
-    output[i] = store<S>(loss.grad(x, t) * scale * w);
-    return loss.value(x, t) * w;
-  };
-  return sum_over<T>(begin, end, at);
-}
-
-inline double pointwise_sum(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  return with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
-    using S = decltype(storage);
-    return args.weight ? sum_of<S, true>(functor, args, begin, end) : sum_of<S, false>(functor, args, begin, end);
-  });
-}
-
-inline void pointwise_losses(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
-    using S = decltype(storage);
-    args.weight ? losses_of<S, true>(functor, args, begin, end) : losses_of<S, false>(functor, args, begin, end);
-  });
-}
-
-inline void pointwise_grad(Pointwise loss, const PointwiseArgs& args, int64_t begin, int64_t end) {
-  with_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) {
-    using S = decltype(storage);
-    if (args.upstream_stride == 0) {
-      args.weight ? grad_of<S, true, true>(functor, args, begin, end)
-                  : grad_of<S, false, true>(functor, args, begin, end);
-    } else {
-      args.weight ? grad_of<S, true, false>(functor, args, begin, end)
-                  : grad_of<S, false, false>(functor, args, begin, end);
-    }
-  });
+template <class S, class Loss>
+double run_arrays(const Loss& loss, PointwiseResult result, const Arrays<S>& arrays, int64_t count) {
+  if constexpr (of_probabilities<Loss>) {
+    if (result == PointwiseResult::Outside) return outside<S, Loss>(arrays, count);
+  }
+  return arrays.weight ? run_elements<true>(loss, result, arrays, count)
+                       : run_elements<false>(loss, result, arrays, count);
 }
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

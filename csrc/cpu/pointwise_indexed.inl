@@ -132,28 +132,14 @@ class IndexedTile {
   int64_t begin_ = 0, end_ = 0;
 };
 
-template <class S, bool kWeighted, class Loss>
-double run_tile(const Loss& loss, PointwiseResult result, const PointwiseArgs& args, int64_t count) {
-  switch (result) {
-    case PointwiseResult::Sum:
-      return sum_of<S, kWeighted>(loss, args, 0, count);
-    case PointwiseResult::SumAndGrad:
-      if constexpr (sizeof(S) > 2) return sum_and_grad_of<S, kWeighted>(loss, args, 0, count);
-      __builtin_unreachable();  // a half type makes its gradient once the upstream gradient is known
-    case PointwiseResult::Losses:
-      losses_of<S, kWeighted>(loss, args, 0, count);
-      return 0;
-    default:
-      args.upstream_stride == 0 ? grad_of<S, kWeighted, true>(loss, args, 0, count)
-                                : grad_of<S, kWeighted, false>(loss, args, 0, count);
-      return 0;
-  }
-}
-
 template <class S, class Loss>
 double over_tiles(const Loss& loss, PointwiseResult result, const IndexedArgs& args, int64_t begin, int64_t end) {
   const bool sums = result == PointwiseResult::Sum || result == PointwiseResult::SumAndGrad;
+  const S *logits = static_cast<const S*>(args.input), *upstream = static_cast<const S*>(args.upstream);
+  S* output = static_cast<S*>(args.output);
   IndexedTile<S> tile(args);
+  Arrays<S> arrays = {};
+  arrays.scale = Accumulate<S>(args.scale) * (upstream && !args.upstream_stride ? load(*upstream) : Accumulate<S>(1));
   double sum = 0;
   for (int64_t first = begin; first < end; first += tile.kElements) {
     const int64_t last = first + tile.kElements < end ? first + tile.kElements : end;
@@ -161,14 +147,12 @@ double over_tiles(const Loss& loss, PointwiseResult result, const IndexedArgs& a
     if (args.weight || hidden) tile.fill_weights();
     if (hidden) tile.hide_ignored();
 
-    PointwiseArgs of_tile = args;
-    of_tile.input = hidden ? tile.input : static_cast<const S*>(args.input) + first;
-    of_tile.target = tile.target;
-    of_tile.output = static_cast<S*>(args.output) + (args.output ? first : 0);
-    of_tile.upstream = static_cast<const S*>(args.upstream) + (args.upstream_stride ? first : 0);
-    of_tile.weight = args.weight || hidden ? tile.weight : nullptr;
-    sum += of_tile.weight ? run_tile<S, true>(loss, result, of_tile, last - first)
-                          : run_tile<S, false>(loss, result, of_tile, last - first);
+    arrays.input = hidden ? tile.input : logits + first;
+    arrays.target = tile.target;
+    arrays.weight = args.weight || hidden ? tile.weight : nullptr;
+    arrays.upstream = args.upstream_stride ? upstream + first : nullptr;
+    arrays.output = output ? output + first : nullptr;
+    sum += run_arrays<S>(loss, result, arrays, last - first);
     if (any_ignored && result != PointwiseResult::Sum) tile.clear_ignored();
   }
   return sum;

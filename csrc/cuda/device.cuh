@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   return shared_bytes;
@@ -13,6 +15,9 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
+
+// The upper half of the product.
+__device__ __forceinline__ uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
 // 16 aligned bytes. Stores are streaming: nothing written is read again by the same kernel.
 __device__ __forceinline__ uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }

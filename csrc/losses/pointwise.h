@@ -1,4 +1,4 @@
-// The pointwise losses: value(x, t) and grad(x, t) = d value / d x per element.
+// The pointwise losses: value(x, t) and grad(x, t) = d value / d x per element, grad_target(x, t) = d value / d t.
 //
 // A functor takes its parameters in the order of the Python function and holds them in the arithmetic type T. To add a
 // loss, write its functor and its line in the list; ops, autograd, bindings, tests and benchmarks expand from the list.
@@ -6,12 +6,62 @@
 
 #include "math.h"
 
+namespace fusedloss {
+
+// The dtype of a loss of several dtypes, as torch has it.
+enum class ResultDType { Promoted, OfInput, OfTarget, Same };
+
+}  // namespace fusedloss
+
 namespace fusedloss::FUSEDLOSS_ISA {
+
+// A loss of the difference x - t alone: d/dt = -d/dx, and inputs of different shapes broadcast.
+template <class T>
+struct OfDifference {
+  static constexpr bool of_difference = true;
+  static constexpr ResultDType result = ResultDType::Promoted;
+  static bool valid(const double*) { return true; }
+};
+
+// torch.nn.functional.mse_loss
+template <class T>
+struct Mse : OfDifference<T> {
+  explicit FUSEDLOSS_HD Mse(const double*) {}
+  FUSEDLOSS_HD T value(T x, T t) const { return (x - t) * (x - t); }
+  FUSEDLOSS_HD T grad(T x, T t) const { return T(2) * (x - t); }
+};
+
+// torch.nn.functional.l1_loss; its slope is 0 at 0, and where an input is NaN.
+template <class T>
+struct L1 : OfDifference<T> {
+  explicit FUSEDLOSS_HD L1(const double*) {}
+  FUSEDLOSS_HD T value(T x, T t) const { return abs(x - t); }
+  FUSEDLOSS_HD T grad(T x, T t) const { return T(x > t) - T(x < t); }
+};
+
+// torch.nn.functional.smooth_l1_loss: quadratic within beta, with a slope of 1 outside; with a beta of 0 it is the L1.
+template <class T>
+struct SmoothL1 : OfDifference<T> {
+  T beta, inverse;
+
+  static bool valid(const double* params) { return params[0] >= 0; }
+  explicit FUSEDLOSS_HD SmoothL1(const double* params) : beta(T(params[0])), inverse(T(1 / params[0])) {}
+
+  FUSEDLOSS_HD T value(T x, T t) const {
+    const T z = abs(x - t);
+    return select(z < beta, T(0.5) * z * z * inverse, z - T(0.5) * beta);
+  }
+  FUSEDLOSS_HD T grad(T x, T t) const {
+    const T z = x - t;
+    const T above = select(z <= -beta, T(-1), z * inverse);
+    return select(z >= beta, T(z > 0), above);
+  }
+};
 
 // torch.nn.functional.huber_loss: quadratic within delta, linear outside.
 template <class T>
-struct Huber {
-  static constexpr bool of_difference = true;  // depends on x - t alone, so that d/dt = -d/dx
+struct Huber : OfDifference<T> {
+  static constexpr ResultDType result = ResultDType::Same;
   T delta;
 
   static bool valid(const double* params) { return params[0] > 0; }
@@ -26,6 +76,66 @@ struct Huber {
     const T above = z < -delta ? -delta : z;
     return z > delta ? delta : above;
   }
+};
+
+// torch.nn.functional.binary_cross_entropy of probabilities x: logarithms are -100 at least, and NaN outside [0, 1].
+template <class T>
+struct BinaryCrossEntropy {
+  static constexpr bool of_difference = false;
+  static constexpr ResultDType result = ResultDType::Same;
+  static bool valid(const double*) { return true; }
+  explicit FUSEDLOSS_HD BinaryCrossEntropy(const double*) {}
+
+  // What torch raises for.
+  static FUSEDLOSS_HD bool is_probability(T p) { return bool(int(p >= T(0)) & int(p <= T(1))); }
+
+  FUSEDLOSS_HD T value(T x, T t) const {
+    const T log_x = log(x), log_rest = log1p(-x);
+    const T of_one = log_x < T(-100) ? T(-100) : log_x, of_zero = log_rest < T(-100) ? T(-100) : log_rest;
+    const bool both = bool(int(is_probability(x)) & int(is_probability(t)));
+    return select(both, (t - T(1)) * of_zero - t * of_one, T(NAN));
+  }
+  FUSEDLOSS_HD T grad(T x, T t) const {
+    const T variance = (T(1) - x) * x;
+    return (x - t) / (variance > T(1e-12) ? variance : T(1e-12));
+  }
+  FUSEDLOSS_HD T grad_target(T x, T) const { return log1p(-x) - log(x); }
+};
+
+// torch.nn.functional.binary_cross_entropy_with_logits, as softplus(-x) for a target of 1 and softplus(x) for one of 0:
+// no digit of a confident logit is lost.
+template <class T>
+struct WithPositiveWeight {
+  static constexpr bool takes_pos_weight = true;
+
+  FUSEDLOSS_HD T value(T x, T t, T weight) const {
+    const T wanted = weight * t, other = T(1) - t;
+    return select(x < T(0), -wanted * x, other * x) + (wanted + other) * sigmoid(x).softplus;
+  }
+  FUSEDLOSS_HD T grad(T x, T t, T weight) const {
+    const Sigmoid<T> s = sigmoid(x);
+    return (T(1) - t) * s.p - weight * t * s.q;
+  }
+  FUSEDLOSS_HD T grad_target(T x, T, T weight) const {
+    const T softplus = sigmoid(x).softplus;
+    return weight * (select(x < T(0), -x, T(0)) + softplus) - (select(x < T(0), T(0), x) + softplus);
+  }
+};
+
+template <class T>
+struct BinaryCrossEntropyWithLogits {
+  using WithPositiveWeight = FUSEDLOSS_ISA::WithPositiveWeight<T>;  // where a weight of the positive term is given
+  static constexpr bool of_difference = false;
+  static constexpr ResultDType result = ResultDType::OfTarget;
+  static bool valid(const double*) { return true; }
+  explicit FUSEDLOSS_HD BinaryCrossEntropyWithLogits(const double*) {}
+
+  FUSEDLOSS_HD T value(T x, T t) const { return select(x < T(0), -t * x, (T(1) - t) * x) + sigmoid(x).softplus; }
+  FUSEDLOSS_HD T grad(T x, T t) const {
+    const Sigmoid<T> s = sigmoid(x);
+    return (T(1) - t) * s.p - t * s.q;  // p - t without cancellation
+  }
+  FUSEDLOSS_HD T grad_target(T x, T) const { return -x; }
 };
 
 // m^gamma and m^(gamma - 1), the second times pq: bounded, because pq <= m where it matters, and 0 at m = 0.
@@ -49,6 +159,7 @@ struct GammaTwo {
 template <class T, class Modulation>
 struct SigmoidFocalWith {
   static constexpr bool of_difference = false;
+  static constexpr ResultDType result = ResultDType::OfInput;
   T alpha_at_0, alpha_slope;
   Modulation modulation;
 
@@ -86,8 +197,13 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
 
 }  // namespace fusedloss::FUSEDLOSS_ISA
 
-#define FUSEDLOSS_POINTWISE(X) \
-  X(huber, Huber)              \
+#define FUSEDLOSS_POINTWISE(X)                                      \
+  X(mse, Mse)                                                       \
+  X(l1, L1)                                                         \
+  X(smooth_l1, SmoothL1)                                            \
+  X(huber, Huber)                                                   \
+  X(binary_cross_entropy, BinaryCrossEntropy)                       \
+  X(binary_cross_entropy_with_logits, BinaryCrossEntropyWithLogits) \
   X(sigmoid_focal, SigmoidFocal)
 
 // Those that also take class indices: a target of 1 in the column that the index names, of 0 in every other.

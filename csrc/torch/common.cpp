@@ -1,7 +1,10 @@
 #include "common.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -55,14 +58,12 @@ Tensor empty_gradient(const Tensor& like) {
   return gradient;
 }
 
-namespace {
 bool is_one_value(const Tensor& tensor) {
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1 && tensor.stride(d) != 0) return false;
   }
   return true;
 }
-}  // namespace
 
 Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
   if (is_one_value(upstream)) return {upstream, 0};
@@ -103,9 +104,14 @@ Tensor take_grad(torch::autograd::AutogradContext* ctx) {
   return grad;
 }
 
-PointwiseFormula& native_formula(Pointwise loss) {
-  static std::vector<PointwiseFormula> formulas(std::size(kPointwiseNames));
-  return formulas[size_t(loss)];
+bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
+  return may_make_gradient_in_forward(input, reduction) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+}
+
+bool scales_exactly(const Tensor& input, const Tensor& upstream) {
+  if (!input.is_cpu() || input.scalar_type() != at::kBFloat16) return true;
+  int exponent;
+  return std::abs(std::frexp(upstream.item<double>(), &exponent)) == 0.5;
 }
 
 }  // namespace fusedloss

@@ -26,11 +26,9 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2, kMeanOrZero = 3 };
 inline bool is_mean(int64_t reduction) { return reduction == kMean || reduction == kMeanOrZero; }
 
 #define FUSEDLOSS_NAME(name, Functor) "fusedloss::" #name,
-constexpr const char* kPointwiseNames[] = {FUSEDLOSS_POINTWISE(FUSEDLOSS_NAME)};
 constexpr const char* kSoftmaxNames[] = {FUSEDLOSS_SOFTMAX(FUSEDLOSS_NAME)};
 #undef FUSEDLOSS_NAME
 
-inline const char* name_of(Pointwise loss) { return kPointwiseNames[size_t(loss)]; }
 inline const char* name_of(Softmax loss) { return kSoftmaxNames[size_t(loss)]; }
 
 inline c10::OperatorHandle find_op(const std::string& name) {
@@ -55,6 +53,7 @@ struct Upstream {
   int64_t stride;
 };
 Upstream read_upstream(const Tensor& upstream, const Tensor& like);
+bool is_one_value(const Tensor& upstream);
 Upstream read_upstream(const Tensor& upstream);  // in contiguous order
 
 // data *= factor, one element: left alone where that is 1, which a GPU finds out by itself. Returns data.
@@ -75,25 +74,11 @@ void check_gradient_in_forward(const char* name, const Tensor& input, int64_t re
 // none and makes its own.
 Tensor take_grad(torch::autograd::AutogradContext* ctx);
 
-// The autograd side, callable without the dispatcher: a differentiable loss.
-Tensor pointwise_loss(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, Params params, bool grad_in_forward);
-Tensor indexed_loss(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward);
-
-// The conditions under which the kernels own a call, tensors being plain ones on one device.
-bool owns_pointwise(Pointwise loss, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    Params params);
-bool owns_indexed(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                  Params params);
-
-// Native formulas, differentiated where a backward is itself differentiated. Set once, at import.
-using PointwiseFormula =
-    std::function<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t reduction, Params)>;
-PointwiseFormula& native_formula(Pointwise loss);
-// The native formula of a pointwise loss over class indices.
-using IndexedFormula = std::function<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t reduction,
-                                            int64_t ignore_index, Params)>;
-IndexedFormula& native_indexed_formula(Pointwise loss);
+// Whether to make the gradient of a reduced loss in forward unasked. Under hooks (checkpointing, offloading) what
+// forward leaves must pass through them, and a gradient does not.
+bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
+// Whether that gradient times the upstream one is to the last digit what backward would make. A bfloat16 gradient would
+// be rounded twice; on a GPU that is not asked, which would wait for it.
+bool scales_exactly(const Tensor& input, const Tensor& upstream);
 
 }  // namespace fusedloss

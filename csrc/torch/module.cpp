@@ -1,5 +1,6 @@
 // The Python module: one function per loss that computes it, or returns None where the kernels do not own the call.
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -12,6 +13,8 @@
 #include <array>
 #include <string>
 
+#include "pointwise.h"
+#include "pointwise_indexed.h"
 #include "softmax.h"
 #ifdef FUSEDLOSS_CUDA
 #include "cuda/common.h"
@@ -72,19 +75,23 @@ struct Call {
   size_t count = 0;
 
   Params params() const { return Params(values.data(), count); }
+  int64_t elements() const {
+    if (input.sizes() == target.sizes()) return input.numel();
+    return c10::multiply_integers(at::infer_size_dimvector(input.sizes(), target.sizes()));
+  }
 
   template <class... P>
   static Call read(py::handle input, py::handle target, py::handle weight, py::handle reduction, P... params) {
     Call call;
     call.declined = call.take(input, target, weight, reduction);
-    for (const py::handle value : {py::handle(params)...}) {
+    for (const py::handle value : std::array<py::handle, sizeof...(P)>{py::handle(params)...}) {
       if (call.declined || value.is_none()) break;
       call.declined = call.take_param(value);
     }
     return call;
   }
 
- private:
+ protected:
   const char* take(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_) {
     if (const char* why = take_tensor(input_, input)) return why;
     if (const char* why = take_tensor(target_, target)) return why;
@@ -108,6 +115,7 @@ struct Call {
   }
 
   const char* take_param(py::handle value) {
+    if (count == kMaxParams) return "more parameters than the kernels take";
     if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return "a parameter that is no number";
     values[count++] = PyFloat_AsDouble(value.ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
@@ -115,59 +123,41 @@ struct Call {
   }
 };
 
+// A pointwise call, or why the kernels do not own it.
+struct PointwiseArguments : Call {
+  PointwiseCall call;
+
+  PointwiseArguments(const PointwiseLoss& loss, py::handle input_, py::handle target_, py::handle weight_,
+                     py::handle reduction_, const py::args& params_, py::handle pos_weight)
+      : Call(read(input_, target_, weight_, reduction_)) {
+    for (size_t i = 0; !declined && i < params_.size(); ++i) declined = take_param(params_[i]);
+    call = {weight, std::nullopt, reduction, params()};
+    if (!declined && !pos_weight.is_none()) {
+      Tensor given;
+      declined = take_tensor(pos_weight, given);
+      call.pos_weight = given;
+    }
+    if (!declined) declined = declines_pointwise(loss, input, target, call, autocast);
+  }
+};
+
 constexpr const char* kNotOwned = "shapes, dtypes or gradients that the kernels do not take";
 
 template <Pointwise kLoss>
-struct PointwiseArguments : Call {
-  PointwiseArguments(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_, py::handle first,
-                     py::handle second_)
-      : Call(read(input_, target_, weight_, reduction_, first, second_)) {
-    if (declined) return;
-    if (autocast) {
-      declined = "autocast";
-    } else if (!owns_pointwise(kLoss, input, target, weight, params())) {
-      declined = kNotOwned;
-    }
-  }
-};
-
-template <Pointwise kLoss>
-OptionalTensor pointwise(py::handle input, py::handle target, py::handle weight, py::handle reduction, py::handle first,
-                         py::handle second) {
-  const PointwiseArguments<kLoss> call(input, target, weight, reduction, first, second);
-  if (call.declined) return std::nullopt;
-  py::gil_scoped_release no_gil;
-  return pointwise_loss(kLoss, call.input, call.target, call.weight, call.reduction, call.params(), true);
-}
-
-template <Pointwise kLoss>
 struct IndexedArguments : Call {
-  int64_t ignored = 0;
+  IndexedCall call;
 
   IndexedArguments(py::handle logits, py::handle target_, py::handle weight_, py::handle reduction_,
-                   py::handle ignore_index, py::handle first, py::handle second_)
-      : Call(read(logits, target_, weight_, reduction_, first, second_)) {
+                   py::handle ignore_index, const py::args& params_)
+      : Call(read(logits, target_, weight_, reduction_)) {
+    for (size_t i = 0; !declined && i < params_.size(); ++i) declined = take_param(params_[i]);
+    if (!declined && autocast) declined = "autocast";
+    if (!declined && !PyLong_Check(ignore_index.ptr())) declined = "an ignore_index that is no integer";
     if (declined) return;
-    if (autocast) {
-      declined = "autocast";
-    } else if (!PyLong_Check(ignore_index.ptr())) {
-      declined = "an ignore_index that is no integer";
-    } else if (!owns_indexed(kLoss, input, target, weight, params())) {
-      declined = kNotOwned;
-    } else {
-      ignored = ignore_index.cast<int64_t>();
-    }
+    call = {weight, reduction, ignore_index.cast<int64_t>(), params()};
+    if (!owns_indexed(kLoss, input, target, call)) declined = kNotOwned;
   }
 };
-
-template <Pointwise kLoss>
-OptionalTensor indexed(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
-                       py::handle ignore_index, py::handle first, py::handle second) {
-  const IndexedArguments<kLoss> call(logits, target, weight, reduction, ignore_index, first, second);
-  if (call.declined) return std::nullopt;
-  py::gil_scoped_release no_gil;
-  return indexed_loss(kLoss, call.input, call.target, call.weight, call.reduction, call.ignored, call.params(), true);
-}
 
 // A softmax call, or why the kernels do not own it. Under autocast a loss is float32; the logits are read as they are.
 struct SoftmaxArguments : Call {
@@ -216,18 +206,6 @@ std::string of_rows(const Tensor& logits) {
   return order + std::to_string(classes);
 }
 
-template <Pointwise kLoss, class... P>
-std::string explain_pointwise(P... arguments) {
-  const PointwiseArguments<kLoss> call(arguments...);
-  return path(call, call.declined ? "" : std::to_string(call.input.numel()) + " elements");
-}
-
-template <Pointwise kLoss, class... P>
-std::string explain_indexed(P... arguments) {
-  const IndexedArguments<kLoss> call(arguments...);
-  return path(call, call.declined ? "" : of_rows(call.input));
-}
-
 template <Softmax kLoss>
 std::string explain_softmax(py::handle logits, py::handle target, py::handle weight, py::handle reduction,
                             py::handle ignore_index, py::handle p0, py::handle p1, py::handle p2, bool wide,
@@ -238,25 +216,6 @@ std::string explain_softmax(py::handle logits, py::handle target, py::handle wei
 
 // Holds a Python callable for the life of the process: released at exit it could outlive the interpreter.
 PyObject* keep(const py::object& formula) { return formula.inc_ref().ptr(); }
-
-void set_formula(Pointwise loss, const py::object& formula) {
-  native_formula(loss) = [kept = keep(formula)](const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                                int64_t reduction, Params params) {
-    py::gil_scoped_acquire gil;
-    return py::handle(kept)(input, target, weight, name_of(reduction), *py::tuple(py::cast(params.vec())))
-        .template cast<Tensor>();
-  };
-}
-
-IndexedFormula of_class_indices(const py::object& formula) {
-  return [kept = keep(formula)](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                int64_t reduction, int64_t ignore_index, Params params) {
-    py::gil_scoped_acquire gil;
-    return py::handle(kept)(logits, target, weight, name_of(reduction), ignore_index,
-                            *py::tuple(py::cast(params.vec())))
-        .template cast<Tensor>();
-  };
-}
 
 void set_formula(Softmax loss, const py::object& formula) {
   native_formula(loss) = [kept = keep(formula)](const Tensor& logits, const SoftmaxCall& call) {
@@ -270,47 +229,92 @@ void set_formula(Softmax loss, const py::object& formula) {
   };
 }
 
-template <class Loss>
-void bind_formula(py::module_& m, const char* name, Loss loss) {
-  m.def((std::string("set_native_") + name).c_str(), [loss](const py::object& formula) { set_formula(loss, formula); });
+// The functions of a loss: it itself, explain_ and set_native_ before its name.
+void bind_pointwise(py::module_& m, PointwiseLoss& loss) {
+  using namespace py::literals;
+  const std::string name = loss.op.substr(loss.op.find("::") + 2);
+  const auto run = [&loss](py::handle input, py::handle target, py::handle weight, py::handle reduction,
+                           const py::args& params, py::handle pos_weight) -> OptionalTensor {
+    const PointwiseArguments given(loss, input, target, weight, reduction, params, pos_weight);
+    if (given.declined) return std::nullopt;
+    py::gil_scoped_release no_gil;
+    return pointwise(loss, given.input, given.target, given.call, true);
+  };
+  const auto explain = [&loss](py::handle input, py::handle target, py::handle weight, py::handle reduction,
+                               const py::args& params, py::handle pos_weight) {
+    const PointwiseArguments given(loss, input, target, weight, reduction, params, pos_weight);
+    return path(given, given.declined ? "" : std::to_string(given.elements()) + " elements");
+  };
+  const auto set_native = [&loss](const py::object& formula) {
+    loss.formula = [kept = keep(formula)](const Tensor& input, const Tensor& target, const PointwiseCall& call) {
+      py::gil_scoped_acquire gil;
+      py::dict options;
+      if (call.pos_weight) options["pos_weight"] = *call.pos_weight;
+      return py::handle(kept)(input, target, call.weight, name_of(call.reduction),
+                              *py::tuple(py::cast(call.params.vec())), **options)
+          .template cast<Tensor>();
+    };
+  };
+  const py::arg_v pos_weight = ("pos_weight"_a = py::none());
+  m.def(name.c_str(), torch::wrap_pybind_function(run), "input"_a, "target"_a, "weight"_a, "reduction"_a, pos_weight);
+  m.def(("explain_" + name).c_str(), explain, "input"_a, "target"_a, "weight"_a, "reduction"_a, pos_weight);
+  m.def(("set_native_" + name).c_str(), set_native);
+  const char* results[] = {"promoted", "of input", "of target", "same"};
+  const py::object traits = py::module_::import("types").attr("SimpleNamespace")(
+      "of_difference"_a = loss.traits.of_difference, "has_target_slope"_a = loss.traits.has_target_slope,
+      "of_probabilities"_a = loss.traits.of_probabilities, "result"_a = results[int(loss.traits.result)],
+      "by_target"_a = loss.traits.result == ResultDType::OfTarget);
+  m.attr(("traits_of_" + name).c_str()) = traits;
+}
+
+template <Pointwise kLoss>
+void bind_indexed(py::module_& m, const char* op) {
+  using namespace py::literals;
+  const std::string name = std::string(op).substr(std::string(op).find("::") + 2);
+  const auto run = [](py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                      py::handle ignore_index, const py::args& params) -> OptionalTensor {
+    const IndexedArguments<kLoss> given(logits, target, weight, reduction, ignore_index, params);
+    if (given.declined) return std::nullopt;
+    py::gil_scoped_release no_gil;
+    return indexed_loss(kLoss, given.input, given.target, given.call, true);
+  };
+  const auto explain = [](py::handle logits, py::handle target, py::handle weight, py::handle reduction,
+                          py::handle ignore_index, const py::args& params) {
+    const IndexedArguments<kLoss> given(logits, target, weight, reduction, ignore_index, params);
+    return path(given, given.declined ? "" : of_rows(given.input));
+  };
+  const auto set_native = [](const py::object& formula) {
+    native_indexed_formula(kLoss) = [kept = keep(formula)](const Tensor& logits, const Tensor& target,
+                                                           const IndexedCall& call) {
+      py::gil_scoped_acquire gil;
+      return py::handle(kept)(logits, target, call.weight, name_of(call.reduction), call.ignore_index,
+                              *py::tuple(py::cast(call.params.vec())))
+          .template cast<Tensor>();
+    };
+  };
+  m.def(name.c_str(), torch::wrap_pybind_function(run), "logits"_a, "target"_a, "weight"_a, "reduction"_a,
+        "ignore_index"_a);
+  m.def(("explain_" + name).c_str(), explain, "logits"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a);
+  m.def(("set_native_" + name).c_str(), set_native);
 }
 
 }  // namespace
 }  // namespace fusedloss
 
-#define FUSEDLOSS_POINTWISE_ARGUMENTS \
-  "input"_a, "target"_a, "weight"_a, "reduction"_a, "first"_a = py::none(), "second"_a = py::none()
-#define FUSEDLOSS_INDEXED_ARGUMENTS \
-  "logits"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "first"_a = py::none(), "second"_a = py::none()
 #define FUSEDLOSS_SOFTMAX_ARGUMENTS                                                                        \
   "logits"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a,                                     \
       "p0"_a = py::none(), "p1"_a = py::none(), "p2"_a = py::none(), "wide"_a = false, "second"_a = false, \
       "zero"_a = false, "grad_in_forward"_a = py::none(), "inplace"_a = false
 
-#define FUSEDLOSS_BIND_POINTWISE(name, Functor)                                                                   \
-  m.def(#name, torch::wrap_pybind_function(fusedloss::pointwise<fusedloss::Pointwise::name>),                     \
-        FUSEDLOSS_POINTWISE_ARGUMENTS);                                                                           \
-  m.def("explain_" #name,                                                                                         \
-        &fusedloss::explain_pointwise<fusedloss::Pointwise::name, py::handle, py::handle, py::handle, py::handle, \
-                                      py::handle, py::handle>,                                                    \
-        FUSEDLOSS_POINTWISE_ARGUMENTS);                                                                           \
-  fusedloss::bind_formula(m, #name, fusedloss::Pointwise::name);                                                  \
-  pointwise.append(#name);
-#define FUSEDLOSS_BIND_INDEXED(name, Functor)                                                                   \
-  m.def(#name "_indexed", torch::wrap_pybind_function(fusedloss::indexed<fusedloss::Pointwise::name>),          \
-        FUSEDLOSS_INDEXED_ARGUMENTS);                                                                           \
-  m.def("explain_" #name "_indexed",                                                                            \
-        &fusedloss::explain_indexed<fusedloss::Pointwise::name, py::handle, py::handle, py::handle, py::handle, \
-                                    py::handle, py::handle, py::handle>,                                        \
-        FUSEDLOSS_INDEXED_ARGUMENTS);                                                                           \
-  m.def("set_native_" #name "_indexed", [](const py::object& formula) {                                         \
-    fusedloss::native_indexed_formula(fusedloss::Pointwise::name) = fusedloss::of_class_indices(formula);       \
-  });
+#define FUSEDLOSS_APPEND(name, Functor) pointwise.append(#name);
+#define FUSEDLOSS_BIND_INDEXED(name, Functor) \
+  fusedloss::bind_indexed<fusedloss::Pointwise::name>(m, fusedloss::indexed_name(fusedloss::Pointwise::name));
 #define FUSEDLOSS_BIND_SOFTMAX(name, Functor)                                                                  \
   m.def(#name, torch::wrap_pybind_function(fusedloss::softmax<fusedloss::Softmax::name>),                      \
         FUSEDLOSS_SOFTMAX_ARGUMENTS);                                                                          \
   m.def("explain_" #name, &fusedloss::explain_softmax<fusedloss::Softmax::name>, FUSEDLOSS_SOFTMAX_ARGUMENTS); \
-  fusedloss::bind_formula(m, #name, fusedloss::Softmax::name);                                                 \
+  m.def("set_native_" #name,                                                                                   \
+        [](const py::object& formula) { fusedloss::set_formula(fusedloss::Softmax::name, formula); });         \
   m.def("saved_by_" #name, [](const std::vector<double>& params) {                                             \
     return fusedloss::saved_statistics(fusedloss::Softmax::name, params);                                      \
   });                                                                                                          \
@@ -319,14 +323,22 @@ void bind_formula(py::module_& m, const char* name, Loss loss) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace py::literals;
   py::list pointwise, softmax;
-  FUSEDLOSS_POINTWISE(FUSEDLOSS_BIND_POINTWISE)
+  FUSEDLOSS_POINTWISE(FUSEDLOSS_APPEND)
+  for (int i = 0; i < fusedloss::kPointwiseLosses; ++i) fusedloss::bind_pointwise(m, fusedloss::pointwise_loss(i));
   FUSEDLOSS_INDEXED(FUSEDLOSS_BIND_INDEXED)
   FUSEDLOSS_SOFTMAX(FUSEDLOSS_BIND_SOFTMAX)
+  // A loss compiled apart, by the address of what it hands over.
+  m.def("add_pointwise", [](const std::string& name, uintptr_t custom) {
+    py::module_ self = py::module_::import("fusedloss._C");
+    fusedloss::bind_pointwise(
+        self, fusedloss::add_pointwise(name, *reinterpret_cast<const fusedloss::CustomPointwise*>(custom)));
+  });
   m.attr("pointwise_losses") = py::tuple(pointwise);
   m.attr("softmax_losses") = py::tuple(softmax);
   m.def("cpu_isa", [] { return fusedloss::cpu_kernels().isa; });
   m.attr("cpu_isas") = fusedloss::cpu_isas();
   m.attr("compiler") = FUSEDLOSS_COMPILER;
+  m.attr("compile_flags") = FUSEDLOSS_COMPILE_FLAGS;
   m.attr("torch_version") = FUSEDLOSS_TORCH_VERSION;
   m.attr("cuda_architectures") = FUSEDLOSS_CUDA_ARCHITECTURES;
 #ifdef FUSEDLOSS_CUDA

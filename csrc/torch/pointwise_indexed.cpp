@@ -2,16 +2,13 @@
 
 #include "pointwise_indexed.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/csrc/autograd/autograd.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "loss_function.h"
+
 namespace fusedloss {
 namespace {
-
-std::string op_name(Pointwise loss) { return std::string(name_of(loss)) + "_indexed"; }
 
 bool valid(Pointwise loss, Params given) {
   double params[kMaxParams];
@@ -23,7 +20,7 @@ bool valid(Pointwise loss, Params given) {
     FUSEDLOSS_INDEXED(FUSEDLOSS_VALID)
 #undef FUSEDLOSS_VALID
     default:
-      TORCH_CHECK(false, op_name(loss), ": takes no class indices");
+      TORCH_CHECK(false, "no loss over class indices: ", int64_t(loss));
   }
 }
 
@@ -52,8 +49,7 @@ Weights kind_of(const Tensor& weight, const Tensor& logits) {
 }
 
 void check(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Params params) {
-  const std::string op = op_name(loss);
-  const char* name = op.c_str();
+  const char* name = indexed_name(loss);
   TORCH_CHECK(kernel_dtype(logits.scalar_type()), name, ": expected floating point logits, got ", logits.scalar_type());
   TORCH_CHECK(logits.dim() >= 2 && logits.numel() > 0, name,
               ": expected logits (N, C) or (N, C, d1, ...), not empty, got ", logits.sizes());
@@ -146,7 +142,7 @@ Tensor empty_loss(const IndexedInputs& inputs, int64_t reduction) {
 }
 
 void check_backward(Pointwise loss, const IndexedInputs& inputs, const Tensor& upstream, int64_t reduction) {
-  const std::string name = op_name(loss) + "_backward";
+  const std::string name = std::string(indexed_name(loss)) + "_backward";
   TORCH_CHECK(upstream.scalar_type() == inputs.logits.scalar_type(), name, ": expected an upstream gradient of ",
               inputs.logits.scalar_type(), ", got ", upstream.scalar_type());
   check_device(name.c_str(), "an upstream gradient", upstream, inputs.logits);
@@ -175,97 +171,85 @@ struct Ops {
 
 const Ops& ops_of(Pointwise loss) {
   switch (loss) {
-#define FUSEDLOSS_OPS(name, Functor)                \
-  case Pointwise::name: {                           \
-    static const Ops ops(op_name(Pointwise::name)); \
-    return ops;                                     \
+#define FUSEDLOSS_OPS(name, Functor)                     \
+  case Pointwise::name: {                                \
+    static const Ops ops(indexed_name(Pointwise::name)); \
+    return ops;                                          \
   }
     FUSEDLOSS_INDEXED(FUSEDLOSS_OPS)
 #undef FUSEDLOSS_OPS
     default:
-      TORCH_CHECK(false, op_name(loss), ": takes no class indices");
+      TORCH_CHECK(false, "no loss over class indices: ", int64_t(loss));
   }
-}
-
-// On a CPU arithmetic is what costs, and value and gradient share most of it. A half type would be rounded twice where
-// the upstream gradient is not 1.
-bool pays_in_forward(const Tensor& logits, int64_t reduction) {
-  return logits.is_cpu() && reduction != kNone && c10::elementSize(logits.scalar_type()) > 2;
 }
 
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
-struct IndexedFunction : torch::autograd::Function<IndexedFunction> {
-  static Tensor forward(AutogradContext* ctx, int64_t loss, const Tensor& logits, const Tensor& target,
-                        const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params,
-                        bool grad_in_forward) {
-    ctx->save_for_backward({logits, target, weight.value_or(Tensor())});
-    ctx->saved_data["loss"] = loss;
+struct DifferentiableCall {
+  Pointwise loss;
+  OptionalTensor weight, pos_weight;  // the latter never
+  int64_t reduction, ignore_index;
+  std::vector<double> params;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["loss"] = int64_t(loss);
     ctx->saved_data["reduction"] = reduction;
     ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["params"] = params.vec();
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Ops& ops = ops_of(Pointwise(loss));
-    if (!grad_in_forward || !pays_in_forward(logits, reduction))
-      return ops.forward.call(logits, target, weight, reduction, ignore_index, params);
-    auto [value, grad] = ops.with_grad.call(logits, target, weight, reduction, ignore_index, params);
-    ctx->saved_data["grad"] = grad;
-    return value;
+    ctx->saved_data["params"] = params;
+  }
+  static DifferentiableCall of(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    return {Pointwise(data["loss"].toInt()), {}, {}, data["reduction"].toInt(), data["ignore_index"].toInt(),
+            data["params"].toDoubleVector()};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    variable_list gradients(8);  // one for each argument of forward
-    if (!upstream[0].defined()) return gradients;
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &logits = saved[0], &target = saved[1];
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const auto loss = Pointwise(ctx->saved_data["loss"].toInt());
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const std::vector<double> params = ctx->saved_data["params"].toDoubleVector();
-    if (at::GradMode::is_enabled()) {
-      // A gradient that carries a graph of its own: native autograd through the native formula.
-      const IndexedFormula& formula = native_indexed_formula(loss);
-      TORCH_CHECK(formula, op_name(loss), ": no native formula to differentiate twice");
-      const Tensor x = logits.view_as(logits);
-      const Tensor value = formula(x, target, weight, reduction, ignore_index, params);
-      gradients[1] = torch::autograd::grad({value}, {x}, {upstream[0]}, true, true)[0];
-    } else if (const Tensor grad = take_grad(ctx); grad.defined()) {
-      gradients[1] = scale_(grad, upstream[0]);
-    } else {
-      gradients[1] = ops_of(loss).backward.call(upstream[0], logits, target, weight, reduction, ignore_index, params);
-    }
-    return gradients;
+  Tensor forward(const Tensor& logits, const Tensor& target) const {
+    return ops_of(loss).forward.call(logits, target, weight, reduction, ignore_index, params);
   }
+  std::tuple<Tensor, Tensor> with_grad(const Tensor& logits, const Tensor& target) const {
+    return ops_of(loss).with_grad.call(logits, target, weight, reduction, ignore_index, params);
+  }
+  Tensor backward(const Tensor& upstream, const Tensor& logits, const Tensor& target, bool) const {
+    return ops_of(loss).backward.call(upstream, logits, target, weight, reduction, ignore_index, params);
+  }
+  Tensor native(const Tensor& logits, const Tensor& target) const {
+    const IndexedFormula& formula = native_indexed_formula(loss);
+    TORCH_CHECK(formula, indexed_name(loss), ": no native formula to differentiate twice");
+    return formula(logits, target, {weight, reduction, ignore_index, params});
+  }
+  bool of_difference() const { return false; }
 };
+
+struct IndexedFunction : torch::autograd::Function<IndexedFunction>, LossSteps<DifferentiableCall> {};
 
 }  // namespace
 
-bool owns_indexed(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                  Params params) {
+bool owns_indexed(Pointwise loss, const Tensor& logits, const Tensor& target, const IndexedCall& call) {
   if (logits.dim() < 2 || target.dim() != logits.dim() - 1 || target.scalar_type() != at::kLong) return false;
-  if (logits.numel() == 0 || !kernel_dtype(logits.scalar_type()) || !valid(loss, params)) return false;
+  if (logits.numel() == 0 || !kernel_dtype(logits.scalar_type()) || !valid(loss, call.params)) return false;
   if (!logits.is_cpu() && logits.size(1) > kCudaMaxClasses) return false;
   for (int64_t d = 0; d < target.dim(); ++d) {
     if (target.size(d) != logits.size(d == 0 ? 0 : d + 1)) return false;
   }
-  return !weight || (weight->scalar_type() == logits.scalar_type() && !weight->requires_grad() &&
-                     kind_of(*weight, logits) != Weights::Neither);
+  return !call.weight || (call.weight->scalar_type() == logits.scalar_type() && !call.weight->requires_grad() &&
+                          kind_of(*call.weight, logits) != Weights::Neither);
 }
 
-Tensor indexed_loss(Pointwise loss, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction, int64_t ignore_index, Params params, bool grad_in_forward) {
+Tensor indexed_loss(Pointwise loss, const Tensor& logits, const Tensor& target, const IndexedCall& call,
+                    bool grad_in_forward) {
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    return IndexedFunction::apply(int64_t(loss), logits, target, weight, reduction, ignore_index, params,
-                                  grad_in_forward);
+    const DifferentiableCall differentiable = {loss,           call.weight,       std::nullopt,
+                                               call.reduction, call.ignore_index, call.params.vec()};
+    // On a CPU arithmetic is what costs, and value and gradient share most of it.
+    const bool pays = grad_in_forward && logits.is_cpu() && gradient_in_forward_pays(logits, call.reduction);
+    return IndexedFunction::apply(logits, target, differentiable, pays);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return ops_of(loss).forward.call(logits, target, weight, reduction, ignore_index, params);
+  return ops_of(loss).forward.call(logits, target, call.weight, call.reduction, call.ignore_index, call.params);
 }
 
 IndexedFormula& native_indexed_formula(Pointwise loss) {
-  static std::vector<IndexedFormula> formulas(std::size(kPointwiseNames));
+  static std::vector<IndexedFormula> formulas(kPointwiseLosses);
   return formulas[size_t(loss)];
 }
 
@@ -275,7 +259,7 @@ template <Pointwise kLoss>
 Tensor autograd_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                         int64_t ignore_index, Params params) {
   // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
-  return indexed_loss(kLoss, logits, target, weight, reduction, ignore_index, params, false);
+  return indexed_loss(kLoss, logits, target, {weight, reduction, ignore_index, params}, false);
 }
 
 }  // namespace

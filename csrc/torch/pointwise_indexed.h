@@ -11,6 +11,32 @@
 
 namespace fusedloss {
 
+#define FUSEDLOSS_NAME(name, Functor) \
+  if (loss == Pointwise::name) return "fusedloss::" #name "_indexed";
+constexpr const char* indexed_name(Pointwise loss) {
+  FUSEDLOSS_INDEXED(FUSEDLOSS_NAME)
+  return nullptr;
+}
+#undef FUSEDLOSS_NAME
+
+// A call but for its logits and target.
+struct IndexedCall {
+  OptionalTensor weight;
+  int64_t reduction, ignore_index;
+  Params params;
+};
+
+// Whether the kernels own a call, tensors being plain ones on one device.
+bool owns_indexed(Pointwise loss, const Tensor& logits, const Tensor& target, const IndexedCall& call);
+
+// The autograd side, callable without the dispatcher: a differentiable loss.
+Tensor indexed_loss(Pointwise loss, const Tensor& logits, const Tensor& target, const IndexedCall& call,
+                    bool grad_in_forward);
+
+// The native formula of a pointwise loss over class indices.
+using IndexedFormula = std::function<Tensor(const Tensor& logits, const Tensor& target, const IndexedCall&)>;
+IndexedFormula& native_indexed_formula(Pointwise loss);
+
 // The checked arguments of an op, as the kernels read them: dense logits in any order, and what belongs to rows in the
 // order in which their memory has the rows.
 struct IndexedInputs {

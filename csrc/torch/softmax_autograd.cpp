@@ -1,13 +1,11 @@
 // The softmax family under autograd.
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <cmath>
 #include <vector>
 
 #include "softmax.h"
@@ -77,13 +75,6 @@ struct Saved {
             bool(flags & 8)};
   }
 };
-
-// bfloat16 would be rounded once more, unless by a power of two. A GPU is not asked, which would have to wait.
-bool scales_exactly(const Tensor& logits, const Tensor& upstream) {
-  if (!logits.is_cpu() || logits.scalar_type() != at::kBFloat16) return true;
-  int exponent;
-  return std::abs(std::frexp(upstream.item<double>(), &exponent)) == 0.5;
-}
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   // The statistics go out beside the differentiable outputs: compiled autograd knows no others.
@@ -201,13 +192,6 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(Softmax loss, const Tensor& l
   return {values[0], call.second ? values[1] : Tensor(), statistics};
 }
 
-// On a CPU forward makes the gradient with a read and an exponential less than a backward of its own; where the
-// upstream gradient is not 1, multiplying takes no longer than that backward. Under hooks (checkpointing, offloading)
-// what forward leaves must pass through them, and a gradient does not.
-bool pays_in_forward(const Tensor& logits) {
-  return logits.is_cpu() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-}
-
 // What the dispatcher calls.
 template <Softmax kLoss>
 std::tuple<Tensor, Tensor, Tensor> autograd_forward(const Tensor& logits, const Tensor& target,
@@ -224,7 +208,9 @@ std::tuple<Tensor, Tensor, Tensor> autograd_forward(const Tensor& logits, const 
 
 std::tuple<Tensor, Tensor> softmax_loss(Softmax loss, const Tensor& logits, const SoftmaxCall& call,
                                         std::optional<bool> grad_in_forward, bool in_place) {
-  const bool in_forward = grad_in_forward.value_or(!in_place && pays_in_forward(logits));
+  const bool in_forward = grad_in_forward.value_or(
+      // There it saves a read and an exponential, and multiplying takes no longer than a backward of its own.
+      !in_place && logits.is_cpu() && gradient_in_forward_pays(logits, call.reduction));
   const auto results = with_statistics(loss, logits, call, in_forward, in_place);
   return {std::get<0>(results), std::get<1>(results)};
 }

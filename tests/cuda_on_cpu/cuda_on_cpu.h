@@ -17,6 +17,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 // ---- device side
@@ -54,6 +55,9 @@ template <class T>
 T* cluster_shared(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(cuda_on_cpu::executor.shared_of(rank, mine));
 }
+
+// The upper half of the product.
+inline uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
 
 // A plain access, for UBSan to see a misaligned one.
 inline uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }

@@ -1,17 +1,32 @@
 // The CUDA entry points for tests that have no torch tensors on a GPU: plain arguments, run by the executor.
 #include <cuda_on_cpu.h>
 
-#include "kernels.h"
+#include "cuda/pointwise.cuh"
 
 namespace {
 
 template <class Args>
-Args arguments(int dtype, const double* params) {
+Args arguments(const double* params) {
   Args args = {};
-  args.dtype = fusedloss::DType(dtype);
   for (int i = 0; i < fusedloss::kMaxParams; ++i) args.params[i] = params[i];
   return args;
 }
+template <class Args>
+Args arguments(int dtype, const double* params) {
+  Args args = arguments<Args>(params);
+  args.dtype = fusedloss::DType(dtype);
+  return args;
+}
+
+// A loss that no list names.
+template <class T>
+struct Custom {
+  T factor;
+  explicit Custom(const double* params) : factor(T(params[0])) {}
+  T value(T x, T t) const { return factor * x * x * t; }
+  T grad(T x, T t) const { return factor * 2 * x * t; }
+  T grad_target(T x, T) const { return factor * x * x; }
+};
 
 // Filled with what an earlier call may have left there.
 struct Workspace {
@@ -36,23 +51,49 @@ const char* fault() { return cuda_on_cpu::fault.c_str(); }
 int64_t launches() { return cuda_on_cpu::launches; }
 int64_t memsets() { return cuda_on_cpu::memsets; }
 
-int run_pointwise(int loss, int result, int dtype, const double* params, int64_t count, const void* input,
-                  const void* target, const void* weight, void* output, const void* upstream, int64_t upstream_stride,
-                  double scale, void* total, double divisor) {
-  auto args = arguments<fusedloss::CudaPointwiseArgs>(dtype, params);
+// What a pointwise call is given, as kernels.py fills it; the custom loss where its number is negative.
+struct PointwiseCall {
+  int64_t loss, result, arithmetic, one_upstream, output_dtype, total_dtype, count, dims;
+  int64_t sizes[fusedloss::kMaxDims];
+  fusedloss::Operand input, target, weight, pos_weight, upstream;
+  double params[fusedloss::kMaxParams];
+  double scale, divisor;
+  void *output, *total;
+};
+
+int run_pointwise(const PointwiseCall* call) {
+  auto args = arguments<fusedloss::CudaPointwiseArgs>(call->params);
   Workspace workspace;
-  args.input = input;
-  args.target = target;
-  args.weight = weight;
-  args.output = output;
-  args.upstream = upstream;
-  args.upstream_stride = upstream_stride;
-  args.scale = scale;
-  args.count = count;
-  args.total = total;
-  args.divisor = divisor;
+  args.arithmetic = fusedloss::DType(call->arithmetic);
+  args.input = call->input;
+  args.target = call->target;
+  args.weight = call->weight;
+  args.pos_weight = call->pos_weight;
+  args.upstream = call->upstream;
+  args.one_upstream = call->one_upstream;
+  args.dims = int(call->dims);
+  for (int d = 0; d < args.dims; ++d) args.sizes[d] = call->sizes[d];
+  args.output = call->output;
+  args.output_dtype = fusedloss::DType(call->output_dtype);
+  args.scale = call->scale;
+  args.count = call->count;
+  args.total = call->total;
+  args.total_dtype = fusedloss::DType(call->total_dtype);
+  args.divisor = call->divisor;
   args.workspace = workspace.bytes;
-  return fusedloss::cuda_pointwise(fusedloss::Pointwise(loss), fusedloss::PointwiseResult(result), args, nullptr);
+  const auto result = fusedloss::PointwiseResult(call->result);
+  if (call->loss < 0) return fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr);
+  return fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr);
+}
+
+// As the kernels divide where there are so many elements.
+int64_t quotient(int64_t number, int64_t size, int64_t count) {
+  fusedloss::CudaPointwiseArgs args = {};
+  args.dims = 1;
+  args.sizes[0] = size;
+  args.count = count;
+  const auto numbering = fusedloss::cuda::numbering_of(fusedloss::PointwiseResult::Sum, args);
+  return numbering.narrow ? int64_t(numbering.quotient(uint32_t(number), 0)) : numbering.quotient(number, 0);
 }
 
 // layout: outer, classes, inner; weight_strides: outer, class, inner. The gradient of a mean finds its own divisor.

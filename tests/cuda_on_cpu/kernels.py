@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMPILER = os.environ.get("CXX", "c++")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-LOSSES, SUM, SUM_AND_GRAD, GRAD = range(4)  # PointwiseResult
+LOSSES, SUM, SUM_AND_GRAD, GRAD, TARGET_GRAD = range(5)  # PointwiseResult
 DIVISOR, FORWARD, BACKWARD = range(3)
 
 
@@ -81,7 +81,7 @@ def layout_of(logits: Tensor) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * 6)(rows, classes, rows if one_run else inner, batch, logits.stride(1), logits.stride(2))
 
 
-MAX_PARAMS = 3
+MAX_PARAMS, MAX_DIMS = 8, 6  # kMaxParams and kMaxDims of csrc/kernels.h
 
 
 def parameters(params: tuple[float, ...]) -> "ctypes.Array[ctypes.c_double]":
@@ -92,18 +92,81 @@ def check(kernels: ctypes.CDLL, error: int) -> None:
     assert error == 0 and kernels.fault() == b"", f"error {error}: {kernels.fault().decode()}"
 
 
+class Operand(ctypes.Structure):
+    """As in csrc/kernels.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("dense", ctypes.c_bool),
+        ("strides", ctypes.c_int64 * MAX_DIMS),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, tensor: Tensor, dims: list[int]) -> "Operand":
+        """The dimensions from the innermost one on."""
+        expected, dense = 1, True
+        for dim in dims:
+            dense = dense and (tensor.stride(dim) == expected or tensor.shape[dim] == 1)
+            expected *= tensor.shape[dim]
+        strides = (ctypes.c_int64 * MAX_DIMS)(*(tensor.stride(dim) for dim in dims))
+        return cls(tensor.data_ptr(), DTYPES.index(tensor.dtype), dense, strides)
+
+
+class PointwiseCall(ctypes.Structure):
+    """As in driver.cpp."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_int64)
+            for name in (
+                "loss", "result", "arithmetic", "one_upstream", "output_dtype", "total_dtype", "count", "dims",
+            )
+        ]
+        + [("sizes", ctypes.c_int64 * MAX_DIMS)]
+        + [(name, Operand) for name in ("input", "target", "weight", "pos_weight", "upstream")]
+        + [("params", ctypes.c_double * MAX_PARAMS)]
+        + [("scale", ctypes.c_double), ("divisor", ctypes.c_double)]
+        + [("output", ctypes.c_void_p), ("total", ctypes.c_void_p)]
+    )  # fmt: skip
+
+
+CUSTOM = "custom"  # the loss of driver.cpp
+
+
 def run_pointwise(
     kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, target: Tensor,
     weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None, scale: float = 1.0,
-    total: Tensor | None = None, divisor: float = 1.0,
+    total: Tensor | None = None, divisor: float = 1.0, pos_weight: Tensor | None = None, refused: bool = False,
 ) -> None:  # fmt: skip
-    error = kernels.run_pointwise(
-        extension.pointwise_losses.index(name), result, DTYPES.index(input.dtype), parameters(params),
-        ctypes.c_int64(input.numel()), pointer(input), pointer(target), pointer(weight), pointer(output),
-        pointer(upstream), ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), ctypes.c_double(scale),
-        pointer(total), ctypes.c_double(divisor),
+    """Operands that broadcast to the input and a target of its shape; an upstream gradient without dimensions is one
+    for all. Elements are numbered in the order of the output."""
+    shape = torch.broadcast_shapes(input.shape, target.shape)
+    one_upstream = upstream is not None and upstream.dim() == 0
+    given = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
+    if not one_upstream:
+        given["upstream"] = upstream
+    operands = {field: tensor.expand(shape) for field, tensor in given.items() if tensor is not None}
+    order = torch.empty(shape, device="meta") if output is None else output
+    dims = sorted(range(len(shape)), key=lambda dim: (order.stride(dim), -dim))
+    count = torch.Size(shape).numel()
+    double = any(tensor.dtype == torch.float64 for tensor in operands.values())
+    call = PointwiseCall(
+        loss=-1 if name == CUSTOM else extension.pointwise_losses.index(name), result=result,
+        arithmetic=DTYPES.index(torch.float64 if double else torch.float32), one_upstream=one_upstream,
+        count=count, dims=len(dims), scale=scale, divisor=divisor, params=parameters(params),
+        **{field: Operand.of(tensor, dims) for field, tensor in operands.items()},
     )  # fmt: skip
-    check(kernels, error)
+    call.sizes[: len(dims)] = [shape[dim] for dim in dims]
+    if one_upstream:
+        call.upstream = Operand(upstream.data_ptr(), DTYPES.index(upstream.dtype))
+    for field, tensor in (("output", output), ("total", total)):
+        if tensor is not None:
+            setattr(call, field, tensor.data_ptr())
+            setattr(call, f"{field}_dtype", DTYPES.index(tensor.dtype))
+    error = kernels.run_pointwise(ctypes.byref(call))
+    if refused:
+        assert error == 1, f"expected cudaErrorInvalidValue, got {error}"
+    else:
+        check(kernels, error)
 
 
 def run_indexed(

@@ -1,4 +1,5 @@
-"""The CUDA kernels on the CPU: every path, dtype and boundary against native PyTorch in float64.
+"""The CUDA kernels on the CPU: every path, dtype and boundary against native PyTorch in float64. Here the softmax
+family, and what the tests of the others share.
 
 A run pretends a device so small that a few thousand logits reach every threshold: 2 multiprocessors, and 6000 bytes of
 shared memory a block where residency is at stake.
@@ -15,25 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOSSES, NATIVE, POINTWISE, SOFTMAX, Loss, needs_extension
+from conftest import LOSSES, NATIVE, SOFTMAX, Loss, needs_extension
 from kernels import (
     BACKWARD,
     COMPILER,
     DIVISOR,
     DTYPES,
     FORWARD,
-    GRAD,
     ROOT,
     SANITIZERS,
     SUM,
-    SUM_AND_GRAD,
     Guarded,
     build,
     run_pointwise,
     run_scale,
     run_softmax,
 )
-from kernels import LOSSES as LOSSES_OF_EACH
 from torch import Tensor
 
 pytestmark = [
@@ -41,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler to build the kernels with"),
 ]
 
-INDEXED = str(Path(__file__).with_name("test_indexed.py"))
+OTHERS = [str(Path(__file__).with_name(name)) for name in ("test_pointwise.py", "test_indexed.py")]
 SANITIZED = os.environ.get("FUSEDLOSS_SANITIZED_KERNELS")  # set in the run under AddressSanitizer, to a folder
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 WIDTH = {torch.float64: 2, torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
@@ -82,69 +80,6 @@ def filled(values: Tensor, dtype: torch.dtype, offset: int = 0) -> Guarded:
     guarded.tensor.copy_(values)
     guarded.before.copy_(guarded.storage)
     return guarded
-
-
-# ---- pointwise
-
-
-def pointwise_sizes(dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
-    """(elements, offset of the input, offset of everything else), in elements."""
-    width = WIDTH[dtype]
-    one_block = 8 * 256 * width  # up to here a sum is one block
-    for count in (1, width - 1, width, width + 1, 31, 32, 33, 255 * width, 256 * width + 1, one_block, one_block + 1):
-        yield count, 0, 0
-    for offset in range(1, width):
-        yield 5 * width, offset, offset
-        yield 9, offset, offset
-    yield 1000, 1, 0  # no common alignment: scalars throughout
-    yield 3 * one_block + 5, 1, 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("loss", POINTWISE, ids=lambda loss: loss.name)
-def test_pointwise_at_every_boundary(kernels, loss, dtype):
-    for seed, (count, of_input, of_others) in enumerate(pointwise_sizes(dtype)):
-        pretend(kernels, seed)
-        check_pointwise(kernels, loss, dtype, count, of_input, of_others, weighted=seed % 2 == 1)
-
-
-def check_pointwise(
-    kernels, loss: Loss, dtype: torch.dtype, count: int, of_input: int, of_others: int, weighted: bool
-) -> None:
-    values, targets = loss.data((count,), dtype, seed=count)
-    x, t = filled(values, dtype, of_input), filled(targets, dtype, of_others)
-    weight = filled(torch.rand(count) + 0.5, dtype, of_others) if weighted else None
-    w = weight.tensor if weight else None
-    what = f"{count} elements at {of_input}, {of_others}"
-
-    def exact(reduction: str, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = x.tensor.double().requires_grad_()
-        value = NATIVE[loss.op](leaf, t.tensor.double(), None if w is None else w.double(), reduction, *loss.params)
-        return value.detach(), torch.autograd.grad(value, leaf, upstream.double())[0]
-
-    each = filled(torch.rand(count) + 0.5, dtype, of_others)
-    one = torch.tensor(1.5, dtype=dtype)
-    output, total = Guarded.like((count,), dtype, of_others), torch.full((), 77.0, dtype=dtype)
-
-    run_pointwise(kernels, loss.op, loss.params, LOSSES_OF_EACH, x.tensor, t.tensor, w, output.tensor)
-    losses, grad = exact("none", each.tensor)
-    assert_close(output.tensor, losses, dtype, f"losses of {what}")
-    run_pointwise(kernels, loss.op, loss.params, GRAD, x.tensor, t.tensor, w, output.tensor, each.tensor)
-    assert_close(output.tensor, grad, dtype, f"gradients of {what}")
-    run_pointwise(kernels, loss.op, loss.params, SUM, x.tensor, t.tensor, w, total=total, divisor=count)
-    mean, grad = exact("mean", one)
-    assert_close(total, mean, dtype, f"mean of {what}")
-    run_pointwise(kernels, loss.op, loss.params, GRAD, x.tensor, t.tensor, w, output.tensor, one, scale=1 / count)
-    assert_close(output.tensor, grad, dtype, f"gradient of the mean of {what}")
-    if dtype in IN_FORWARD:
-        total.fill_(77)
-        run_pointwise(
-            kernels, loss.op, loss.params, SUM_AND_GRAD, x.tensor, t.tensor, w, output.tensor,
-            scale=1 / count, total=total, divisor=count,
-        )  # fmt: skip
-        assert_close(total, mean, dtype, f"mean with gradient of {what}")
-        assert_close(output.tensor, grad / 1.5, dtype, f"gradient in forward of {what}")
-    assert all(guarded.intact() for guarded in (x, t, each, output)), what
 
 
 # ---- softmax
@@ -429,7 +364,7 @@ def test_no_sanitizer_finds_anything(tmp_path):
     if not os.path.isabs(runtime):
         pytest.skip("the compiler has no AddressSanitizer; the guard elements of the other tests see what it would")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__, INDEXED],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__, *OTHERS],
         env={
             **os.environ,
             "FUSEDLOSS_SANITIZED_KERNELS": str(tmp_path),
@@ -449,14 +384,6 @@ def rows_of(*shape: int, **device: int):
         pretend(library, seed, **device)
         x = filled(SOFTMAX[0].data(shape, torch.float32)[0], torch.float32)
         check_softmax(library, SOFTMAX[0], torch.float32, x.tensor, weighted=False, guarded=x)
-
-    return check
-
-
-def elements(count: int):
-    def check(library, seed: int) -> None:
-        pretend(library, seed)
-        check_pointwise(library, POINTWISE[0], torch.float32, count, 0, 0, weighted=False)
 
     return check
 
@@ -493,18 +420,6 @@ PLANTED = {
         "= *this;\n    __syncthreads();",
         "= *this;",
         rows_of(2, 70, 32),
-    ),
-    "a tail left out": (
-        "pointwise.cu",
-        "scalar < run.scalars(); scalar += threads",
-        "scalar < run.head; scalar += threads",
-        elements(1001),
-    ),
-    "a block's sum left out": (
-        "pointwise.cu",
-        "sums.values[0] += double(sum);\n  }\n\n  for",
-        "}\n\n  for",
-        elements(9000),
     ),
 }
 

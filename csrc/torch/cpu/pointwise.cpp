@@ -1,53 +1,70 @@
 #include "../pointwise.h"
 
-#include <ATen/ops/ones.h>
+#include <atomic>
+#include <cmath>
 
 #include "chunks.h"
 
 namespace fusedloss {
 namespace {
 
-struct CpuPointwise {
-  static void forward(Pointwise loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value, Tensor* grad) {
+CpuPointwise kernel_of(const PointwiseLoss& loss) { return loss.cpu ? loss.cpu : cpu_kernels().pointwise[loss.number]; }
+
+void everywhere(CpuPointwise kernel, PointwiseResult result, const PointwiseArgs& args, int64_t count) {
+  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) { kernel(result, args, begin, end); });
+}
+
+// torch's words for what lies outside [0, 1].
+void check_probabilities(CpuPointwise kernel, const PointwiseArgs& args, int64_t count) {
+  std::atomic<bool> input{false}, target{false};
+  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
+    const double outside = kernel(PointwiseResult::Outside, args, begin, end);
+    if (outside == 2) input = true;
+    if (outside == 1) target = true;
+  });
+  TORCH_CHECK(!input, "all elements of input should be between 0 and 1");
+  TORCH_CHECK(!target, "all elements of target should be between 0 and 1");
+}
+
+struct OnCpu {
+  static void forward(const PointwiseLoss& loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value,
+                      Tensor* grad) {
+    const CpuPointwise kernel = kernel_of(loss);
+    const int64_t count = inputs.input.numel();
     PointwiseArgs args = {};
-    inputs.fill(args);
-    const int64_t n = inputs.input.numel();
-    const CpuKernels& kernels = cpu_kernels();
+    inputs.fill(args, reduction == kNone ? &value : grad, nullptr);
     if (reduction == kNone) {
-      args.output = value.mutable_data_ptr();
-      parallel_for(n, kGrain, [&](int64_t begin, int64_t end) { kernels.pointwise_losses(loss, args, begin, end); });
-      return;
+      if (loss.traits.of_probabilities) check_probabilities(kernel, args, count);
+      return everywhere(kernel, PointwiseResult::Losses, args, count);
     }
-    Tensor one;
-    if (grad) {
-      one = at::ones({}, value.options());
-      args.output = grad->mutable_data_ptr();
-      args.upstream = one.const_data_ptr();
-      args.scale = 1 / inputs.divisor(reduction);
-    }
-    const auto run = [&](int64_t begin, int64_t end) {
-      const double sum = kernels.pointwise_sum(loss, args, begin, end);
-      if (grad) kernels.pointwise_grad(loss, args, begin, end);  // while the chunk is in the cache
-      return sum;
-    };
-    value.fill_(sum_of_chunks(n, run) / inputs.divisor(reduction));
+    args.scale = 1 / inputs.divisor(reduction);
+    const PointwiseResult result = grad ? PointwiseResult::SumAndGrad : PointwiseResult::Sum;
+    const double sum =
+        sum_of_chunks(count, [&](int64_t begin, int64_t end) { return kernel(result, args, begin, end); });
+    // The loss of what is no probability is NaN.
+    if (loss.traits.of_probabilities && std::isnan(sum)) check_probabilities(kernel, args, count);
+    value.fill_(sum / inputs.divisor(reduction));
   }
 
-  static void backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                       Tensor& grad) {
+  static void backward(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream,
+                       int64_t reduction, bool of_target, Tensor& grad) {
     PointwiseArgs args = {};
-    inputs.fill(args);
-    const Upstream read = read_upstream(upstream, inputs.input);
-    args.upstream = read.tensor.const_data_ptr();
-    args.upstream_stride = read.stride;
-    args.scale = 1.0 / inputs.divisor(reduction);
-    args.output = grad.mutable_data_ptr();
-    parallel_for(inputs.input.numel(), kGrain,
-                 [&](int64_t begin, int64_t end) { cpu_kernels().pointwise_grad(loss, args, begin, end); });
+    inputs.fill(args, &grad, &upstream);
+    const bool negative = of_target && loss.traits.of_difference;
+    args.scale = (negative ? -1 : 1) / inputs.divisor(reduction);
+    const PointwiseResult result = of_target && !negative ? PointwiseResult::TargetGrad : PointwiseResult::Grad;
+    everywhere(kernel_of(loss), result, args, inputs.input.numel());
   }
 };
 
 }  // namespace
+
+void implement_pointwise_on_cpu(torch::Library& m, const PointwiseLoss& loss) { implement_pointwise<OnCpu>(m, loss); }
+
 }  // namespace fusedloss
 
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { fusedloss::implement_pointwise<fusedloss::CpuPointwise>(m); }
+TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
+  for (int i = 0; i < fusedloss::kPointwiseLosses; ++i) {
+    fusedloss::implement_pointwise_on_cpu(m, fusedloss::pointwise_loss(i));
+  }
+}

@@ -76,9 +76,7 @@ template <Pointwise kLoss>
 std::tuple<Tensor, Tensor> with_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                      int64_t reduction, int64_t ignore_index, Params params) {
   const IndexedInputs inputs(kLoss, logits, target, weight, ignore_index, params);
-  check_gradient_in_forward(name_of(kLoss), logits, reduction);
-  TORCH_CHECK(c10::elementSize(logits.scalar_type()) > 2, name_of(kLoss), ": no gradient in forward in ",
-              logits.scalar_type());
+  check_gradient_in_forward(indexed_name(kLoss), logits, reduction);
   Tensor loss = empty_loss(inputs, reduction), grad = empty_gradient(inputs.logits);
   CpuIndexed::forward_with_grad(kLoss, inputs, reduction, loss, grad);
   return {loss, grad};

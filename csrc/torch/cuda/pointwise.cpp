@@ -5,47 +5,50 @@
 namespace fusedloss {
 namespace {
 
-struct CudaPointwise {
-  static CudaPointwiseArgs args_of(const PointwiseInputs& inputs, int64_t reduction, const CudaCall& call) {
+struct OnCuda {
+  static void forward(const PointwiseLoss& loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value,
+                      Tensor* grad) {
+    const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
-    inputs.fill(args);
-    args.count = inputs.input.numel();
-    args.divisor = inputs.divisor(reduction);
-    args.scale = 1.0 / args.divisor;
-    args.workspace = call.workspace.mutable_data_ptr();
-    return args;
-  }
-
-  static void forward(Pointwise loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value, Tensor* grad) {
-    const CudaCall call(inputs.input);
-    CudaPointwiseArgs args = args_of(inputs, reduction, call);
-    PointwiseResult result = PointwiseResult::Sum;
-    if (reduction == kNone) {
-      result = PointwiseResult::Losses;
-      args.output = value.mutable_data_ptr();
-    } else {
+    inputs.fill(args, reduction == kNone ? &value : grad, nullptr);
+    args.scale = 1.0 / inputs.divisor(reduction);
+    PointwiseResult result = PointwiseResult::Losses;
+    if (reduction != kNone) {
+      result = grad ? PointwiseResult::SumAndGrad : PointwiseResult::Sum;
       args.total = value.mutable_data_ptr();
-      if (grad) {
-        result = PointwiseResult::SumAndGrad;
-        args.output = grad->mutable_data_ptr();
-      }
+      args.total_dtype = *kernel_dtype(value.scalar_type());
+      args.divisor = inputs.divisor(reduction);
     }
-    check_launch(cuda_pointwise(loss, result, args, call.stream));
+    run(loss, result, inputs, args, call);
   }
 
-  static void backward(Pointwise loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                       Tensor& grad) {
+  static void backward(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream,
+                       int64_t reduction, bool of_target, Tensor& grad) {
     const CudaCall call(inputs.input);
-    CudaPointwiseArgs args = args_of(inputs, reduction, call);
-    const Upstream read = read_upstream(upstream, inputs.input);
-    args.upstream = read.tensor.const_data_ptr();
-    args.upstream_stride = read.stride;
-    args.output = grad.mutable_data_ptr();
-    check_launch(cuda_pointwise(loss, PointwiseResult::Grad, args, call.stream));
+    CudaPointwiseArgs args = {};
+    inputs.fill(args, &grad, &upstream);
+    const bool negative = of_target && loss.traits.of_difference;
+    args.scale = (negative ? -1 : 1) / inputs.divisor(reduction);
+    run(loss, of_target && !negative ? PointwiseResult::TargetGrad : PointwiseResult::Grad, inputs, args, call);
+  }
+
+ private:
+  static void run(const PointwiseLoss& loss, PointwiseResult result, const PointwiseInputs& inputs,
+                  CudaPointwiseArgs& args, const CudaCall& call) {
+    args.count = inputs.input.numel();
+    args.workspace = call.workspace.mutable_data_ptr();
+    check_launch(loss.cuda(result, args, call.stream));
   }
 };
 
 }  // namespace
+
+void implement_pointwise_on_cuda(torch::Library& m, const PointwiseLoss& loss) { implement_pointwise<OnCuda>(m, loss); }
+
 }  // namespace fusedloss
 
-TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) { fusedloss::implement_pointwise<fusedloss::CudaPointwise>(m); }
+TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
+  for (int i = 0; i < fusedloss::kPointwiseLosses; ++i) {
+    fusedloss::implement_pointwise_on_cuda(m, fusedloss::pointwise_loss(i));
+  }
+}

@@ -1,0 +1,174 @@
+// Operands of any dtype and stride: a tile at a time is brought into dense arrays of the arithmetic type, which stay in
+// the first-level cache, and the gradient or the losses are brought back. What lies dense in that type is read in
+// place.
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+template <class T>
+constexpr int64_t kTileElements = 8192 / sizeof(T);  // three of them in a first-level cache of 32 kB
+
+// Calls f(offset, count) for the runs of [begin, end) along the innermost dimension.
+template <class F>
+void over_runs(const PointwiseArgs& args, const int64_t* strides, int64_t begin, int64_t end, F f) {
+  int64_t index[kMaxDims] = {}, offset = 0, rest = begin;
+  for (int d = 0; d < args.dims; ++d) {
+    index[d] = rest % args.sizes[d];
+    rest /= args.sizes[d];
+    offset += index[d] * strides[d];
+  }
+  for (int64_t at = begin; at < end;) {
+    const int64_t left = args.sizes[0] - index[0], count = left < end - at ? left : end - at;
+    f(offset, count);
+    at += count;
+    offset -= index[0] * strides[0];
+    index[0] = 0;
+    for (int d = 1; d < args.dims; ++d) {  // one row on
+      offset += strides[d];
+      if (++index[d] < args.sizes[d]) break;
+      offset -= index[d] * strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+template <class T, class S>
+void widen(const S* from, int64_t count, T* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] = T(load(from[i]));
+}
+
+template <class T, class S>
+void narrow(const T* from, int64_t count, S* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] = store<S>(Accumulate<S>(from[i]));
+}
+
+#if defined(FUSEDLOSS_F16C)
+// One instruction for eight numbers, where load and store take ten.
+inline void widen(const fp16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  for (; i < count; ++i) to[i] = load(from[i]);
+}
+
+inline void narrow(const float* from, int64_t count, fp16* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  for (; i < count; ++i) to[i] = store<fp16>(from[i]);
+}
+#endif
+
+template <class T, class S>
+void widen(const S* from, int64_t stride, int64_t count, T* to) {
+  if (stride == 1) {
+    widen(from, count, to);
+  } else if (stride == 0) {
+    const T value = T(load(*from));
+    for (int64_t i = 0; i < count; ++i) to[i] = value;
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = T(load(from[i * stride]));
+  }
+}
+
+template <class T>
+class PointwiseTile {
+ public:
+  explicit PointwiseTile(const PointwiseArgs& args) : args_(args) {}
+
+  bool reads_and_writes_in_place() const {
+    return in_place(args_.input) && in_place(args_.target) && in_place(args_.weight) && in_place(args_.pos_weight) &&
+           (args_.one_upstream || in_place(args_.upstream)) && (!args_.output || args_.output_dtype == kType);
+  }
+
+  // The arrays of elements [begin, end), which are a tile at most unless all are in place.
+  Arrays<T> read(int64_t begin, int64_t end) {
+    Arrays<T> arrays = {};
+    arrays.input = operand(args_.input, begin, end, input_);
+    arrays.target = operand(args_.target, begin, end, target_);
+    arrays.weight = operand(args_.weight, begin, end, weight_);
+    arrays.pos_weight = operand(args_.pos_weight, begin, end, pos_weight_);
+    arrays.scale = T(args_.scale);
+    if (args_.one_upstream) {
+      T upstream;
+      with_storage(args_.upstream.dtype,
+                   [&](auto s) { widen(static_cast<const decltype(s)*>(args_.upstream.data), 0, 1, &upstream); });
+      arrays.scale *= upstream;
+    } else {
+      arrays.upstream = operand(args_.upstream, begin, end, upstream_);
+    }
+    arrays.output = args_.output && args_.output_dtype == kType ? static_cast<T*>(args_.output) + begin : output_;
+    return arrays;
+  }
+
+  void write(int64_t begin, int64_t end) const {
+    if (!args_.output || args_.output_dtype == kType) return;
+    with_storage(args_.output_dtype,
+                 [&](auto s) { narrow(output_, end - begin, static_cast<decltype(s)*>(args_.output) + begin); });
+  }
+
+ private:
+  static constexpr DType kType = sizeof(T) == sizeof(double) ? DType::Double : DType::Float;
+
+  static bool in_place(const Operand& from) { return !from.data || (from.dense && from.dtype == kType); }
+
+  const T* operand(const Operand& from, int64_t begin, int64_t end, T* tile) const {
+    if (!from.data) return nullptr;
+    if (in_place(from)) return static_cast<const T*>(from.data) + begin;
+    with_storage(from.dtype, [&](auto s) {
+      const auto* data = static_cast<const decltype(s)*>(from.data);
+      if (from.dense) return widen(data + begin, end - begin, tile);
+      T* to = tile;
+      over_runs(args_, from.strides, begin, end, [&](int64_t offset, int64_t count) {
+        widen(data + offset, from.strides[0], count, to);
+        to += count;
+      });
+    });
+    return tile;
+  }
+
+  // A line more than 4 kB each, at whose distance a load would wait for a store it has nothing to do with.
+  using Numbers = T[kTileElements<T> + 64 / sizeof(T)];
+
+  const PointwiseArgs& args_;
+  alignas(64) mutable Numbers input_, target_, weight_, pos_weight_, upstream_, output_;
+};
+
+template <class T, class Loss>
+double over_tiles(const Loss& loss, PointwiseResult result, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  PointwiseTile<T> tile(args);
+  const int64_t step = tile.reads_and_writes_in_place() ? end - begin : kTileElements<T>;
+  const bool outside = result == PointwiseResult::Outside;
+  double sum = 0;
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t last = first + step < end ? first + step : end;
+    const double of_tile = run_arrays<T>(loss, result, tile.read(first, last), last - first);
+    sum = outside ? (sum > of_tile ? sum : of_tile) : sum + of_tile;
+    tile.write(first, last);
+  }
+  return sum;
+}
+
+template <template <class> class Functor, class T>
+double pointwise_in(PointwiseResult result, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  if constexpr (has_positive_weight<Functor<T>>) {
+    if (args.pos_weight.data) {
+      return over_tiles<T>(typename Functor<T>::WithPositiveWeight(), result, args, begin, end);
+    }
+  }
+  return with_twin<Functor<T>>(args.params, T(),
+                               [&](const auto& loss, T) { return over_tiles<T>(loss, result, args, begin, end); });
+}
+
+// A loss over elements [begin, end).
+template <template <class> class Functor>
+double pointwise(PointwiseResult result, const PointwiseArgs& args, int64_t begin, int64_t end) {
+  return args.arithmetic == DType::Double ? pointwise_in<Functor, double>(result, args, begin, end)
+                                          : pointwise_in<Functor, float>(result, args, begin, end);
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA

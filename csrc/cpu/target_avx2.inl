@@ -1,0 +1,13 @@
+// Compiles all that follows for AVX2, in a namespace of its own. Headers of the system stay outside: their code is
+// shared.
+#include <immintrin.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#pragma GCC target("avx2,fma,f16c")
+#define FUSEDLOSS_ISA avx2
+#define FUSEDLOSS_F16C  // conversions of half types, which the pragma does not tell the preprocessor

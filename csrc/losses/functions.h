@@ -1,0 +1,286 @@
+// The functions that a loss written as an expression calls: for any argument, within a few rounding steps.
+//
+// NaN stays NaN, what is not real is NaN, and what is too large is infinite. Branch-free like math.h; sin, cos and atan
+// alone are the C library's, and a loop that calls one is no vector code.
+#pragma once
+
+#include "math.h"
+
+// In a namespace of their own, because exp of math.h is for x <= 0 and sigmoid has three results. The loss stands in it
+// too, so that what it calls is found here first.
+namespace fusedloss::FUSEDLOSS_ISA::functions {
+
+using FUSEDLOSS_ISA::abs;
+using FUSEDLOSS_ISA::select;
+
+template <class T>
+FUSEDLOSS_HD T not_a_number() {
+  return T(NAN);
+}
+
+template <class T>
+FUSEDLOSS_HD T square(T x) {
+  return x * x;
+}
+
+template <int exponent, class T>
+FUSEDLOSS_HD T integer_power(T x) {
+  if constexpr (exponent < 0) {
+    return T(1) / integer_power<-exponent>(x);
+  } else if constexpr (exponent == 0) {
+    return T(1);
+  } else if constexpr (exponent % 2 == 1) {
+    return integer_power<exponent - 1>(x) * x;
+  } else {
+    return square(integer_power<exponent / 2>(x));
+  }
+}
+
+// As torch.sign: 0 of NaN.
+template <class T>
+FUSEDLOSS_HD T sign(T x) {
+  return select(x > T(0), T(1), select(x < T(0), T(-1), T(0)));
+}
+
+template <class T>
+FUSEDLOSS_HD T min(T a, T b) {
+  return select(bool(int(a < b) | int(a != a)), a, b);
+}
+template <class T>
+FUSEDLOSS_HD T max(T a, T b) {
+  return select(bool(int(a > b) | int(a != a)), a, b);
+}
+template <class T>
+FUSEDLOSS_HD T clamp(T x, T low, T high) {
+  return min(max(x, low), high);
+}
+
+template <class T>
+FUSEDLOSS_HD T sqrt(T x) {
+#ifdef __CUDA_ARCH__
+  return ::sqrt(x);
+#else
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return __builtin_sqrtf(x);
+  } else {
+    return __builtin_sqrt(x);
+  }
+#endif
+}
+
+template <class T>
+FUSEDLOSS_HD T sin(T x) {
+  return ::sin(x);
+}
+template <class T>
+FUSEDLOSS_HD T cos(T x) {
+  return ::cos(x);
+}
+template <class T>
+FUSEDLOSS_HD T atan(T x) {
+  return ::atan(x);
+}
+
+template <class T>
+FUSEDLOSS_HD T log(T x) {
+  return select(x < T(0), not_a_number<T>(), FUSEDLOSS_ISA::log(x));
+}
+template <class T>
+FUSEDLOSS_HD T log1p(T x) {
+  return select(x < T(-1), not_a_number<T>(), FUSEDLOSS_ISA::log1p(x));
+}
+
+// e^x = (1 + above_one) first second: by two powers of two, since one of them alone would overflow before e^x does.
+template <class T>
+struct Reduced {
+  T above_one, first, second, one_over_second;
+};
+
+// Of e^(x - rest), where rest is of the size of a rounding step of x.
+template <class T>
+FUSEDLOSS_HD Reduced<T> reduce(T x, T rest = T(0)) {
+  using C = Constants<T>;
+  using Bits = std::make_unsigned_t<typename C::Int>;
+  constexpr T lowest = sizeof(T) == sizeof(float) ? -104 : -746, highest = sizeof(T) == sizeof(float) ? 90 : 711;
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
+  const T n = shifted - C::round_to_int;
+  const T r = ((x - n * C::ln2_high) - n * C::ln2_low) - rest;
+  // Exponent bits: k plus twice the bias, which stays positive, is shared out evenly.
+  const Bits both = bit_cast<Bits>(shifted) - bit_cast<Bits>(C::round_to_int) + Bits(2 * C::bias);
+  const Bits first = both >> 1, second = both - first;
+  return {(C::exp_polynomial(r) * r) * r + r, bit_cast<T>(first << C::mantissa), bit_cast<T>(second << C::mantissa),
+          bit_cast<T>((Bits(2 * C::bias) - second) << C::mantissa)};
+}
+
+template <class T>
+FUSEDLOSS_HD T exp_of(const Reduced<T>& e) {
+  return (e.first * e.above_one + e.first) * e.second;
+}
+template <class T>
+FUSEDLOSS_HD T half_exp_of(const Reduced<T>& e) {
+  return (e.first * e.above_one + e.first) * (T(0.5) * e.second);
+}
+template <class T>
+FUSEDLOSS_HD T half_expm1_of(const Reduced<T>& e) {
+  return (e.first * e.above_one + (e.first - e.one_over_second)) * (T(0.5) * e.second);
+}
+
+template <class T>
+FUSEDLOSS_HD T exp(T x) {
+#ifdef __CUDA_ARCH__
+  return ::exp(x);
+#else
+  return exp_of(reduce(x));
+#endif
+}
+template <class T>
+FUSEDLOSS_HD T expm1(T x) {
+#ifdef __CUDA_ARCH__
+  return ::expm1(x);
+#else
+  return T(2) * half_expm1_of(reduce(x));
+#endif
+}
+
+template <class T>
+FUSEDLOSS_HD T sinh(T x) {
+  const T half = half_expm1_of(reduce(abs(x)));  // (e^|x| - 1) / 2
+  const T value = select(half < infinity<T>(), half + half / (T(2) * half + T(1)), half);
+  return select_by_sign(x, -value, value);
+}
+template <class T>
+FUSEDLOSS_HD T cosh(T x) {
+  const T half = half_exp_of(reduce(abs(x)));
+  return half + T(0.25) / half;
+}
+
+// tanh(x) and log(cosh(x)), the value and the slope of a loss, from one exp and one division.
+//
+// With e = e^-2|x|, tanh|x| = (1 - e) / (1 + e), and log(cosh(x)) is either atanh(tanh^2 / (2 - tanh^2)), which keeps
+// the digits of a small x, or |x| - log(2) + 2 atanh(e / (2 + e)).
+template <class T>
+struct Hyperbolic {
+  T tanh, log_cosh;
+};
+
+template <class T>
+FUSEDLOSS_HD Hyperbolic<T> hyperbolic(T x) {
+  const T distance = abs(x);
+  const Exponential<T> e = exp_and_expm1(T(-2) * distance);
+  const bool small = distance < T(0.875);
+  const T sum = T(2) + e.minus_one, square_of_difference = e.minus_one * e.minus_one;
+  const T over = select(small, square_of_difference, e.value);
+  const T under = select(small, T(2) * sum * sum - square_of_difference, T(2) + e.value);
+  const T inverse = T(1) / (under * sum);
+  const T s = over * sum * inverse, z = s * s, atanh = s + s * z * Constants<T>::atanh_polynomial(z);
+  const T tanh = -e.minus_one * under * inverse;
+  const T log_cosh = select(small, atanh, (distance - T(0.69314718055994530942)) + T(2) * atanh);
+  return {select_by_sign(x, -tanh, tanh), log_cosh};
+}
+
+template <class T>
+FUSEDLOSS_HD T tanh(T x) {
+  return hyperbolic(x).tanh;
+}
+template <class T>
+FUSEDLOSS_HD T log_cosh(T x) {
+  return hyperbolic(x).log_cosh;
+}
+
+// All four of one x share one exp and one division; of -x they would not.
+template <class T>
+FUSEDLOSS_HD T sigmoid(T x) {
+  return FUSEDLOSS_ISA::sigmoid(x).p;
+}
+template <class T>
+FUSEDLOSS_HD T sigmoid_of_minus(T x) {
+  return FUSEDLOSS_ISA::sigmoid(x).q;
+}
+template <class T>
+FUSEDLOSS_HD T softplus(T x) {
+  return select(x < T(0), T(0), x) + FUSEDLOSS_ISA::sigmoid(x).softplus;
+}
+template <class T>
+FUSEDLOSS_HD T softplus_of_minus(T x) {
+  return select(x > T(0), T(0), -x) + FUSEDLOSS_ISA::sigmoid(x).softplus;
+}
+
+// log(m) = 2s + 2s^3 P(s^2), minimax with digits to spare: pow multiplies the error of the log.
+template <class T>
+FUSEDLOSS_HD T precise_log_polynomial(T z) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    T p = 0.1166523361f;
+    p = p * z + 0.1427541041f;
+    p = p * z + 0.2000006092f;
+    return p * z + 0.3333333328f;
+  } else {
+    T p = 0.059409986014807291287;
+    p = p * z + 0.05844061821431555448;
+    p = p * z + 0.066678193349199110977;
+    p = p * z + 0.076922875661650486518;
+    p = p * z + 0.090909092968283815224;
+    p = p * z + 0.11111111109929367571;
+    p = p * z + 0.14285714285717679552;
+    p = p * z + 0.1999999999999999625;
+    return p * z + 0.33333333333333333334;
+  }
+}
+
+// The upper half of the digits: products of two such are exact.
+template <class T>
+FUSEDLOSS_HD T upper_half(T x) {
+  using Bits = std::make_unsigned_t<typename Constants<T>::Int>;
+  return bit_cast<T>(bit_cast<Bits>(x) & (~Bits(0) << (sizeof(T) == sizeof(float) ? 12 : 27)));
+}
+
+// a^b of a finite a > 0 as e^(b log a), with log a to half as many digits again.
+template <class T>
+FUSEDLOSS_HD T power_of_positive(T a, T b) {
+  using C = Constants<T>;
+  using Int = typename C::Int;
+  const bool subnormal = a < C::smallest_normal;
+  const T lifted = select(subnormal, a * C::lift, a);
+  const Int k = (bit_cast<Int>(lifted) - C::sqrt_half) >> C::mantissa;
+  const T m = bit_cast<T>(bit_cast<Int>(lifted) - k * (Int(1) << C::mantissa));
+  const T exponent = T(k) - select(subnormal, C::lift_exponent, T(0));
+
+  // s = (m - 1) / (m + 1) in two parts; what rounding m + 1 loses is m - (sum - 1).
+  const T sum = m + T(1), difference = m - T(1), inverse = T(1) / sum, s = difference * inverse;
+  const T s_upper = upper_half(s), sum_upper = upper_half(sum);
+  const T remainder = (difference - s_upper * sum_upper) - s_upper * (sum - sum_upper) - s_upper * (m - (sum - T(1)));
+  const T s_lower = remainder * inverse, z = s * s;
+
+  // The log in two parts, of which the first times the upper half of b is exact.
+  const T whole = exponent * C::ln2_high, high = whole + T(2) * s_upper;
+  const T low = ((whole - high) + T(2) * s_upper) +
+                (T(2) * s_lower + (T(2) * s * z * precise_log_polynomial(z) + exponent * C::ln2_low));
+  const T log_upper = upper_half(high + low), log_lower = (high - log_upper) + low;
+  const T b_upper = upper_half(b), product = clamp(b_upper * log_upper, T(-1000), T(1000));
+  const T correction = b * log_lower + (b - b_upper) * log_upper;
+  // Where e^product is 0 or infinite the correction may be infinite minus infinite.
+  const T kept = select(abs(product) < T(1000), correction, T(0)), x = product + kept;
+  return exp_of(reduce(x, (x - product) - kept));
+}
+
+// As torch.pow, for an integer b also of a negative a; beyond 2^(mantissa - 1) every b counts as even.
+template <class T>
+FUSEDLOSS_HD T pow(T a, T b) {
+  using C = Constants<T>;
+  // Rounded by adding 1.5 * 2^mantissa; comparing the halves, where a bit of it would be no vector code.
+  const T distance = abs(a), rounded = (b + C::round_to_int) - C::round_to_int, half = T(0.5) * rounded;
+  const bool large = abs(b) >= T(typename C::Int(1) << (C::mantissa - 1));
+  const bool integer = bool(int(rounded == b) | int(large));
+  const bool odd = bool(int((half + C::round_to_int) - C::round_to_int != half) & int(!large));
+  T value = power_of_positive(distance, b);
+  value = select(distance == T(0), select(b > T(0), T(0), infinity<T>()), value);
+  value = select(distance == infinity<T>(), select(b > T(0), infinity<T>(), T(0)), value);
+  value = select(distance == T(1), T(1), value);
+  const bool real = bool(int(integer) | int(distance == T(0)) | int(distance == infinity<T>()));
+  value = select_by_sign(a, select(real, select(odd, -value, value), not_a_number<T>()), value);
+  value = select(bool(int(a == a) & int(b == b)), value, not_a_number<T>());
+  return select(bool(int(b == T(0)) | int(a == T(1))), T(1), value);
+}
+
+}  // namespace fusedloss::FUSEDLOSS_ISA::functions

@@ -1,0 +1,16 @@
+"""Which dtype a native formula computes in, and which its result has."""
+
+import torch
+from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def in_float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+def widened(input: Tensor, wide: bool = False) -> bool:
+    """Whether results are float32: asked for, or under autocast, as torch's losses are."""
+    device = input.device.type
+    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
