@@ -7,7 +7,8 @@ from functools import lru_cache
 import pytest
 import report
 import torch
-from cases import CASES, Case
+from case import Case
+from cases import CASES
 from measure import Measured, Result, measure, providers
 
 from fusedloss._library import extension

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from cases import Case, Loss, minimum_traffic
+from case import Case, Loss, minimum_traffic
 from memory import peak_bytes
 from timing import Times, in_turn
 from torch import Tensor
@@ -33,7 +33,10 @@ class Result:
         speedup = self.speedup("fused", case.over)
         if case.speedup is not None and speedup is not None:
             verdict = _verdict(speedup >= case.speedup, speedup) if self.times.quiet else "not judged"
-            goals[f"{case.speedup:g} x {case.over}"] = verdict
+            goals[f"{case.speedup:.3g} x {case.over}"] = verdict
+        if case.over_compile is not None and (over := self.speedup("fused", "compile")) is not None:
+            verdict = _verdict(over >= case.over_compile, over) if self.times.quiet else "not judged"
+            goals[f"{case.over_compile:g} x compile"] = verdict
         if case.memory is not None:
             memory = self.peak["fused"] / self.input_bytes
             goals[f"memory {case.memory:g} x input"] = _verdict(memory <= case.memory, memory)
@@ -54,17 +57,17 @@ class Measured:
 
 def providers(case: Case, compile: bool) -> list[str]:
     first, *rest = case.losses()
-    return [first, *(["compile"] if compile else []), *rest]
+    return [first, *(["compile"] if compile and case.compiled else []), *rest]
 
 
 def measure(case: Case, compile: bool) -> Measured:
     torch._dynamo.reset()  # shapes of the case before would make this one compile with dynamic shapes
     losses = case.losses()
-    if compile:
+    if compile and case.compiled:
         losses["compile"] = torch.compile(case.eager)
     input, target = case.data()
     calls = {name: _forward_backward(losses[name], input, target) for name in providers(case, compile)}
-    _check(calls)
+    _check({name: call for name, call in calls.items() if case.peer is None or name != case.peer[0]})
     peak = {name: peak_bytes(call) for name, call in calls.items()}
     times = in_turn(dict(calls), torch.get_num_threads())
     return Measured(Result(case, times, peak, input.nbytes, minimum_traffic(input, target)), calls)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from cases import Case
+from case import Case
 from measure import Measured
 from pytest_benchmark.fixture import BenchmarkFixture
 from timing import rounds_within

@@ -165,7 +165,12 @@ def _unfused(formula: Formula) -> Formula:
 
 def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
     integers = 0 if family == "pointwise" else 1  # ignore_index
-    run = {"pointwise": _pointwise_op, "softmax": _softmax_op, "indexed": lambda op, *call: op(*call)}[family]
+    runs: dict[str, Callable[..., Any]] = {
+        "pointwise": _pointwise_op,
+        "softmax": _softmax_op,
+        "indexed": _indexed_op,
+    }
+    run = runs[family]
     kernel: Any = getattr(extension, name)
     explained: Any = getattr(extension, f"explain_{name}")
     op: Any = getattr(torch.ops.fusedloss, name)
@@ -203,6 +208,10 @@ def _pointwise_op(
         input, target = torch.broadcast_tensors(input, target)
     value: Tensor = op(input, target, weight, reduction, params, pos_weight, wide)
     return value
+
+
+def _indexed_op(op: Any, *call: Any) -> Any:
+    return op(*call)
 
 
 def _softmax_op(

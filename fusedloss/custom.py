@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _expression, _route
 from ._dtypes import in_float, widened
 from ._expression import Tree
-from ._library import extension
+from ._library import extension, why_native
 from .pointwise import _reduced, _warn_of_broadcasting
 
 __all__ = ["PointwiseLoss", "pointwise_loss"]
@@ -75,6 +75,9 @@ class PointwiseLoss:
     def _told_native(self, *arguments: Any) -> Tensor:
         _route.tell_native(self.why_native)
         return self._native(*arguments)
+
+    def __reduce__(self) -> Any:
+        return pointwise_loss, (self.name, self.value, self.grad, self.params)
 
     def __repr__(self) -> str:
         params = "".join(f", {name}={value}" for name, value in self.params.items())
@@ -226,7 +229,7 @@ def _library(op: str, functor: str, loss: PointwiseLoss) -> int | None:
     from torch.utils import cpp_extension
 
     if extension is None:
-        loss.why_native = "the extension is not there"
+        loss.why_native = why_native
         return None
     if shutil.which(cpp_extension.get_cxx_compiler().split()[0]) is None:
         loss.why_native = "no C++ compiler"
@@ -244,8 +247,8 @@ def _library(op: str, functor: str, loss: PointwiseLoss) -> int | None:
         if path.suffix in (".h", ".inl", ".cuh"):
             digest.update(path.read_bytes())
     module = f"{op}_{digest.hexdigest()[:12]}"
-    path = _compiled(module, source, _ON_CUDA.format(functor=functor) if on_cuda else None, loss.name)
-    entry_point: Any = ctypes.CDLL(path).fusedloss_custom
+    library = _compiled(module, source, _ON_CUDA.format(functor=functor) if on_cuda else None, loss.name)
+    entry_point: Any = ctypes.CDLL(library).fusedloss_custom
     entry_point.restype = ctypes.c_void_p
     address: int = entry_point()
     return address

@@ -194,6 +194,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reasons[0]))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Losses of one's own are compiled here, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """For tests, not for doctests, whose text names no device."""
