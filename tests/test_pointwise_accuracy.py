@@ -1,8 +1,8 @@
 """The pointwise losses of random calls: each number no less accurate than torch's, NaN or infinite only where torch's.
 
 The exact result is a float64 formula that loses no digits on the way: softplus where torch subtracts, log1p where it
-takes the logarithm of a rounded difference. Beside each number it gives its size: the sum of the magnitudes of the terms
-it is a sum of, which is what roundings are relative to.
+takes the logarithm of a rounded difference. Beside each number it gives its size: the magnitudes of the terms that it is
+a sum of, added up, which is what roundings are relative to.
 """
 
 import math
@@ -28,8 +28,8 @@ pytestmark = [
 
 # What the error of a number may exceed that of torch's by, in rounding steps (half the distance of two numbers) of its
 # dtype at its size. In half types both round one float32 result once, and what is left is which way a tie falls. In
-# float32 a number is the end of some eight roundings that go either way (logit, exponential, logarithm, product, weight,
-# divisor, upstream), where torch's may happen to have cancelled. In float64 the exact formula has as many of its own.
+# float32 a number is the end of some eight roundings that go either way (gap, exponential, logarithm, product, weight,
+# divisor, upstream, sum), where torch's may happen to have cancelled. In float64 the exact formula has some of its own.
 SLACK = {torch.float32: 8.0, torch.float64: 12.0, torch.bfloat16: 0.01, torch.float16: 0.01}
 # Where an input broadcasts, its gradient is a sum of numbers of its dtype, each rounded for itself, here and in torch.
 OF_SUMMED_GRADIENTS = 2.0
@@ -287,8 +287,8 @@ LOSSES = {
         inputs="probabilities",
     ),
     "binary_cross_entropy_with_logits": Loss(
-        lambda x, t, c: F_or_L_bce_with_logits(L, x, t, c),
-        lambda x, t, c: F_or_L_bce_with_logits(F, x, t, c),
+        lambda x, t, c: L.binary_cross_entropy_with_logits(x, t, c.weight, None, None, c.reduction, c.pos_weight),
+        lambda x, t, c: F.binary_cross_entropy_with_logits(x, t, c.weight, None, None, c.reduction, c.pos_weight),
         exact_bce_with_logits,
         LOGITS,
         ["same", "same", "float32"],
@@ -301,7 +301,7 @@ LOSSES = {
         lambda x, t, c: L.sigmoid_focal_loss(x, t, c.param, c.gamma, c.reduction, weight=c.weight),
         lambda x, t, c: NATIVE["sigmoid_focal"](x, t, c.weight, c.reduction, c.param, c.gamma),
         exact_focal,
-        LOGITS,
+        [special for special in LOGITS if special != "infinite"],  # which have a test of their own below
         MIXED,
         BROADCAST,
         MIXED,
@@ -309,12 +309,6 @@ LOSSES = {
         inputs="logits",
     ),
 }
-
-
-def F_or_L_bce_with_logits(functions, x: Tensor, t: Tensor, call: Call) -> Tensor:
-    return functions.binary_cross_entropy_with_logits(
-        x, t, call.weight, reduction=call.reduction, pos_weight=call.pos_weight
-    )
 
 
 def other_dtype(dtype: torch.dtype, kind: str) -> torch.dtype:
@@ -403,7 +397,9 @@ def upstream_of(recipe: Recipe, value: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     scale = 4096.0 if recipe.upstream == "a loss scale" else 1.0
     shape = () if recipe.upstream == "expanded" else value.shape
-    return (scale * (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5)).to(value.dtype).expand_as(value)
+    return (
+        (scale * (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5)).to(value.dtype).expand_as(value)
+    )
 
 
 def exact(loss: Loss, call: Call, upstream: Tensor) -> tuple[Number, Number, Number | None]:
@@ -439,10 +435,9 @@ def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: float, sum
     assert (finite | same | true).all()
     if not finite.any():
         return 0.0
-    size = expected.size.nan_to_num(math.inf)
     slack = SLACK[got.dtype] + (OF_SUMMED_GRADIENTS if summed and got.dtype in HALVES else 0)
     finfo = torch.finfo(got.dtype)
-    step = finfo.eps / 2 * size.clamp_min(finfo.tiny)
+    step = finfo.eps / 2 * expected.size.clamp_min(finfo.tiny)
     error = (got.double() - expected.exact).abs()
     # Where torch's is NaN or infinite, one rounding is the error to compare with.
     error_of_torch = torch.where(finite_in_torch, (of_torch.double() - expected.exact).abs(), step)
@@ -486,3 +481,39 @@ def test_no_less_accurate_than_torch(loss):
         assert max(excesses(LOSSES[loss], recipe)) <= 1
 
     check()
+
+
+@pytest.mark.parametrize("x", [math.inf, -math.inf])
+@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_of_an_infinite_logit_is_torchvisions(gamma, t, x):
+    # Infinite where torchvision's is, such as a logit of infinity for a negative; NaN only where torchvision's is.
+    x, t = torch.tensor([x]), torch.tensor([t])
+    ce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    p_t = x.sigmoid() * t + (1 - x.sigmoid()) * (1 - t)
+    of_torchvision = (0.25 * t + 0.75 * (1 - t)) * ce * (1 - p_t) ** gamma
+    value = L.sigmoid_focal_loss(x, t, gamma=gamma)
+    assert torch.equal(places(value), places(of_torchvision)) or (value.isposinf() & of_torchvision.isnan()).all()
+
+
+@pytest.mark.parametrize("beta", [1e-37, 1e-40, 1e-44, 1e-46, 1e-300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smooth_l1_of_a_tiny_beta_is_torchs(dtype, beta):
+    # Beyond what 1 / beta is in float32.
+    differences = torch.tensor([0.0, 1e-42, -1e-42, 1e-3, -1.0], dtype=torch.float64).to(dtype)
+    results = []
+    for function in (L.smooth_l1_loss, F.smooth_l1_loss):
+        x = differences.clone().requires_grad_()
+        value = function(x, torch.zeros_like(x), reduction="none", beta=beta)
+        results.append((value.detach(), torch.autograd.grad(value.sum(), x)[0]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_huge_squared_error_is_torchs(dtype):
+    # Its loss is infinite, but 2 / N times the difference is a number.
+    grads = []
+    for function in (L.mse_loss, F.mse_loss):
+        x = torch.tensor([2e38, 1.0, 1.0, 1.0], dtype=dtype).requires_grad_()
+        grads.append(torch.autograd.grad(function(x, torch.zeros_like(x)), x)[0])
+    torch.testing.assert_close(*grads)

@@ -1,5 +1,7 @@
 """Values and gradients against the native formula in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,6 +118,25 @@ def test_confident_rows_keep_their_digits(loss, classes, gap):
     torch.testing.assert_close(grad[normal].double(), exact_grad[normal], rtol=3e-5, atol=0)
     if loss.op == "cross_entropy" and gap >= 20 and classes == 2:
         assert F.cross_entropy(x, target) == 0 < value[0]
+
+
+@pytest.mark.parametrize("pos_weight", [None, 3.0])
+@pytest.mark.parametrize("gap", [5, 10, 17, 40, 80])
+def test_confident_logits_keep_their_digits(gap, pos_weight):
+    x, t = torch.tensor([gap, gap, -gap, -gap], dtype=torch.float32), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    weight = None if pos_weight is None else torch.tensor(pos_weight)
+    value, grad, _ = value_and_grad(
+        lambda x, t, r: L.binary_cross_entropy_with_logits(x, t, reduction=r, pos_weight=weight),
+        x, t, "none", torch.ones(4),
+    )  # fmt: skip
+    small, positive = math.log1p(math.exp(-gap)), 1.0 if pos_weight is None else pos_weight
+    slope = math.exp(-gap) / (1 + math.exp(-gap))
+    exact = torch.tensor([gap + small, positive * small, small, positive * (gap + small)], dtype=torch.float64)
+    exact_grad = torch.tensor([1 - slope, -positive * slope, slope, -positive * (1 - slope)], dtype=torch.float64)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=0)
+    if gap == 17 and pos_weight is None:
+        assert F.binary_cross_entropy_with_logits(x[2], t[2]) == 0 < value[2]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 30.0])

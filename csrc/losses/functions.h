@@ -157,26 +157,40 @@ FUSEDLOSS_HD T cosh(T x) {
 }
 
 // tanh(x) and log(cosh(x)), the value and the slope of a loss, from one exp and one division.
-//
-// With e = e^-2|x|, tanh|x| = (1 - e) / (1 + e), and log(cosh(x)) is either atanh(tanh^2 / (2 - tanh^2)), which keeps
-// the digits of a small x, or |x| - log(2) + 2 atanh(e / (2 + e)).
 template <class T>
 struct Hyperbolic {
   T tanh, log_cosh;
 };
 
-template <class T>
-FUSEDLOSS_HD Hyperbolic<T> hyperbolic(T x) {
-  const T distance = abs(x);
-  const Exponential<T> e = exp_and_expm1(T(-2) * distance);
-  const bool small = distance < T(0.875);
-  const T sum = T(2) + e.minus_one, square_of_difference = e.minus_one * e.minus_one;
-  const T over = select(small, square_of_difference, e.value);
-  const T under = select(small, T(2) * sum * sum - square_of_difference, T(2) + e.value);
-  const T inverse = T(1) / (under * sum);
-  const T s = over * sum * inverse, z = s * s, atanh = s + s * z * Constants<T>::atanh_polynomial(z);
-  const T tanh = -e.minus_one * under * inverse;
-  const T log_cosh = select(small, atanh, (distance - T(0.69314718055994530942)) + T(2) * atanh);
+// With e = e^-2|x|, tanh|x| = (1 - e) / (1 + e), and log(cosh(x)) is either atanh(tanh^2 / (2 - tanh^2)), which keeps
+// the digits of a small x, or |x| - log(2) + 2 atanh(e / (2 + e)).
+FUSEDLOSS_HD Hyperbolic<double> hyperbolic(double x) {
+  const double distance = abs(x);
+  const Exponential<double> e = exp_and_expm1(-2 * distance);
+  const bool small = distance < 0.875;
+  const double sum = 2 + e.minus_one, square_of_difference = e.minus_one * e.minus_one;
+  const double over = select(small, square_of_difference, e.value);
+  const double under = select(small, 2 * sum * sum - square_of_difference, 2 + e.value);
+  const double inverse = 1 / (under * sum);
+  const double s = over * sum * inverse, z = s * s, atanh = s + s * z * Constants<double>::atanh_polynomial(z);
+  const double tanh = -e.minus_one * under * inverse;
+  const double log_cosh = select(small, atanh, (distance - 0.69314718055994530942) + 2 * atanh);
+  return {select_by_sign(x, -tanh, tanh), log_cosh};
+}
+
+// In float, log(cosh(x)) is -log(1 - tanh^2) / 2 or |x| - log(2) + log(1 + e), with one polynomial for both logarithms:
+// value and slope take 0.48 ns an element, in the form for double 0.59.
+FUSEDLOSS_HD Hyperbolic<float> hyperbolic(float x) {
+  const float distance = abs(x);
+  const Exponential<float> e = exp_and_expm1(-2 * distance);
+  const float tanh = -e.minus_one / (1 + e.value);
+  const bool small = distance < 0.55f;
+  // log(1 + v) = v + v^2 Q(v) on [-tanh(0.55)^2, exp(-1.1)], a least-squares fit within 5e-8 of it.
+  const float v = select(small, -tanh * tanh, e.value), v2 = v * v;
+  const float low = (0.3333386779f * v - 0.5000010133f) + v2 * (0.1994955689f * v - 0.2498826534f);
+  const float high = (0.1567185223f * v - 0.1699260175f) - v2 * 0.1052745581f;
+  const float logarithm = v + v2 * (low + (v2 * v2) * high);
+  const float log_cosh = select(small, -0.5f * logarithm, (distance - 0.69314718f) + logarithm);
   return {select_by_sign(x, -tanh, tanh), log_cosh};
 }
 
