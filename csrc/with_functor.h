@@ -99,14 +99,7 @@ auto with_twin(const SoftmaxArgs& args, S storage, F f) {
       return with_twin<Functor<Accumulate<decltype(storage)>>>(arguments, storage, f); \
     });
 
-template <class F>
-auto with_functor(Pointwise loss, DType dtype, const double* arguments, F f) {
-  using Loss = Pointwise;
-  switch (loss) { FUSEDLOSS_POINTWISE(FUSEDLOSS_CASE) }
-  __builtin_unreachable();
-}
-
-// Of the losses that take class indices.
+// A pointwise loss that takes class indices.
 template <class F>
 auto with_indexed_functor(Pointwise loss, DType dtype, const double* arguments, F f) {
   using Loss = Pointwise;

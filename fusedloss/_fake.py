@@ -38,8 +38,8 @@ def nothing(*arguments: Any) -> None:
     return None
 
 
-def pointwise(by_target: bool) -> Fakes:
-    """Losses lie in memory as torch's: in the order of the input and the target, or of the target alone."""
+def pointwise(result: str) -> Fakes:
+    """Losses lie in memory as torch's: in the order of the input and the target, or of one alone."""
 
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
@@ -48,7 +48,9 @@ def pointwise(by_target: bool) -> Fakes:
         dtype = torch.float32 if wide else input.dtype
         if reduction:
             return input.new_empty((), dtype=dtype)
-        return torch.empty_like(-target if by_target else input + target, dtype=dtype)
+        if result == "same":
+            return torch.empty_like(input, dtype=dtype)
+        return torch.empty_like(-target if result == "of target" else input + target, dtype=dtype)
 
     def with_grad(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],

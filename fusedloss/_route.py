@@ -64,7 +64,7 @@ def pointwise(name: str, of_probabilities: bool = False) -> Callable[[Formula], 
     """
     traits = None if extension is None else getattr(extension, f"traits_of_{name}")
     captures = functools.partial(_captures_pointwise, traits)
-    fakes = {} if traits is None else _fake.pointwise(traits.by_target)
+    fakes = {} if traits is None else _fake.pointwise(traits.result)
     return lambda formula: _routed(name, formula, captures, fakes, "pointwise", of_probabilities=of_probabilities)
 
 
@@ -166,7 +166,7 @@ def _unfused(formula: Formula) -> Formula:
 def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _fake.Fakes, family: str) -> Formula:
     integers = 0 if family == "pointwise" else 1  # ignore_index
     runs: dict[str, Callable[..., Any]] = {
-        "pointwise": _pointwise_op,
+        "pointwise": functools.partial(_pointwise_op, getattr(extension, f"traits_of_{name}", None)),
         "softmax": _softmax_op,
         "indexed": _indexed_op,
     }
@@ -196,14 +196,10 @@ def _fused(name: str, formula: Formula, captures: Callable[..., bool], fakes: _f
 
 
 def _pointwise_op(
-    op: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
+    traits: Any, op: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
     pos_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    wide = input.dtype in HALVES and (
-        torch.is_autocast_enabled(input.device.type)
-        or target.dtype == torch.float32
-        or (weight is not None and weight.dtype == torch.float32)
-    )
+    wide = _result_dtype(traits, input, target, weight) != input.dtype
     if input.shape != target.shape:
         input, target = torch.broadcast_tensors(input, target)
     value: Tensor = op(input, target, weight, reduction, params, pos_weight, wide)
@@ -263,24 +259,32 @@ def _captures_pointwise(
             continue
         if factor.requires_grad or factor.dtype not in _DTYPES or not _captures(input, target, factor, reduction):
             return False
-        if factor.shape != input.shape and (traits.of_difference or not _broadcasts_to(factor.shape, input.shape)):
+        if not _broadcasts_to(factor.shape, torch.broadcast_shapes(input.shape, target.shape)):
             return False
-    return _fits(traits, input, target, weight)
+    return _result_dtype(traits, input, target, weight) is not None
 
 
-def _fits(traits: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Whether torch's result is of the input's dtype, or float32 beside a half-precision one."""
+def _result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | None:
+    """Of torch's result, where it is the input's or float32 beside a half-precision one."""
     half, result = input.dtype in HALVES, input.dtype
+    others = [each for each in (target, weight) if each is not None]
     if half and torch.is_autocast_enabled(input.device.type):
-        return target.dtype != torch.float64 and (input.device.type == "cpu" or not traits.of_probabilities)
+        fits = target.dtype != torch.float64 and (input.device.type == "cpu" or not traits.of_probabilities)
+        fits &= traits.result == "of target" or all(each.dtype != torch.float64 for each in others)
+        return torch.float32 if fits else None
     if traits.result == "promoted":
-        result = torch.promote_types(input.dtype, target.dtype)
-        result = result if weight is None else torch.promote_types(result, weight.dtype)
+        if (
+            len({each.dtype for each in (input, *others)}) > 1
+            and len({each.dim() == 0 for each in (input, *others)}) > 1
+        ):
+            return None  # a number without dimensions gives way to what has some
+        for each in others:
+            result = torch.promote_types(result, each.dtype)
     elif traits.result == "of target":
         result = target.dtype
-    elif traits.result == "same" and any(each is not None and each.dtype != result for each in (target, weight)):
-        return False
-    return result == input.dtype or (half and result == torch.float32)
+    elif traits.result == "same" and any(each.dtype != result for each in others):
+        return None
+    return result if result == input.dtype or (half and result == torch.float32) else None
 
 
 def _broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:

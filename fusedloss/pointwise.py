@@ -5,10 +5,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
 
 from . import _route
-from ._dtypes import in_float, widened
+from ._dtypes import HALVES, in_float, widened
 
 __all__ = [
     "binary_cross_entropy",
@@ -31,7 +32,7 @@ def _reduced(losses: Tensor, reduction: str) -> Tensor:
 
 
 def _warn_of_broadcasting(input: Tensor, target: Tensor) -> None:
-    if target.size() != input.size():
+    if target.size() != input.size() and not is_compiling():  # which cannot trace a warning
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
@@ -52,7 +53,15 @@ def _check_weight(input: Tensor, weight: Tensor | None) -> None:
         raise ValueError("Weights and input must have the same size.")
 
 
-def _mean_by_weight(loss: _route.Formula, input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def _by_weight(
+    loss: _route.Formula, native: _route.Formula, input: Tensor, target: Tensor, weight: Tensor, reduction: str
+) -> Tensor:
+    if input.dtype in HALVES and widened(input):
+        # Of torch's steps autocast knows some and not others, and the result has the dtype that comes of it.
+        _route.tell_native("a weight under autocast")
+        return native(*_broadcast(input, target), reduction=reduction, weight=weight)
+    if reduction != "mean":
+        return loss(input, target, weight, reduction)
     dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype)
     # Beside a float32 weight the sum of a half type is float32, and overflows only where the mean does.
     wide = in_float(weight)
@@ -97,8 +106,8 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     _check_weight(input, weight)
-    if weight is not None and reduction == "mean":
-        return _mean_by_weight(_mse, input, target, weight)
+    if weight is not None:
+        return _by_weight(_mse, F.mse_loss, input, target, weight, reduction)
     return _mse(input, target, weight, reduction)
 
 
@@ -131,8 +140,8 @@ def l1_loss(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     _check_weight(input, weight)
-    if weight is not None and reduction == "mean":
-        return _mean_by_weight(_l1, input, target, weight)
+    if weight is not None:
+        return _by_weight(_l1, F.l1_loss, input, target, weight, reduction)
     return _l1(input, target, weight, reduction)
 
 

@@ -97,6 +97,7 @@ def test_parameters_weights_and_shapes(losses):
     torch.testing.assert_close(loss(x, t, "none", delta=2.0), expected)
     for weight in (torch.rand(6, 5), torch.rand(5), torch.rand(6, 1), torch.rand(())):
         torch.testing.assert_close(loss(x, t, "sum", weight.double(), delta=2.0), (expected * weight).sum())
+        assert fusedloss.explain(loss, x, t, "sum", weight.double()).startswith("fused")
     with pytest.warns(UserWarning, match="Using a target size"):
         torch.testing.assert_close(loss(x, t[:1], "none", delta=2.0)[0], expected[0])
     delta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)

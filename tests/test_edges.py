@@ -70,6 +70,17 @@ def test_broadcast_inputs(loss):
     torch.testing.assert_close(loss.fused(x, t.t().contiguous().t(), "none"), loss.native(x, t, "none"))
 
 
+@named(POINTWISE)
+def test_more_dimensions_than_a_kernel_counts(loss):
+    x, t = loss.data((2,) * 9, torch.float64)
+    reversed_ = t.permute(*range(9)[::-1]).contiguous().permute(*range(9)[::-1])
+    for reduction in REDUCTIONS:
+        value, grad, upstream = value_and_grad(loss.fused, x, reversed_, reduction)
+        expected, expected_grad, _ = value_and_grad(loss.native, x, t, reduction, upstream)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(grad, expected_grad)
+
+
 @needs_extension
 def test_logits_are_read_in_place_whatever_their_strides():
     x, target = SOFTMAX[0].data((2, 21, 6, 7), torch.float32)

@@ -352,19 +352,19 @@ __global__ void __launch_bounds__(kThreads, kGroupBlocks<T, Loss>)
 // Calls f with the result as a type; of those that not every functor or dtype has, where it has them.
 template <bool kHasTargetGrad, bool kMakesGradInForward, class F>
 int with_result(PointwiseResult result, F f) {
-  using enum PointwiseResult;
+  using Result = PointwiseResult;
   switch (result) {
-    case Losses:
-      return f(std::integral_constant<PointwiseResult, Losses>());
-    case Sum:
-      return f(std::integral_constant<PointwiseResult, Sum>());
-    case Grad:
-      return f(std::integral_constant<PointwiseResult, Grad>());
-    case SumAndGrad:
-      if constexpr (kMakesGradInForward) return f(std::integral_constant<PointwiseResult, SumAndGrad>());
+    case Result::Losses:
+      return f(std::integral_constant<Result, Result::Losses>());
+    case Result::Sum:
+      return f(std::integral_constant<Result, Result::Sum>());
+    case Result::Grad:
+      return f(std::integral_constant<Result, Result::Grad>());
+    case Result::SumAndGrad:
+      if constexpr (kMakesGradInForward) return f(std::integral_constant<Result, Result::SumAndGrad>());
       return cudaErrorInvalidValue;
-    case TargetGrad:
-      if constexpr (kHasTargetGrad) return f(std::integral_constant<PointwiseResult, TargetGrad>());
+    case Result::TargetGrad:
+      if constexpr (kHasTargetGrad) return f(std::integral_constant<Result, Result::TargetGrad>());
       return cudaErrorInvalidValue;
     default:
       return cudaErrorInvalidValue;  // Outside is asked of the CPU alone

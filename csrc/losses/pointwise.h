@@ -42,18 +42,18 @@ struct L1 : OfDifference<T> {
 // torch.nn.functional.smooth_l1_loss: quadratic within beta, with a slope of 1 outside; with a beta of 0 it is the L1.
 template <class T>
 struct SmoothL1 : OfDifference<T> {
-  T beta, inverse;
+  T beta;
 
   static bool valid(const double* params) { return params[0] >= 0; }
-  explicit FUSEDLOSS_HD SmoothL1(const double* params) : beta(T(params[0])), inverse(T(1 / params[0])) {}
+  explicit FUSEDLOSS_HD SmoothL1(const double* params) : beta(T(params[0])) {}
 
   FUSEDLOSS_HD T value(T x, T t) const {
     const T z = abs(x - t);
-    return select(z < beta, T(0.5) * z * z * inverse, z - T(0.5) * beta);
+    return select(z < beta, T(0.5) * z * z / beta, z - T(0.5) * beta);
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
     const T z = x - t;
-    const T above = select(z <= -beta, T(-1), z * inverse);
+    const T above = select(z <= -beta, T(-1), z / beta);
     return select(z >= beta, T(z > 0), above);
   }
 };
@@ -170,7 +170,9 @@ struct SigmoidFocalWith {
 
   FUSEDLOSS_HD T alpha_of(T t) const { return alpha_at_0 + alpha_slope * t; }
   FUSEDLOSS_HD T wrong(const Sigmoid<T>& s, T t) const { return s.p * (T(1) - t) + s.q * t; }
-  FUSEDLOSS_HD T ce(const Sigmoid<T>& s, T x, T t) const { return select(x < 0, T(0), x) - x * t + s.softplus; }
+  FUSEDLOSS_HD T ce(const Sigmoid<T>& s, T x, T t) const {
+    return select(x < T(0), -t * x, (T(1) - t) * x) + s.softplus;
+  }
 
   FUSEDLOSS_HD T value(T x, T t) const {
     const Sigmoid<T> s = sigmoid(x);

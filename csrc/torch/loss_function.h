@@ -1,5 +1,5 @@
-// Forward and backward of the autograd Function of a pointwise loss, whatever its targets are. A Call holds what belongs to it beside input and
-// target, and adds
+// Forward and backward of the autograd Function of a pointwise loss, whatever its targets are. A Call holds what
+// belongs to it beside input and target, and adds
 //
 //   void save(AutogradContext*) const;                    // its numbers
 //   static Call of(AutogradContext*);

@@ -4,7 +4,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/ops/result_type.h>
 
 #include <deque>
 #include <mutex>
@@ -91,8 +91,15 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
 Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const {
   const at::ScalarType dtype = result_dtype(wide);
   const bool by_target = loss.traits.result == ResultDType::OfTarget;
-  const Tensor &first = by_target ? target : input, &second = by_target ? input : target;
-  if (same_dense_order(first, second)) return at::empty_like(first, first.options().dtype(dtype));
+  Tensor first = by_target ? target : input, second = by_target ? input : target;
+  if (loss.traits.result == ResultDType::Same || same_dense_order(first, second))
+    return at::empty_like(first, first.options().dtype(dtype));
+  if (input.is_cpu() && first.scalar_type() != second.scalar_type()) {
+    // There torch converts what is not of the result's dtype, and expanded elements become elements of their own.
+    for (Tensor* tensor : {&first, &second}) {
+      if (!tensor->is_non_overlapping_and_dense() && tensor->scalar_type() != dtype) *tensor = at::empty_like(*tensor);
+    }
+  }
   at::TensorIteratorConfig config;
   config.check_all_same_dtype(false).declare_static_dtype_and_device(dtype, input.device());
   config.add_owned_output(Tensor()).add_const_input(first);
@@ -145,7 +152,7 @@ bool fill_strided(PointwiseArgs& args, const std::vector<Reading>& readings, con
 
 }  // namespace
 
-void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tensor* upstream) const {
+void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tensor* upstream) {
   std::vector<Reading> readings = {{&args.input, input}, {&args.target, target}};
   if (weight) readings.push_back({&args.weight, *weight});
   if (pos_weight) readings.push_back({&args.pos_weight, *pos_weight});
@@ -164,8 +171,10 @@ void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tens
   if (all_dense) {
     fill_dense(args, readings, input.numel());
   } else if (!fill_strided(args, readings, output)) {
-    for (Reading& reading : readings)
+    for (Reading& reading : readings) {
       reading.tensor = at::empty_like(order, reading.tensor.options()).copy_(reading.tensor);
+      copies.push_back(reading.tensor);
+    }
     fill_dense(args, readings, input.numel());
   }
   for (const Reading& reading : readings) {
@@ -314,27 +323,33 @@ const char* declines_pointwise(const PointwiseLoss& loss, const Tensor& input, c
   if (input.sizes() != target.sizes() &&
       (!loss.traits.of_difference || !at::are_expandable(input.sizes(), target.sizes())))
     return "an input and a target whose shapes do not fit";
+  const auto sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
   for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
     if (!*factor) continue;
     const Tensor& given = **factor;
     if (given.requires_grad()) return "a weight that requires a gradient";
     if (!kernel_dtype(given.scalar_type())) return "a weight that is no float64, float32, bfloat16 or float16";
-    if (loss.traits.of_difference ? given.sizes() != input.sizes()
-                                  : !at::is_expandable_to(given.sizes(), input.sizes()))
-      return "a weight that does not fit the input";
+    if (!at::is_expandable_to(given.sizes(), sizes)) return "a weight that does not fit the input";
   }
   // The dtype that torch gives the result: that of the input, or float32 beside a half-precision one.
   at::ScalarType result = type;
   if (autocast && half) {
-    if (target.scalar_type() == at::kDouble) return "inputs of different dtypes";
+    const bool wider_weight = call.weight && call.weight->scalar_type() == at::kDouble;
+    if (target.scalar_type() == at::kDouble || (wider_weight && loss.traits.result != ResultDType::OfTarget))
+      return "inputs of different dtypes";
     if (loss.traits.of_probabilities && !input.is_cpu()) return "probabilities under autocast, which torch refuses";
     result = at::kFloat;
   } else {
     const bool mixed = target.scalar_type() != type;
     switch (loss.traits.result) {
       case ResultDType::Promoted:
-        result = at::promote_types(type, target.scalar_type());
-        if (call.weight) result = at::promote_types(result, call.weight->scalar_type());
+        result = at::result_type(input, target);
+        if (call.weight) {
+          // A number without dimensions gives way to what has some.
+          const bool alike = (call.weight->dim() == 0) == sizes.empty() && (input.dim() == 0) == (target.dim() == 0);
+          if (!alike && call.weight->scalar_type() != result) return "inputs of different dtypes";
+          result = at::promote_types(result, call.weight->scalar_type());
+        }
         break;
       case ResultDType::OfTarget:
         result = target.scalar_type();

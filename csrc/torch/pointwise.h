@@ -1,8 +1,8 @@
 // What the pointwise family is in torch whatever the device: its losses, its ops' arguments, checks and results. A
 // device adds
 //
-//   static void forward(const PointwiseLoss&, const PointwiseInputs&, int64_t reduction, Tensor& value, Tensor* grad);
-//   static void backward(const PointwiseLoss&, const PointwiseInputs&, const Tensor& upstream, int64_t reduction,
+//   static void forward(const PointwiseLoss&, PointwiseInputs&, int64_t reduction, Tensor& value, Tensor* grad);
+//   static void backward(const PointwiseLoss&, PointwiseInputs&, const Tensor& upstream, int64_t reduction,
 //                        bool of_target, Tensor& grad);
 //
 // where a null grad is not wanted; in forward it is made for an upstream gradient of 1.
@@ -13,6 +13,7 @@
 
 #include <atomic>
 #include <tuple>
+#include <vector>
 
 #include "common.h"
 
@@ -69,8 +70,11 @@ struct PointwiseInputs {
   at::ScalarType result_dtype(bool wide) const { return wide ? at::kFloat : input.scalar_type(); }
   Tensor empty_losses(const PointwiseLoss& loss, bool wide) const;  // in torch's order
   double divisor(int64_t reduction) const { return reduction == kMean ? double(input.numel()) : 1.0; }
-  // With the losses or gradients that are written, and the upstream gradient, if any.
-  void fill(PointwiseArgs& args, const Tensor* output, const Tensor* upstream) const;
+  // With the losses or gradients that are written, and the upstream gradient, if any. The arguments point into this.
+  void fill(PointwiseArgs& args, const Tensor* output, const Tensor* upstream);
+
+ private:
+  std::vector<Tensor> copies;
 };
 
 void check_upstream(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
@@ -81,7 +85,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   const std::string name = loss.op.substr(loss.op.find("::") + 2);
   m.impl(name.c_str(), [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, Params params, const OptionalTensor& pos_weight, bool wide) {
-    const PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
+    PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
     Tensor value = reduction == kNone ? inputs.empty_losses(loss, wide)
                                       : at::empty({}, input.options().dtype(inputs.result_dtype(wide)));
     Device::forward(loss, inputs, reduction, value, nullptr);
@@ -90,7 +94,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   m.impl((name + "_with_grad").c_str(),
          [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                  Params params, const OptionalTensor& pos_weight, bool wide) {
-           const PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
+           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
            check_gradient_in_forward(loss.op.c_str(), input, reduction);
            Tensor value = at::empty({}, input.options().dtype(inputs.result_dtype(wide)));
            Tensor grad = empty_gradient(input);
@@ -100,7 +104,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   m.impl((name + "_backward").c_str(),
          [&loss](const Tensor& upstream, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  int64_t reduction, Params params, const OptionalTensor& pos_weight, bool wide, bool of_target) {
-           const PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
+           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
            check_upstream(loss, inputs, upstream, reduction, wide);
            TORCH_CHECK(!of_target || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
                        " is not differentiable with respect to its target");

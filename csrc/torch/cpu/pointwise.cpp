@@ -27,7 +27,7 @@ void check_probabilities(CpuPointwise kernel, const PointwiseArgs& args, int64_t
 }
 
 struct OnCpu {
-  static void forward(const PointwiseLoss& loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value,
+  static void forward(const PointwiseLoss& loss, PointwiseInputs& inputs, int64_t reduction, Tensor& value,
                       Tensor* grad) {
     const CpuPointwise kernel = kernel_of(loss);
     const int64_t count = inputs.input.numel();
@@ -46,8 +46,8 @@ struct OnCpu {
     value.fill_(sum / inputs.divisor(reduction));
   }
 
-  static void backward(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream,
-                       int64_t reduction, bool of_target, Tensor& grad) {
+  static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
+                       bool of_target, Tensor& grad) {
     PointwiseArgs args = {};
     inputs.fill(args, &grad, &upstream);
     const bool negative = of_target && loss.traits.of_difference;

@@ -6,7 +6,7 @@ namespace fusedloss {
 namespace {
 
 struct OnCuda {
-  static void forward(const PointwiseLoss& loss, const PointwiseInputs& inputs, int64_t reduction, Tensor& value,
+  static void forward(const PointwiseLoss& loss, PointwiseInputs& inputs, int64_t reduction, Tensor& value,
                       Tensor* grad) {
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
@@ -22,8 +22,8 @@ struct OnCuda {
     run(loss, result, inputs, args, call);
   }
 
-  static void backward(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream,
-                       int64_t reduction, bool of_target, Tensor& grad) {
+  static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
+                       bool of_target, Tensor& grad) {
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
     inputs.fill(args, &grad, &upstream);
@@ -33,8 +33,8 @@ struct OnCuda {
   }
 
  private:
-  static void run(const PointwiseLoss& loss, PointwiseResult result, const PointwiseInputs& inputs,
-                  CudaPointwiseArgs& args, const CudaCall& call) {
+  static void run(const PointwiseLoss& loss, PointwiseResult result, PointwiseInputs& inputs, CudaPointwiseArgs& args,
+                  const CudaCall& call) {
     args.count = inputs.input.numel();
     args.workspace = call.workspace.mutable_data_ptr();
     check_launch(loss.cuda(result, args, call.stream));
