@@ -125,7 +125,7 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
 def tell_native(reason: str) -> None:
     """For a public function that goes straight to plain PyTorch."""
-    if _asking.get():
+    if not is_compiling() and _asking.get():
         raise Path(f"native: {reason}")
 
 
@@ -273,13 +273,10 @@ def _result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | N
         fits &= traits.result == "of target" or all(each.dtype != torch.float64 for each in others)
         return torch.float32 if fits else None
     if traits.result == "promoted":
-        if (
-            len({each.dtype for each in (input, *others)}) > 1
-            and len({each.dim() == 0 for each in (input, *others)}) > 1
-        ):
-            return None  # a number without dimensions gives way to what has some
-        for each in others:
-            result = torch.promote_types(result, each.dtype)
+        result = torch.promote_types(result, target.dtype)
+        # A weight without dimensions gives way to losses that have some.
+        if weight is not None and (weight.dim() or not (input.dim() or target.dim())):
+            result = torch.promote_types(result, weight.dtype)
     elif traits.result == "of target":
         result = target.dtype
     elif traits.result == "same" and any(each.dtype != result for each in others):

@@ -65,6 +65,8 @@ def _by_weight(
     dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype)
     # Beside a float32 weight the sum of a half type is float32, and overflows only where the mean does.
     wide = in_float(weight)
+    if target.dim() and not wide.dim():
+        wide = wide.reshape(1)  # one without dimensions would give way to the half losses
     return (loss(input, target, wide, "sum") / wide.sum()).to(dtype)
 
 

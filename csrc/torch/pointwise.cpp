@@ -4,7 +4,6 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
-#include <ATen/ops/result_type.h>
 
 #include <deque>
 #include <mutex>
@@ -343,13 +342,10 @@ const char* declines_pointwise(const PointwiseLoss& loss, const Tensor& input, c
     const bool mixed = target.scalar_type() != type;
     switch (loss.traits.result) {
       case ResultDType::Promoted:
-        result = at::result_type(input, target);
-        if (call.weight) {
-          // A number without dimensions gives way to what has some.
-          const bool alike = (call.weight->dim() == 0) == sizes.empty() && (input.dim() == 0) == (target.dim() == 0);
-          if (!alike && call.weight->scalar_type() != result) return "inputs of different dtypes";
+        result = at::promote_types(type, target.scalar_type());
+        // A weight without dimensions gives way to losses that have some.
+        if (call.weight && (call.weight->dim() || sizes.empty()))
           result = at::promote_types(result, call.weight->scalar_type());
-        }
         break;
       case ResultDType::OfTarget:
         result = target.scalar_type();
