@@ -559,3 +559,18 @@ def test_mixed_precision_trains_as_with_torch(dtype, loss_in_autocast):
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=5e-3)
+
+
+@each_dtype
+def test_a_custom_loss_runs_its_own_kernels(dtype):
+    loss = fusedloss.pointwise_loss(
+        "pseudo_huber", "delta * delta * (sqrt(1 + square((x - t) / delta)) - 1)", params={"delta": 0.7}
+    )
+    x, t = torch.randn(2, 300, 1001).to(dtype).unbind()
+    assert fusedloss.explain(loss, x, t).startswith("fused: cuda")
+    for reduction in REDUCTIONS:
+        native = lambda x, t, r: loss._native(x, t, None, r, 0.7)  # noqa: E731
+        assert_close_to_float64(lambda x, t, r: loss(x, t, r), native, x, t, reduction)
+        assert_close_to_float64(
+            lambda x, t, r: loss(x, t[:1].expand_as(x), r), native, x, t[:1].expand_as(x), reduction
+        )
