@@ -56,15 +56,17 @@ _DEVICES = ("cpu",) if extension is None or extension.cuda_architectures == "non
 _CUDA_MAX_CLASSES = 2**31 - 1 - 2**16  # kCudaMaxClasses of csrc/kernels.h
 
 
-def pointwise(name: str, of_probabilities: bool = False) -> Callable[[Formula], Formula]:
+def pointwise(name: str, of_probabilities: bool = False, listed: bool = True) -> Callable[[Formula], Formula]:
     """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name.
 
     A formula that takes ``pos_weight`` too has a factor of its positive term. ``of_probabilities``: inputs and targets
-    lie in [0, 1].
+    lie in [0, 1]. ``listed``: the loss is one of :data:`LOSSES`.
     """
     traits = None if extension is None else getattr(extension, f"traits_of_{name}")
     captures = functools.partial(_captures_pointwise, traits)
     fakes = {} if traits is None else _fake.pointwise(traits.result)
+    if not listed:
+        return lambda formula: _fused(name, formula, captures, fakes, "pointwise")
     return lambda formula: _routed(name, formula, captures, fakes, "pointwise", of_probabilities=of_probabilities)
 
 

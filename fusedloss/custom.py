@@ -140,7 +140,7 @@ def pointwise_loss(
         else:
             assert extension is not None
             extension.add_pointwise(op, library)
-            loss._routed = _route.pointwise(op)(loss._native)
+            loss._routed = _route.pointwise(op, listed=False)(loss._native)
         _check(loss)
         _KNOWN[op] = loss
     loss = _KNOWN[op]

@@ -35,9 +35,9 @@ def isas() -> list[str]:
     return compiled[: compiled.index(best) + 1]
 
 
-@pytest.mark.parametrize("isa", isas())
-def test_every_instruction_set_passes_the_value_tests(isa):
-    # The whole grid, in a process of its own: the choice is made once, at load.
+@pytest.mark.parametrize("isa", isas()[:-1])
+def test_every_lesser_instruction_set_passes_the_value_tests(isa):
+    # The whole grid, in a process of its own: the choice is made once, at load. This process runs it with the widest.
     done = subprocess.run(
         [
             sys.executable,
