@@ -1,6 +1,7 @@
 """The pointwise cases: every loss large, in two dtypes, and small, and two of one's own beside the built-in Huber."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 import fusedloss
 import fusedloss.functional as L
 
-GAMMA, ALPHA, COLUMNS = 2.0, 0.25, 64
+GAMMA, ALPHA = 2.0, 0.25
 
 # A call through a namespace of functions: torch's, or this package's.
 Call = Callable[[Any, Tensor, Tensor], Tensor]
@@ -24,8 +25,9 @@ def _weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def with_both_weights(f: Any, x: Tensor, t: Tensor) -> Tensor:
-    x, t = x.view(-1, COLUMNS), t.view(-1, COLUMNS)
-    weight, pos_weight = _weights(tuple(x.shape), x.dtype), _weights((COLUMNS,), x.dtype)
+    columns = math.gcd(x.numel(), 64)
+    x, t = x.view(-1, columns), t.view(-1, columns)
+    weight, pos_weight = _weights(tuple(x.shape), x.dtype), _weights((columns,), x.dtype)
     loss: Tensor = f.binary_cross_entropy_with_logits(x, t, weight, pos_weight=pos_weight)
     return loss
 

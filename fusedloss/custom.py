@@ -90,7 +90,7 @@ _KNOWN: dict[str, PointwiseLoss] = {}
 def pointwise_loss(
     name: str, value: str, grad: str | None = None, params: Mapping[str, float] | None = None
 ) -> PointwiseLoss:
-    """Make a pointwise loss of one's own, as fast as the built-in ones.
+    """Make a pointwise loss of one's own, which runs on the kernels of the built-in ones.
 
     The expressions are compiled once, by :func:`torch.utils.cpp_extension.load_inline`, for the CPU and, where there is
     nvcc, for CUDA; the result is kept in torch's extension cache under a hash of its content. Where there is no

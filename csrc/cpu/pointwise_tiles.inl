@@ -131,11 +131,11 @@ class PointwiseTile {
     return tile;
   }
 
-  // A line more than 4 kB each, at whose distance a load would wait for a store it has nothing to do with.
+  // A line more than 8 kB each: at a distance of 4 kB a load waits for a store that it has nothing to do with.
   using Numbers = T[kTileElements<T> + 64 / sizeof(T)];
 
   const PointwiseArgs& args_;
-  alignas(64) mutable Numbers input_, target_, weight_, pos_weight_, upstream_, output_;
+  alignas(64) Numbers input_, target_, weight_, pos_weight_, upstream_, output_;
 };
 
 template <class T, class Loss>
