@@ -189,7 +189,6 @@ struct CudaPointwiseArgs : PointwiseArgs {
   double divisor;  // count for a mean
   void* workspace;
 };
-using CudaPointwise = int (*)(PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 
 // A target out of range, in pinned host memory: row -1 until a kernel has met one.

@@ -261,7 +261,7 @@ def _captures_pointwise(
             continue
         if factor.requires_grad or factor.dtype not in _DTYPES or not _captures(input, target, factor, reduction):
             return False
-        if not _broadcasts_to(factor.shape, torch.broadcast_shapes(input.shape, target.shape)):
+        if not broadcasts_to(factor.shape, torch.broadcast_shapes(input.shape, target.shape)):
             return False
     return _result_dtype(traits, input, target, weight) is not None
 
@@ -286,12 +286,13 @@ def _result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | N
     return result if result == input.dtype or (half and result == torch.float32) else None
 
 
-def _broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:
-    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
+# Compared one by one: `n in (1, m)` does not ask a size that the compiler keeps open.
+def broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:
+    return len(shape) <= len(full) and all(n == 1 or n == m for n, m in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _broadcasts_with(shape: torch.Size, other: torch.Size) -> bool:
-    return all(n == m or 1 in (n, m) for n, m in zip(shape[::-1], other[::-1], strict=False))
+    return all(n == m or n == 1 or m == 1 for n, m in zip(shape[::-1], other[::-1], strict=False))
 
 
 def _captures_indexed(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> bool:

@@ -435,7 +435,7 @@ def sigmoid_focal_loss(
         raise ValueError(f"normalizer needs reduction='mean', whose sum it divides, got {reduction!r}")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(normalizer.shape)}")
-    if weight is not None and not _broadcasts(weight.shape, inputs.shape):
+    if weight is not None and not _route.broadcasts_to(weight.shape, inputs.shape):
         raise ValueError(f"weight must broadcast to the inputs' size ({inputs.shape}), got ({weight.shape})")
 
     kind = reduction if normalizer is None else "sum"
@@ -446,7 +446,3 @@ def sigmoid_focal_loss(
     if normalizer is None:
         return loss
     return (loss / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)).to(loss.dtype)
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(n == 1 or n == full for n, full in zip(shape[::-1], to[::-1], strict=False))
