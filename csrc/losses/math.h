@@ -139,6 +139,17 @@ FUSEDLOSS_HD T select_by_sign(T x, T a, T b) {
 #endif
 }
 
+// magnitude >= 0 with the sign bit of x.
+template <class T>
+FUSEDLOSS_HD T with_sign_of(T x, T magnitude) {
+#ifdef __CUDA_ARCH__
+  return ::copysign(magnitude, x);
+#else
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  return bit_cast<T>(bit_cast<Bits>(magnitude) | (bit_cast<Bits>(x) & ~(~Bits(0) >> 1)));
+#endif
+}
+
 // From macros, not std::numeric_limits: its functions would be shared between the instruction sets.
 template <class T>
 FUSEDLOSS_HD T infinity() {
