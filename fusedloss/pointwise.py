@@ -48,14 +48,18 @@ def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.broadcast_tensors(input, target)  # type: ignore[return-value]
 
 
-def _check_weight(input: Tensor, weight: Tensor | None) -> None:
-    if weight is not None and weight.size() != input.size():
+def _check_weight(input: Tensor, weight: Tensor) -> None:
+    if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
 
 
-def _by_weight(
-    loss: _route.Formula, native: _route.Formula, input: Tensor, target: Tensor, weight: Tensor, reduction: str
+def _over_weights(
+    loss: _route.Formula, native: _route.Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> Tensor:
+    """With a weight, the mean is over the sum of the weights."""
+    if weight is None:
+        return loss(input, target, None, reduction)
+    _check_weight(input, weight)
     if input.dtype in HALVES and widened(input):
         # Of torch's steps autocast knows some and not others, and the result has the dtype that comes of it.
         _route.tell_native("a weight under autocast")
@@ -107,10 +111,7 @@ def mse_loss(
     _warn_of_broadcasting(input, target)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    _check_weight(input, weight)
-    if weight is not None:
-        return _by_weight(_mse, F.mse_loss, input, target, weight, reduction)
-    return _mse(input, target, weight, reduction)
+    return _over_weights(_mse, F.mse_loss, input, target, weight, reduction)
 
 
 @_route.pointwise("l1")
@@ -141,10 +142,7 @@ def l1_loss(
     _warn_of_broadcasting(input, target)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    _check_weight(input, weight)
-    if weight is not None:
-        return _by_weight(_l1, F.l1_loss, input, target, weight, reduction)
-    return _l1(input, target, weight, reduction)
+    return _over_weights(_l1, F.l1_loss, input, target, weight, reduction)
 
 
 @_route.pointwise("smooth_l1")
@@ -220,7 +218,8 @@ def huber_loss(
     tensor(1.3125)
     """
     _warn_of_broadcasting(input, target)
-    _check_weight(input, weight)
+    if weight is not None:
+        _check_weight(input, weight)
     return _huber(input, target, weight, reduction, delta)
 
 

@@ -34,6 +34,12 @@ void copy_params(Params from, double (&to)[kMaxParams]) {
   for (size_t i = 0; i < kMaxParams; ++i) to[i] = i < from.size() ? from[i] : 0;
 }
 
+bool in_range(Params params, bool (*valid)(const double* params)) {
+  double copy[kMaxParams];
+  copy_params(params, copy);
+  return valid(copy);
+}
+
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
   if (count <= grain) return f(0, count);
   // at::parallel_for itself is a header that silently runs on one thread unless this file is compiled with -fopenmp,
@@ -85,6 +91,16 @@ Tensor scale_(const Tensor& data, const Tensor& factor) {
 void check_factor(const Tensor& data, const Tensor& factor) {
   TORCH_CHECK(factor.numel() == 1, "scale_: expected one factor, got ", factor.numel());
   check_device("scale_", "a factor", factor, data);
+}
+
+void check_upstream(const char* name, const Tensor& upstream, at::ScalarType dtype, int64_t reduction,
+                    at::IntArrayRef sizes, const Tensor& like) {
+  TORCH_CHECK(upstream.scalar_type() == dtype, name, "_backward: expected an upstream gradient of ", dtype, ", got ",
+              upstream.scalar_type());
+  check_device(name, "an upstream gradient", upstream, like);
+  const at::IntArrayRef expected = reduction == kNone ? sizes : at::IntArrayRef();
+  TORCH_CHECK(upstream.sizes() == expected, name, "_backward: expected an upstream gradient of size ", expected,
+              ", got ", upstream.sizes());
 }
 
 bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {

@@ -39,6 +39,7 @@ std::optional<DType> kernel_dtype(at::ScalarType type);
 at::ScalarType arithmetic_type(at::ScalarType type);
 
 void copy_params(Params from, double (&to)[kMaxParams]);
+bool in_range(Params params, bool (*valid)(const double* params));
 
 // Calls f(begin, end) over [0, count) on torch's own threads, `grain` or more items a thread.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
@@ -64,6 +65,10 @@ inline void check_device(const char* name, const char* what, const Tensor& tenso
   TORCH_CHECK(tensor.device() == like.device(), name, ": expected ", what, " on ", like.device(), ", got ",
               tensor.device());
 }
+
+// Of a reduced loss, or of losses of the sizes given.
+void check_upstream(const char* name, const Tensor& upstream, at::ScalarType dtype, int64_t reduction,
+                    at::IntArrayRef sizes, const Tensor& like);
 
 // Whether forward may make the gradient of a call, before its upstream gradient is known: of a reduction to one value,
 // and not in fp16, where that of a mean would underflow before a loss scale could lift it.

@@ -50,12 +50,6 @@ bool same_dense_order(const Tensor& a, const Tensor& b) {
   return a.is_contiguous() ? b.is_contiguous() : a.strides() == b.strides() && a.is_non_overlapping_and_dense();
 }
 
-bool is_valid(const PointwiseLoss& loss, Params given) {
-  double params[kMaxParams];
-  copy_params(given, params);
-  return loss.valid(params);
-}
-
 OptionalTensor factor(const PointwiseLoss& loss, const char* what, const OptionalTensor& given, const Tensor& input) {
   if (!given) return std::nullopt;
   const char* name = loss.op.c_str();
@@ -78,7 +72,7 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
               target.scalar_type());
   TORCH_CHECK(!call.wide || c10::elementSize(input.scalar_type()) == 2, name,
               ": float32 results are those of a half-precision input, got ", input.scalar_type());
-  TORCH_CHECK(is_valid(loss, params), name, ": parameters out of range: ", params);
+  TORCH_CHECK(in_range(params, loss.valid), name, ": parameters out of range: ", params);
   check_device(name, "a target", target, input);
   TORCH_CHECK(target.sizes() == input.sizes(), name, ": expected target of the input's size ", input.sizes(), ", got ",
               target.sizes());
@@ -185,17 +179,6 @@ void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tens
   if (!output) return;
   args.output = output->mutable_data_ptr();
   args.output_dtype = *kernel_dtype(output->scalar_type());
-}
-
-void check_upstream(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                    bool wide) {
-  const at::ScalarType expected = inputs.result_dtype(wide);
-  TORCH_CHECK(upstream.scalar_type() == expected, loss.op, "_backward: expected an upstream gradient of ", expected,
-              ", got ", upstream.scalar_type());
-  check_device(loss.op.c_str(), "an upstream gradient", upstream, inputs.input);
-  const at::IntArrayRef sizes = reduction == kNone ? inputs.input.sizes() : at::IntArrayRef();
-  TORCH_CHECK(upstream.sizes() == sizes, loss.op, "_backward: expected an upstream gradient of size ", sizes, ", got ",
-              upstream.sizes());
 }
 
 // ---- autograd
@@ -316,7 +299,7 @@ const char* declines_pointwise(const PointwiseLoss& loss, const Tensor& input, c
   if (!kernel_dtype(type) || !(kernel_dtype(target.scalar_type()) || promotes_integers))
     return "an input or target that is no float64, float32, bfloat16 or float16";
   if (input.numel() == 0 || target.numel() == 0) return "an empty input";
-  if (!is_valid(loss, call.params)) return "a parameter that is out of range";
+  if (!in_range(call.params, loss.valid)) return "a parameter that is out of range";
   if (target.requires_grad() && !loss.traits.of_difference && !loss.traits.has_target_slope)
     return "a target that requires a gradient";
   if (input.sizes() != target.sizes() &&

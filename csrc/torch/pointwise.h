@@ -77,9 +77,6 @@ struct PointwiseInputs {
   std::vector<Tensor> copies;
 };
 
-void check_upstream(const PointwiseLoss& loss, const PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                    bool wide);
-
 template <class Device>
 void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   const std::string name = loss.op.substr(loss.op.find("::") + 2);
@@ -105,7 +102,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
          [&loss](const Tensor& upstream, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  int64_t reduction, Params params, const OptionalTensor& pos_weight, bool wide, bool of_target) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide});
-           check_upstream(loss, inputs, upstream, reduction, wide);
+           check_upstream(loss.op.c_str(), upstream, inputs.result_dtype(wide), reduction, input.sizes(), input);
            TORCH_CHECK(!of_target || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
                        " is not differentiable with respect to its target");
            Tensor grad = empty_gradient(of_target ? target : input);

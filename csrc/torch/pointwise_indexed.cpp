@@ -6,23 +6,12 @@
 #include <vector>
 
 #include "loss_function.h"
+#include "pointwise.h"
 
 namespace fusedloss {
 namespace {
 
-bool valid(Pointwise loss, Params given) {
-  double params[kMaxParams];
-  copy_params(given, params);
-  switch (loss) {
-#define FUSEDLOSS_VALID(name, Functor) \
-  case Pointwise::name:                \
-    return baseline::Functor<double>::valid(params);
-    FUSEDLOSS_INDEXED(FUSEDLOSS_VALID)
-#undef FUSEDLOSS_VALID
-    default:
-      TORCH_CHECK(false, "no loss over class indices: ", int64_t(loss));
-  }
-}
+bool valid(Pointwise loss, Params params) { return in_range(params, pointwise_loss(int64_t(loss)).valid); }
 
 std::vector<int64_t> rows_of(at::IntArrayRef of_logits) {
   std::vector<int64_t> rows = of_logits.vec();
@@ -139,16 +128,6 @@ void IndexedInputs::fill(IndexedArgs& args) const {
 
 Tensor empty_loss(const IndexedInputs& inputs, int64_t reduction) {
   return reduction == kNone ? at::empty_like(inputs.logits) : at::empty({}, inputs.logits.options());
-}
-
-void check_backward(Pointwise loss, const IndexedInputs& inputs, const Tensor& upstream, int64_t reduction) {
-  const std::string name = std::string(indexed_name(loss)) + "_backward";
-  TORCH_CHECK(upstream.scalar_type() == inputs.logits.scalar_type(), name, ": expected an upstream gradient of ",
-              inputs.logits.scalar_type(), ", got ", upstream.scalar_type());
-  check_device(name.c_str(), "an upstream gradient", upstream, inputs.logits);
-  const at::IntArrayRef expected = reduction == kNone ? inputs.logits.sizes() : at::IntArrayRef();
-  TORCH_CHECK(upstream.sizes() == expected, name, ": expected an upstream gradient of size ", expected, ", got ",
-              upstream.sizes());
 }
 
 namespace {

@@ -55,7 +55,6 @@ struct IndexedInputs {
 };
 
 Tensor empty_loss(const IndexedInputs& inputs, int64_t reduction);
-void check_backward(Pointwise loss, const IndexedInputs& inputs, const Tensor& upstream, int64_t reduction);
 
 template <class Device, Pointwise kLoss>
 struct IndexedOps {
@@ -70,7 +69,7 @@ struct IndexedOps {
   static Tensor backward(const Tensor& upstream, const Tensor& logits, const Tensor& target,
                          const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, Params params) {
     const IndexedInputs inputs(kLoss, logits, target, weight, ignore_index, params);
-    check_backward(kLoss, inputs, upstream, reduction);
+    check_upstream(indexed_name(kLoss), upstream, logits.scalar_type(), reduction, logits.sizes(), logits);
     Tensor grad = empty_gradient(inputs.logits);
     Device::backward(kLoss, inputs, upstream, reduction, grad);
     return grad;

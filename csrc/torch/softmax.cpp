@@ -21,12 +21,6 @@ const SoftmaxTraits& traits_of(Softmax loss) {
 
 namespace {
 
-bool valid(Softmax loss, Params given) {
-  double params[kMaxParams];
-  copy_params(given, params);
-  return traits_of(loss).valid(params);
-}
-
 template <class Functor>
 int64_t saved_by(const double* params) {
   if constexpr (baseline::has_twin<Functor>) {
@@ -94,7 +88,7 @@ const char* declines_softmax(Softmax loss, const Tensor& logits, const SoftmaxCa
   if (dim < 1 || logits.numel() == 0) return "the logits are empty or a single number";
   if (call.second && !traits_of(loss).reads_row) return "no second result of a loss of the target's logit alone";
   if (!logits.is_cpu() && classes_of(logits) > kCudaMaxClasses) return "more classes than a kernel counts";
-  if (!valid(loss, call.params)) return "a parameter is out of range";
+  if (!in_range(call.params, traits_of(loss).valid)) return "a parameter is out of range";
   if (traits_of(loss).soft) {
     if (target.sizes() != logits.sizes()) return "the probabilities are not of the logits' shape";
     if (!same_or_wider(target.scalar_type(), logits)) return "the probabilities are of another dtype";
@@ -140,7 +134,7 @@ void check(Softmax loss, const Tensor& logits, const SoftmaxCall& call) {
     TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), name, ": expected target size ", at::IntArrayRef(expected),
                 ", got ", target.sizes());
   }
-  TORCH_CHECK(valid(loss, call.params), name, ": parameters out of range: ", call.params);
+  TORCH_CHECK(in_range(call.params, traits_of(loss).valid), name, ": parameters out of range: ", call.params);
   check_device(name, "a target", target, logits);
   if (!call.weight) return;
   const Tensor& weight = *call.weight;
