@@ -6,7 +6,9 @@ target of 8 bytes and statistics of 8, is not counted: at 10 classes in bfloat16
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,13 @@ class Case:
     loss: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    target: Callable[[Tensor], Tensor]  # for an input
     fused: Loss
     eager: Loss
     timed: dict[str, tuple[int, list[Goal]]]
     tensors: int  # of the input's size that the greediest provider holds at once, to know what fits
     by_rows: bool = False  # (N, C) cross-entropy, which the other packages have too
+    probabilities: bool = False  # as inputs
     variants: dict[str, Loss] = field(default_factory=dict)  # of ours, by what is timed
 
     @property
@@ -53,13 +57,17 @@ class Case:
     def data(self) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
         input = torch.randn(self.shape, dtype=self.dtype, device="cuda")
-        if self.loss in ("cross-entropy", "softmax focal"):
-            target = torch.randint(self.shape[1], self.shape[:1] + self.shape[2:], device="cuda")
-        elif self.loss == "sigmoid focal":
-            target = torch.randint(2, self.shape, device="cuda", dtype=torch.int8).to(self.dtype)
-        else:
-            target = torch.randn(self.shape, dtype=self.dtype, device="cuda")
-        return input.requires_grad_(), target
+        if self.probabilities:
+            input.sigmoid_()
+        return input.requires_grad_(), self.target(input)
+
+
+def class_indices(input: Tensor) -> Tensor:
+    return torch.randint(input.shape[1], input.shape[:1] + input.shape[2:], device=input.device)
+
+
+def zeros_and_ones(input: Tensor) -> Tensor:
+    return torch.randint_like(input, 2, dtype=torch.int8).to(input.dtype)
 
 
 def eager_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
@@ -83,24 +91,44 @@ def fused_focal(input: Tensor, target: Tensor) -> Tensor:
     return L.focal_loss(input, target, gamma=GAMMA)
 
 
-def eager_huber(input: Tensor, target: Tensor) -> Tensor:
-    return F.huber_loss(input, target)
+# A loss by its name in a namespace of functions: torch's, or ours.
+Call = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-def fused_huber(input: Tensor, target: Tensor) -> Tensor:
-    return L.huber_loss(input, target)
+@cache
+def _weights(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.rand(64, dtype=dtype, device=device) + 0.5
 
 
-def eager_sigmoid_focal(input: Tensor, target: Tensor) -> Tensor:
-    """The formula of ``torchvision.ops.sigmoid_focal_loss``."""
-    p = torch.sigmoid(input)
-    ce = F.binary_cross_entropy_with_logits(input, target, reduction="none")
-    p_t = p * target + (1 - p) * (1 - target)
-    return ((ALPHA * target + (1 - ALPHA) * (1 - target)) * (ce * ((1 - p_t) ** GAMMA))).mean()
+def bce_with_pos_weight(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    """One factor for each of 64 classes, read through its strides."""
+    weights = _weights(x.dtype, x.device)
+    loss: Tensor = f.binary_cross_entropy_with_logits(x.view(-1, 64), t.view(-1, 64), pos_weight=weights)
+    return loss
 
 
-def fused_sigmoid_focal(input: Tensor, target: Tensor) -> Tensor:
-    return L.sigmoid_focal_loss(input, target, ALPHA, GAMMA, "mean")
+def sigmoid_focal(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    """Of torch: the formula of ``torchvision.ops.sigmoid_focal_loss``."""
+    if f is L:
+        return L.sigmoid_focal_loss(x, t, ALPHA, GAMMA, "mean")
+    p = torch.sigmoid(x)
+    ce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    p_t = p * t + (1 - p) * (1 - t)
+    return ((ALPHA * t + (1 - ALPHA) * (1 - t)) * (ce * ((1 - p_t) ** GAMMA))).mean()
+
+
+# name: the call, its target, the least speed-up over eager, and the tensors that eager or its compilation holds.
+POINTWISE: dict[str, tuple[Call, Callable[[Tensor], Tensor], float, int]] = {
+    "Huber": (lambda f, x, t: f.huber_loss(x, t), torch.randn_like, 2, 8),
+    "sigmoid focal": (sigmoid_focal, zeros_and_ones, 20, 24),
+    "SmoothL1": (lambda f, x, t: f.smooth_l1_loss(x, t), torch.randn_like, 2, 8),
+    "MSE": (lambda f, x, t: f.mse_loss(x, t), torch.randn_like, 2, 8),
+    "L1": (lambda f, x, t: f.l1_loss(x, t), torch.randn_like, 2, 8),
+    "BCE": (lambda f, x, t: f.binary_cross_entropy(x, t), zeros_and_ones, 2, 8),
+    "BCE with logits": (lambda f, x, t: f.binary_cross_entropy_with_logits(x, t), zeros_and_ones, 4, 16),
+    "BCE with logits, pos_weight": (bce_with_pos_weight, zeros_and_ones, 4, 16),
+}
+QUICK = ("Huber", "sigmoid focal")
 
 
 def of_copy(share: float) -> Goal:
@@ -130,7 +158,14 @@ def cross_entropy(
     shape: tuple[int, ...], dtype: torch.dtype, timed: dict[str, tuple[int, list[Goal]]], by_rows: bool = False
 ) -> Case:
     variants: dict[str, Loss] = {IN_FORWARD: cross_entropy_in_forward}
-    return Case("cross-entropy", shape, dtype, fused_cross_entropy, eager_cross_entropy, timed, 7, by_rows, variants)
+    losses = fused_cross_entropy, eager_cross_entropy
+    return Case("cross-entropy", shape, dtype, class_indices, *losses, timed, 7, by_rows, variants=variants)
+
+
+def pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, tuple[int, list[Goal]]]) -> Case:
+    call, target, _, tensors = POINTWISE[name]
+    losses = partial(call, L), partial(call, F)
+    return Case(name, (elements,), dtype, target, *losses, timed, tensors, probabilities=name == "BCE")
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -146,13 +181,12 @@ def cases(quick: bool) -> Iterator[Case]:
         for classes in (100,) if quick else (10, 32, 100, 1000):
             yield cross_entropy((1_000_000, classes), dtype, {BOTH: (3, [of_copy(0.75)])})
     for dtype in dtypes:
-        huber, focal = ({BOTH: (3, [of_copy(0.9), Goal("eager", times)])} for times in (2, 20))
-        yield Case("Huber", (1 << 28,), dtype, fused_huber, eager_huber, huber, 8)
-        yield Case("sigmoid focal", (1 << 28,), dtype, fused_sigmoid_focal, eager_sigmoid_focal, focal, 24)
+        for name in QUICK if quick else POINTWISE:
+            yield pointwise(name, 1 << 28, dtype, {BOTH: (3, [of_copy(0.9), Goal("eager", POINTWISE[name][2])])})
     # Launches are counted by tests/test_gpu.py.
     call = {CALL: (0, [Goal("eager", 1)])}
     for rows in (4, 32):
         yield cross_entropy((rows, 10), torch.float32, call)
-    yield Case("softmax focal", (32, 10), torch.float32, fused_focal, eager_focal, call, 8)
-    yield Case("Huber", (64,), torch.float32, fused_huber, eager_huber, call, 8)
-    yield Case("sigmoid focal", (64,), torch.float32, fused_sigmoid_focal, eager_sigmoid_focal, call, 24)
+    yield Case("softmax focal", (32, 10), torch.float32, class_indices, fused_focal, eager_focal, call, 8)
+    for name in QUICK if quick else POINTWISE:
+        yield pointwise(name, 64, torch.float32, call)
