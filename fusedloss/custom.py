@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import warnings
@@ -93,8 +94,8 @@ def pointwise_loss(
     """Make a pointwise loss of one's own, which runs on the kernels of the built-in ones.
 
     The expressions are compiled once, by :func:`torch.utils.cpp_extension.load_inline`, for the CPU and, where there is
-    nvcc, for CUDA; the result is kept in torch's extension cache under a hash of its content. Where there is no
-    compiler the loss runs natively, with a warning.
+    nvcc with a GPU (or a ``TORCH_CUDA_ARCH_LIST``), for CUDA; the result is kept in torch's extension cache under a
+    hash of its content. Where there is no compiler the loss runs natively, with a warning.
 
     Args:
         name: of the loss, an identifier.
@@ -236,22 +237,32 @@ def _library(op: str, functor: str, loss: PointwiseLoss) -> int | None:
         warnings.warn(f"{loss.name} runs natively: {loss.why_native}", stacklevel=3)
         return None
     isa = extension.cpu_isa()
-    on_cuda = extension.cuda_architectures != "none" and cpp_extension.CUDA_HOME is not None
+    architectures = _cuda_architectures()
     target = "" if isa == "baseline" else f'#include "cpu/target_{isa}.inl"'
-    entry = "fusedloss_custom_cuda" if on_cuda else "nullptr"
-    declared = f"int {entry}(PointwiseResult, const CudaPointwiseArgs&, CudaStream);" if on_cuda else ""
+    entry = "fusedloss_custom_cuda" if architectures else "nullptr"
+    declared = f"int {entry}(PointwiseResult, const CudaPointwiseArgs&, CudaStream);" if architectures else ""
     source = _ON_CPU.format(target=target, functor=functor, cuda=declared, entry=entry)
-    # Everything the result depends on: sources, flags and the instruction set of this machine.
-    digest = hashlib.sha256(repr((source, extension.compile_flags, extension.cuda_architectures)).encode())
+    # Everything the result depends on: sources, flags, and the instruction set and GPUs of this machine.
+    digest = hashlib.sha256(repr((source, extension.compile_flags, architectures)).encode())
     for path in sorted(_sources().rglob("*.*")):
         if path.suffix in (".h", ".inl", ".cuh"):
             digest.update(path.read_bytes())
     module = f"{op}_{digest.hexdigest()[:12]}"
-    library = _compiled(module, source, _ON_CUDA.format(functor=functor) if on_cuda else None, loss.name)
+    library = _compiled(module, source, _ON_CUDA.format(functor=functor) if architectures else None, loss.name)
     entry_point: Any = ctypes.CDLL(library).fusedloss_custom
     entry_point.restype = ctypes.c_void_p
     address: int = entry_point()
     return address
+
+
+def _cuda_architectures() -> str:
+    """What torch lets nvcc compile for; empty where there is no nvcc, or neither a GPU nor a list of them."""
+    from torch.utils import cpp_extension
+
+    if extension is None or extension.cuda_architectures == "none" or cpp_extension.CUDA_HOME is None:
+        return ""
+    gpus = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{a}.{b}" for a, b in sorted(set(gpus)))
 
 
 def _compiled(module: str, source: str, cuda_source: str | None, name: str) -> str:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,29 @@ def test_another_process_finds_it_compiled(losses, tmp_path):
         losses["pseudo_huber"](torch.ones(3), torch.zeros(3)).item()
     )
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.so")}
+
+
+@pytest.mark.parametrize(
+    ("built_for", "nvcc", "listed", "gpus", "expected"),
+    [
+        ("none", "/cuda", "9.0", [(9, 0)], ""),
+        ("8.0;9.0", None, "9.0", [(9, 0)], ""),
+        ("8.0;9.0", "/cuda", None, [], ""),
+        ("8.0;9.0", "/cuda", None, [(9, 0), (8, 0), (9, 0)], "8.0 9.0"),
+        ("8.0;9.0", "/cuda", "9.0a", [(8, 0)], "9.0a"),
+    ],
+    ids=["no kernels", "no nvcc", "no gpu", "of the gpus", "as listed"],
+)
+def test_what_is_compiled_for_cuda(monkeypatch, built_for, nvcc, listed, gpus, expected):
+    """Without a GPU or a list torch would raise an IndexError."""
+    monkeypatch.setattr(custom, "extension", SimpleNamespace(cuda_architectures=built_for))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", nvcc)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if listed:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert custom._cuda_architectures() == expected
 
 
 def test_a_model_with_one_can_be_pickled(losses):
