@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
+# torch.amp.is_autocast_available knows them too, but torch.compile of torch 2.11 cannot trace that question.
+_WITHOUT_AUTOCAST = ("fpga", "lazy", "meta", "ve", "vulkan")
 
 
 def in_float(tensor: Tensor) -> Tensor:
@@ -13,4 +15,4 @@ def in_float(tensor: Tensor) -> Tensor:
 def widened(input: Tensor, wide: bool = False) -> bool:
     """Whether results are float32: asked for, or under autocast, as torch's losses are."""
     device = input.device.type
-    return wide or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    return wide or (device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device))

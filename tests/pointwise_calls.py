@@ -19,6 +19,19 @@ OF_DIFFERENCE = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"]
 WEIGHTED = ["mse_loss", "l1_loss", "huber_loss"]
 BINARY = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 FUNCTIONS = OF_DIFFERENCE + BINARY
+
+
+def _differentiates_two_dtypes(function: str) -> bool:
+    x, t = torch.ones(1, requires_grad=True, device="cpu"), torch.ones(1, dtype=torch.float64, device="cpu")
+    try:
+        getattr(F, function)(x, t).backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+# Of torch's losses those with a backward for operands of two dtypes: not huber_loss, and in torch 2.11 not mse_loss.
+OF_TWO_DTYPES = [function for function in OF_DIFFERENCE if _differentiates_two_dtypes(function)]
 MODULES = {
     "mse_loss": "MSELoss",
     "l1_loss": "L1Loss",
