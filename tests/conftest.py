@@ -3,10 +3,12 @@
 `pytest --device cuda` runs the tests on a GPU: tensors are made there unless a test says otherwise.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import nvcc
 import pytest
 import torch
 from torch import Tensor
@@ -192,6 +194,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons += [mark.kwargs["reason"] for mark in item.iter_markers("on_cpu_alone")]
         if reasons:
             item.add_marker(pytest.mark.skip(reason=reasons[0]))
+
+
+KERNELS_BY_NVCC = pytest.StashKey[nvcc.Compilation]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What test_nvcc.py reads is compiled while the tests before it leave a core idle: five minutes of one core."""
+    config = session.config
+    reads = any("nvcc_runs" in getattr(item, "fixturenames", ()) for item in session.items)
+    if reads and shutil.which("nvcc") and not config.option.collectonly and config.getoption("--device") == "cpu":
+        config.stash[KERNELS_BY_NVCC] = nvcc.Compilation(nvcc.SOURCES, nvcc.supported())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if KERNELS_BY_NVCC in config.stash:
+        config.stash[KERNELS_BY_NVCC].end()
 
 
 @pytest.fixture(scope="session", autouse=True)

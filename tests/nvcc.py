@@ -21,6 +21,7 @@ TABLE = ROOT / "tests" / "registers.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100, B200: those of setup.py
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 
+Run = subprocess.CompletedProcess[str]
 Registers = dict[str, tuple[int, ...]]  # of each kernel, by architecture
 
 
@@ -60,23 +61,38 @@ def supported() -> list[str]:
     return [architecture for architecture in ARCHITECTURES if architecture in known]
 
 
-def compile(
-    folder: Path, sources: Sequence[Path], architectures: Sequence[str]
-) -> dict[str, list[subprocess.CompletedProcess[str]]]:
-    """One nvcc for each source and architecture, whether it succeeds or not."""
+class Compilation:
+    """One nvcc for each source and architecture, whether it succeeds or not, in the time that others leave."""
 
-    def run(architecture: str, source: Path) -> subprocess.CompletedProcess[str]:
+    def __init__(self, sources: Sequence[Path], architectures: Sequence[str]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._runs = {a: [self._pool.submit(self._run, a, source) for source in sources] for a in architectures}
+
+    def _run(self, architecture: str, source: Path) -> Run:
         code = ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
-        to = folder / f"{source.stem}.{architecture}.o"
-        command = ["nvcc", *FLAGS, *code, "-c", str(source), "-o", str(to)]
+        to = Path(self._folder.name) / f"{source.stem}.{architecture}.o"
+        nice = ["nice", "-n", "19"] if shutil.which("nice") else []
+        command = [*nice, "nvcc", *FLAGS, *code, "-c", str(source), "-o", str(to)]
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {a: [pool.submit(run, a, source) for source in sources] for a in architectures}
-        return {a: [future.result() for future in futures] for a, futures in runs.items()}
+    def result(self) -> dict[str, list[Run]]:
+        return {a: [future.result() for future in futures] for a, futures in self._runs.items()}
+
+    def end(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._folder.cleanup()
 
 
-def functions(runs: list[subprocess.CompletedProcess[str]]) -> list[Function]:
+def compile(sources: Sequence[Path], architectures: Sequence[str]) -> dict[str, list[Run]]:
+    compilation = Compilation(sources, architectures)
+    try:
+        return compilation.result()
+    finally:
+        compilation.end()
+
+
+def functions(runs: list[Run]) -> list[Function]:
     """Of every function in the runs, which must have succeeded."""
     for run in runs:
         assert run.returncode == 0, f"{' '.join(run.args)}\n{run.stdout}"
@@ -143,8 +159,7 @@ def read_table(text: str) -> tuple[str, Registers]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        runs = compile(Path(folder), SOURCES, ARCHITECTURES)
+    runs = compile(SOURCES, ARCHITECTURES)
     text = table(version(), registers({architecture: functions(of) for architecture, of in runs.items()}))
     if sys.argv[1:] == ["--write"]:
         TABLE.write_text(text)

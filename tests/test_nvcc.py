@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nvcc
 import pytest
+from conftest import KERNELS_BY_NVCC
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc; tests/cuda_on_cpu runs the kernels without it"
@@ -47,8 +48,8 @@ WARNINGS = {
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    return nvcc.compile(tmp_path_factory.mktemp("nvcc"), nvcc.SOURCES, nvcc.supported())
+def nvcc_runs(pytestconfig):
+    return pytestconfig.stash[KERNELS_BY_NVCC].result()
 
 
 @pytest.fixture(params=nvcc.ARCHITECTURES)
@@ -61,7 +62,7 @@ def architecture(request):
 def planted(folder: Path, source: str, architecture: str):
     file = folder / "planted.cu"
     file.write_text(source)
-    return nvcc.compile(folder, [file], [architecture])[architecture]
+    return nvcc.compile([file], [architecture])[architecture]
 
 
 def using_local_memory(functions):
@@ -81,28 +82,28 @@ def differences(committed: Mapping[str, object], found: Mapping[str, object]) ->
 
 
 @needs_nvcc
-def test_no_kernel_uses_local_memory(runs, architecture):
+def test_no_kernel_uses_local_memory(nvcc_runs, architecture):
     # Nor does any give a warning: reading the functions of a run that failed, fails with what the compiler said.
-    offenders = using_local_memory(nvcc.functions(runs[architecture]))
+    offenders = using_local_memory(nvcc.functions(nvcc_runs[architecture]))
     assert not offenders, f"on {architecture}:\n" + "\n".join(map(str, offenders))
 
 
 @needs_nvcc
 @needs_names
-def test_the_table_has_every_kernel_and_no_other(runs, architecture):
+def test_the_table_has_every_kernel_and_no_other(nvcc_runs, architecture):
     _, committed = nvcc.read_table(nvcc.TABLE.read_text())
-    found = nvcc.registers({architecture: nvcc.functions(runs[architecture])})
+    found = nvcc.registers({architecture: nvcc.functions(nvcc_runs[architecture])})
     message = differences(dict.fromkeys(committed, "there"), dict.fromkeys(found, "there"))
     assert not message, message
 
 
 @needs_nvcc
 @needs_names
-def test_registers_are_those_of_the_table(runs):
+def test_registers_are_those_of_the_table(nvcc_runs):
     counted_by, committed = nvcc.read_table(nvcc.TABLE.read_text())
     if counted_by != nvcc.version():
         pytest.skip(f"tests/registers.txt is by nvcc {counted_by}, this is {nvcc.version()}, which may count otherwise")
-    found = nvcc.registers({architecture: nvcc.functions(of) for architecture, of in runs.items()})
+    found = nvcc.registers({architecture: nvcc.functions(of) for architecture, of in nvcc_runs.items()})
     message = differences(committed, found)
     assert not message, message
 
