@@ -158,13 +158,15 @@ struct CpuKernels {
   void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 };
 
+using CudaPointwise = int (*)(PointwiseResult, const struct CudaPointwiseArgs&, CUstream_st*);
+
 // A loss that was compiled apart, and its version: that of these structs.
 constexpr int64_t kCustomVersion = 1'000'000 + sizeof(PointwiseArgs);
 struct CustomPointwise {
   int64_t version;
   PointwiseTraits traits;
   CpuPointwise cpu;
-  int (*cuda)(PointwiseResult, const struct CudaPointwiseArgs&, CUstream_st*);  // null where it has none
+  CudaPointwise cuda;  // null where it has none
 };
 
 // The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.

@@ -252,6 +252,8 @@ def _captures_pointwise(
     """As declines_pointwise of csrc/torch/pointwise.cpp has it."""
     if not _captures(input, target, weight, reduction) or target.dtype not in _DTYPES:
         return False
+    if input.device.type == "cuda" and not traits.on_cuda:
+        return False
     if target.requires_grad and not (traits.of_difference or traits.has_target_slope):
         return False
     if input.shape != target.shape and not (traits.of_difference and _broadcasts_with(input.shape, target.shape)):

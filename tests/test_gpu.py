@@ -23,6 +23,7 @@ from test_edges import layouts
 from test_values import EPSILON, largest_error
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import cpp_extension
 
 import fusedloss
 import fusedloss.functional as L
@@ -561,15 +562,28 @@ def test_mixed_precision_trains_as_with_torch(dtype, loss_in_autocast):
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=5e-3)
 
 
+def test_a_custom_loss_without_nvcc_runs_natively(monkeypatch):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    loss = fusedloss.pointwise_loss("without_nvcc", "square(x - t) / 3")
+    x, t = torch.randn(2, 100).unbind()
+    assert fusedloss.explain(loss, x, t) == "native: a loss that was compiled for the CPU alone"
+    expected = ((x - t) ** 2 / 3).mean()
+    torch.testing.assert_close(loss(x, t), expected)
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True)(x, t), expected)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["delta * delta * (sqrt(1 + square((x - t) / delta)) - 1)", "log(cosh(x - t))", "delta * tanh(x) * sinh(t)"],
+)
 @each_dtype
-def test_a_custom_loss_runs_its_own_kernels(dtype):
-    loss = fusedloss.pointwise_loss(
-        "pseudo_huber", "delta * delta * (sqrt(1 + square((x - t) / delta)) - 1)", params={"delta": 0.7}
-    )
+def test_a_custom_loss_runs_its_own_kernels(dtype, expression):
+    params = {"delta": 0.7} if "delta" in expression else {}
+    loss = fusedloss.pointwise_loss("custom", expression, params=params)
     x, t = torch.randn(2, 300, 1001).to(dtype).unbind()
     assert fusedloss.explain(loss, x, t).startswith("fused: cuda")
     for reduction in REDUCTIONS:
-        native = lambda x, t, r: loss._native(x, t, None, r, 0.7)  # noqa: E731
+        native = lambda x, t, r: loss._native(x, t, None, r, *params.values())  # noqa: E731
         assert_close_to_float64(lambda x, t, r: loss(x, t, r), native, x, t, reduction)
         assert_close_to_float64(
             lambda x, t, r: loss(x, t[:1].expand_as(x), r), native, x, t[:1].expand_as(x), reduction

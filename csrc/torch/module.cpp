@@ -262,7 +262,8 @@ void bind_pointwise(py::module_& m, PointwiseLoss& loss) {
   const char* results[] = {"promoted", "of input", "of target", "same"};
   const py::object traits = py::module_::import("types").attr("SimpleNamespace")(
       "of_difference"_a = loss.traits.of_difference, "has_target_slope"_a = loss.traits.has_target_slope,
-      "of_probabilities"_a = loss.traits.of_probabilities, "result"_a = results[int(loss.traits.result)]);
+      "on_cuda"_a = loss.cuda != nullptr, "of_probabilities"_a = loss.traits.of_probabilities,
+      "result"_a = results[int(loss.traits.result)]);
   m.attr(("traits_of_" + name).c_str()) = traits;
 }
 

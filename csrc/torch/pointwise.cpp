@@ -5,7 +5,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
 
-#include <deque>
+#include <array>
 #include <mutex>
 #include <vector>
 
@@ -15,21 +15,35 @@
 namespace fusedloss {
 namespace {
 
-std::deque<PointwiseLoss>& losses() {
-  static std::deque<PointwiseLoss> all = [] {
-    std::deque<PointwiseLoss> listed;
+// Readers take no lock, so it never moves; losses are never freed, as their ops live as long as the process.
+struct Registry {
+  static constexpr int64_t kMost = 1 << 14;
+  std::array<std::atomic<PointwiseLoss*>, kMost> losses{};
+  int64_t count = 0;
+
+  template <class... Of>
+  PointwiseLoss& add(const std::string& op, Of... of) {
+    TORCH_CHECK(count < kMost, op, ": expected at most ", kMost, " pointwise losses in a process");
+    auto* loss = new PointwiseLoss(op, count, of...);
+    losses[size_t(count++)].store(loss, std::memory_order_release);
+    return *loss;
+  }
+};
+
+Registry& registry() {
+  static Registry& all = *[] {
+    auto* listed = new Registry;
 #ifdef FUSEDLOSS_CUDA
-#define FUSEDLOSS_ON_CUDA(name)                                                         \
-  [](PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) -> int { \
-    return cuda_pointwise(Pointwise::name, result, args, stream);                       \
+#define FUSEDLOSS_ON_CUDA(name)                                                          \
+  +[](PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) -> int { \
+    return cuda_pointwise(Pointwise::name, result, args, stream);                        \
   }
 #else
-#define FUSEDLOSS_ON_CUDA(name) nullptr
+#define FUSEDLOSS_ON_CUDA(name) CudaPointwise(nullptr)
 #endif
-#define FUSEDLOSS_ADD(name, Functor)                                                                              \
-  listed.emplace_back("fusedloss::" #name, int64_t(listed.size()),                                                \
-                      baseline::pointwise_traits<baseline::Functor<double>>(), &baseline::Functor<double>::valid, \
-                      nullptr, FUSEDLOSS_ON_CUDA(name));
+#define FUSEDLOSS_ADD(name, Functor)                                                        \
+  listed->add("fusedloss::" #name, baseline::pointwise_traits<baseline::Functor<double>>(), \
+              &baseline::Functor<double>::valid, CpuPointwise(nullptr), FUSEDLOSS_ON_CUDA(name));
     FUSEDLOSS_POINTWISE(FUSEDLOSS_ADD)
 #undef FUSEDLOSS_ADD
 #undef FUSEDLOSS_ON_CUDA
@@ -40,7 +54,9 @@ std::deque<PointwiseLoss>& losses() {
 
 }  // namespace
 
-PointwiseLoss& pointwise_loss(int64_t number) { return losses()[size_t(number)]; }
+PointwiseLoss& pointwise_loss(int64_t number) {
+  return *registry().losses[size_t(number)].load(std::memory_order_acquire);
+}
 
 // ---- the arguments of an op
 
@@ -299,6 +315,7 @@ const char* declines_pointwise(const PointwiseLoss& loss, const Tensor& input, c
   if (!kernel_dtype(type) || !(kernel_dtype(target.scalar_type()) || promotes_integers))
     return "an input or target that is no float64, float32, bfloat16 or float16";
   if (input.numel() == 0 || target.numel() == 0) return "an empty input";
+  if (!input.is_cpu() && !loss.cuda) return "a loss that was compiled for the CPU alone";
   if (!in_range(call.params, loss.valid)) return "a parameter that is out of range";
   if (target.requires_grad() && !loss.traits.of_difference && !loss.traits.has_target_slope)
     return "a target that requires a gradient";
@@ -374,9 +391,7 @@ PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& cus
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto any = [](const double*) { return true; };
-  PointwiseLoss& loss = losses().emplace_back("fusedloss::" + name, int64_t(losses().size()), custom.traits, any,
-                                              custom.cpu, custom.cuda);
-  // Never freed: the ops live as long as the process.
+  PointwiseLoss& loss = registry().add("fusedloss::" + name, custom.traits, any, custom.cpu, custom.cuda);
   const auto library = [](torch::Library::Kind kind, c10::DispatchKey key) -> torch::Library& {
     return *new torch::Library(kind, "fusedloss", key, __FILE__, __LINE__);
   };

@@ -34,14 +34,14 @@ struct PointwiseLoss {
   int64_t number;
   PointwiseTraits traits;
   bool (*valid)(const double* params);
-  CpuPointwise cpu;  // of a loss compiled apart; one of the list has one for each instruction set
-  int (*cuda)(PointwiseResult, const CudaPointwiseArgs&, CudaStream);
+  CpuPointwise cpu;    // of a loss compiled apart; one of the list has one for each instruction set
+  CudaPointwise cuda;  // null where it was compiled for the CPU alone
   // The native formula, differentiated where a backward is itself differentiated. Set once.
   std::function<Tensor(const Tensor& input, const Tensor& target, const PointwiseCall&)> formula;
   mutable std::atomic<const PointwiseHandles*> handles{nullptr};
 
   PointwiseLoss(std::string op, int64_t number, PointwiseTraits traits, bool (*valid)(const double*), CpuPointwise cpu,
-                int (*cuda)(PointwiseResult, const CudaPointwiseArgs&, CudaStream))
+                CudaPointwise cuda)
       : op(std::move(op)), number(number), traits(traits), valid(valid), cpu(cpu), cuda(cuda) {}
 };
 
