@@ -22,7 +22,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "log1p": lambda u, du: du / (1 + u),
     "sinh": lambda u, du: _of("cosh", u) * du,
     "cosh": lambda u, du: _of("sinh", u) * du,
-    "tanh": lambda u, du: (1 - _of("tanh", u) ** 2) * du,
+    "tanh": lambda u, du: du / _of("cosh", u) ** 2,  # 1 - tanh^2 would cancel
     "log_cosh": lambda u, du: _of("tanh", u) * du,
     "sigmoid": lambda u, du: _of("sigmoid", u) * _of("sigmoid", -u) * du,
     "softplus": lambda u, du: _of("sigmoid", u) * du,

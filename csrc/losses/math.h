@@ -139,7 +139,7 @@ FUSEDLOSS_HD T select_by_sign(T x, T a, T b) {
 #endif
 }
 
-// magnitude >= 0 with the sign bit of x.
+// magnitude, whose sign bit is clear, with that of x.
 template <class T>
 FUSEDLOSS_HD T with_sign_of(T x, T magnitude) {
 #ifdef __CUDA_ARCH__
