@@ -248,24 +248,37 @@ def _library(op: str, functor: str, loss: PointwiseLoss) -> int | None:
         if path.suffix in (".h", ".inl", ".cuh"):
             digest.update(path.read_bytes())
     module = f"{op}_{digest.hexdigest()[:12]}"
-    library = _compiled(module, source, _ON_CUDA.format(functor=functor) if architectures else None, loss.name)
+    cuda_source = _ON_CUDA.format(functor=functor) if architectures else None
+    library = _compiled(module, source, cuda_source, _for_architectures(architectures), loss.name)
     entry_point: Any = ctypes.CDLL(library).fusedloss_custom
     entry_point.restype = ctypes.c_void_p
     address: int = entry_point()
     return address
 
 
-def _cuda_architectures() -> str:
-    """What torch lets nvcc compile for; empty where there is no nvcc, or neither a GPU nor a list of them."""
+def _cuda_architectures() -> list[str]:
+    """Those listed, or else of the GPUs here, as far as the kernels are written for them; none without nvcc."""
     from torch.utils import cpp_extension
 
-    if extension is None or extension.cuda_architectures == "none" or cpp_extension.CUDA_HOME is None:
-        return ""
-    gpus = (torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{a}.{b}" for a, b in sorted(set(gpus)))
+    if extension.cuda_architectures == "none" or cpp_extension.CUDA_HOME is None:  # type: ignore[union-attr]
+        return []
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed or listed == ["native"]:
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        listed = [f"{major}.{minor}" for major, minor in sorted(gpus)]
+    return [entry for entry in listed if re.match(r"([89]|\d\d)\.\d", entry)]
 
 
-def _compiled(module: str, source: str, cuda_source: str | None, name: str) -> str:
+def _for_architectures(architectures: list[str]) -> list[str]:
+    """The options for nvcc; an entry is a number as 9.0a, with +PTX for what comes after."""
+    options = []
+    for entry in architectures:
+        number, _, ptx = entry.replace(".", "").partition("+")
+        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in ["sm"] + ["compute"] * bool(ptx)]
+    return options
+
+
+def _compiled(module: str, source: str, cuda_source: str | None, cuda_options: list[str], name: str) -> str:
     from torch.utils import cpp_extension
 
     include = str(_sources())
@@ -275,7 +288,7 @@ def _compiled(module: str, source: str, cuda_source: str | None, name: str) -> s
             cpp_sources=[source],
             cuda_sources=[] if cuda_source is None else [cuda_source],
             extra_cflags=extension.compile_flags.split(),  # type: ignore[union-attr]
-            extra_cuda_cflags=["-O3"],
+            extra_cuda_cflags=["-O3", *cuda_options],
             extra_include_paths=[include],
             with_cuda=cuda_source is not None,
             is_python_module=False,

@@ -255,27 +255,67 @@ def test_another_process_finds_it_compiled(losses, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.so")}
 
 
-@pytest.mark.parametrize(
-    ("built_for", "nvcc", "listed", "gpus", "expected"),
-    [
-        ("none", "/cuda", "9.0", [(9, 0)], ""),
-        ("8.0;9.0", None, "9.0", [(9, 0)], ""),
-        ("8.0;9.0", "/cuda", None, [], ""),
-        ("8.0;9.0", "/cuda", None, [(9, 0), (8, 0), (9, 0)], "8.0 9.0"),
-        ("8.0;9.0", "/cuda", "9.0a", [(8, 0)], "9.0a"),
-    ],
-    ids=["no kernels", "no nvcc", "no gpu", "of the gpus", "as listed"],
-)
-def test_what_is_compiled_for_cuda(monkeypatch, built_for, nvcc, listed, gpus, expected):
-    """Without a GPU or a list torch would raise an IndexError."""
-    monkeypatch.setattr(custom, "extension", SimpleNamespace(cuda_architectures=built_for))
+def test_the_slope_of_tanh_keeps_its_digits():
+    """As 1 - tanh^2 it would have none left at 9."""
+    loss = fusedloss.pointwise_loss("of_tanh", "t * tanh(x)")
+    x = torch.linspace(-12, 12, 1001, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(x, torch.ones(1001), "sum"), x)
+    torch.testing.assert_close(slope.double(), 1 / x.detach().double().cosh() ** 2, rtol=2e-6, atol=0)
+
+
+def pretend(monkeypatch, built_for="8.0;9.0", nvcc="/cuda", listed=None, gpus=()):
+    monkeypatch.setattr(custom, "extension", SimpleNamespace(cuda_architectures=built_for, cpu_isa=lambda: "baseline"))
+    custom.extension.compile_flags = ""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", nvcc)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     if listed:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        ({"built_for": "none", "listed": "9.0", "gpus": [(9, 0)]}, []),
+        ({"nvcc": None, "listed": "9.0", "gpus": [(9, 0)]}, []),
+        ({}, []),
+        ({"listed": "native"}, []),
+        ({"gpus": [(9, 0), (7, 5), (8, 0), (9, 0)]}, ["8.0", "9.0"]),
+        ({"listed": "native", "gpus": [(12, 0)]}, ["12.0"]),
+        ({"listed": "7.5 8.6;9.0a 10.0+PTX", "gpus": [(8, 0)]}, ["8.6", "9.0a", "10.0+PTX"]),
+    ],
+    ids=["no kernels", "no nvcc", "no gpu", "native without a gpu", "of the gpus", "native", "as listed"],
+)
+def test_what_is_compiled_for_cuda(monkeypatch, machine, expected):
+    """Without a GPU or a list torch would raise an IndexError; below 8.0 the kernels do not compile."""
+    pretend(monkeypatch, **machine)
     assert custom._cuda_architectures() == expected
+
+
+def test_options_of_nvcc():
+    assert custom._for_architectures(["9.0a", "10.0+PTX"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+def test_every_gpu_has_a_library_of_its_own(monkeypatch):
+    class Compiled(Exception):
+        pass
+
+    def compiled(module, source, cuda_source, options, name):
+        raise Compiled(module)
+
+    monkeypatch.setattr(custom, "_compiled", compiled)
+    modules = []
+    for gpus in ([], [(8, 0)], [(9, 0)]):
+        pretend(monkeypatch, gpus=gpus)
+        with pytest.raises(Compiled) as module:
+            custom._library("custom", "", SimpleNamespace(name="custom"))
+        modules.append(str(module.value))
+    assert len(set(modules)) == 3
 
 
 def test_a_model_with_one_can_be_pickled(losses):
