@@ -66,7 +66,7 @@ inline void check_device(const char* name, const char* what, const Tensor& tenso
               tensor.device());
 }
 
-// Of a reduced loss, or of losses of the sizes given.
+// Expected: one number, or without a reduction as many as the sizes say.
 void check_upstream(const char* name, const Tensor& upstream, at::ScalarType dtype, int64_t reduction,
                     at::IntArrayRef sizes, const Tensor& like);
 

@@ -201,16 +201,11 @@ void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& ups
                     const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction) {
   const char* name = name_of(loss);
   const at::ScalarType arithmetic = arithmetic_type(inputs.logits.scalar_type());
-  const auto check_upstream = [&](const Tensor& tensor, bool each_row) {
-    TORCH_CHECK(tensor.scalar_type() == upstream.scalar_type() && same_or_wider(tensor.scalar_type(), inputs.logits),
-                name, "_backward: expected an upstream gradient of ", inputs.logits.scalar_type(), " or ", arithmetic,
-                ", got ", tensor.scalar_type());
-    check_device(name, "an upstream gradient", tensor, inputs.logits);
-    TORCH_CHECK(tensor.sizes() == (each_row ? at::IntArrayRef(inputs.row_sizes) : at::IntArrayRef()), name,
-                "_backward: the upstream gradient's size ", tensor.sizes(), " does not fit the loss");
-  };
-  check_upstream(upstream, reduction == kNone);
-  if (upstream_second) check_upstream(*upstream_second, true);
+  const at::ScalarType type = upstream.scalar_type();
+  TORCH_CHECK(same_or_wider(type, inputs.logits), name, "_backward: expected an upstream gradient of ",
+              inputs.logits.scalar_type(), " or ", arithmetic, ", got ", type);
+  check_upstream(name, upstream, type, reduction, inputs.row_sizes, inputs.logits);
+  if (upstream_second) check_upstream(name, *upstream_second, type, kNone, inputs.row_sizes, inputs.logits);
   check_device(name, "statistics", statistics, inputs.logits);
   const int64_t expected = saved_statistics(loss, inputs.params) * inputs.layout().rows + 1;
   TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == expected && statistics.scalar_type() == arithmetic,
