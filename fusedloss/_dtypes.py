@@ -5,7 +5,9 @@ from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 # torch.amp.is_autocast_available knows them too, but torch.compile of torch 2.11 cannot trace that question.
-_WITHOUT_AUTOCAST = ("fpga", "lazy", "meta", "ve", "vulkan")
+_WITHOUT_AUTOCAST = (
+    "fpga", "hip", "ideep", "lazy", "meta", "metal", "mkldnn", "opencl", "opengl", "ve", "vulkan"
+)  # fmt: skip
 
 
 def in_float(tensor: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.broadcast_tensors(input, target)  # type: ignore[return-value]
 
 
-def _check_weight(input: Tensor, weight: Tensor) -> None:
+def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
+    _broadcast(input, target)  # whose error is torch's first
     if weight.size() != input.size():
         raise ValueError("Weights and input must have the same size.")
 
@@ -59,7 +60,7 @@ def _over_weights(
     """With a weight, the mean is over the sum of the weights."""
     if weight is None:
         return loss(input, target, None, reduction)
-    _check_weight(input, weight)
+    _check_weight(input, target, weight)
     if input.dtype in HALVES and widened(input):
         # Of torch's steps autocast knows some and not others, and the result has the dtype that comes of it.
         _route.tell_native("a weight under autocast")
@@ -219,7 +220,7 @@ def huber_loss(
     """
     _warn_of_broadcasting(input, target)
     if weight is not None:
-        _check_weight(input, weight)
+        _check_weight(input, target, weight)
     return _huber(input, target, weight, reduction, delta)
 
 

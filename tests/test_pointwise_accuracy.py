@@ -427,7 +427,7 @@ def places(numbers: Tensor) -> Tensor:
     return numbers.isnan() * 3 + numbers.isposinf() * 2 + numbers.isneginf() * 1
 
 
-def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: float, summed: bool) -> float:
+def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: Tensor | float, summed: bool) -> float:
     """By what part of the slack the error of `got` exceeds that of torch: of the number where it is the largest."""
     assert got.shape == of_torch.shape == expected.exact.shape and got.dtype == of_torch.dtype
     finite, finite_in_torch = got.isfinite(), of_torch.isfinite()
@@ -472,11 +472,12 @@ def excesses(loss: Loss, recipe: Recipe) -> list[float]:
     smallest *= max(1.0, upstream.abs().max().item())
     broadcast = call.input.shape != call.target.shape
     for got, of_torch, expected in zip(grads, grads_of_torch, of_grads, strict=False):
-        below = smallest
+        below = torch.tensor(smallest)
         if broadcast:  # Each term of the sum is rounded by itself, below the normal range by half of a fixed step.
             finfo = torch.finfo(got.dtype)
             terms = torch.broadcast_shapes(call.input.shape, call.target.shape).numel() // got.numel()
-            below = smallest * LARGEST + terms * finfo.smallest_normal * finfo.eps / 2
+            step = torch.where(expected.size < terms * finfo.smallest_normal, terms * finfo.eps / 2, 0)
+            below = smallest * LARGEST + step * finfo.smallest_normal
         found.append(excess(got, of_torch, expected, below, broadcast))
     return found
 

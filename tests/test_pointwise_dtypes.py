@@ -59,6 +59,11 @@ def test_dtypes_of_result_and_gradients(function, dtype):
         assert ours == torchs, (other, reduction)
 
 
+def test_which_backwards_take_two_dtypes():
+    expected = ["mse_loss"] * (torch.__version__ >= "2.13") + ["l1_loss", "smooth_l1_loss"]
+    assert [function for function in OF_TWO_DTYPES if function != "mse_loss" or "mse_loss" in expected] == expected
+
+
 @needs_extension
 @EVERY_DTYPE
 @pytest.mark.parametrize("function", FUNCTIONS)

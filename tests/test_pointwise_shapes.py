@@ -52,16 +52,15 @@ import fusedloss.functional as L
 def test_broadcasting(function, sizes, module):
     of_dtypes = [(torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)]
     for (dtype, other), reduction in itertools.product(of_dtypes, REDUCTIONS):
-        if function not in OF_TWO_DTYPES and dtype != other:
-            continue
         x, t = random(*sizes[0], seed=1).to(dtype), random(*sizes[1], seed=2).to(other)
         results, all_warnings = [], []
+        differentiates = dtype == other or function in OF_TWO_DTYPES
         for functions, modules in ((L, fusedloss), (F, nn)):
             if module:
                 run = getattr(modules, MODULES[function])(reduction=reduction)
             else:
                 run = lambda x, t: getattr(functions, function)(x, t, reduction=reduction)  # noqa: B023, E731
-            result, caught = warned(lambda: value_and_grads(run, x, t))  # noqa: B023
+            result, caught = warned(lambda: value_and_grads(run, x, t) if differentiates else run(x, t))  # noqa: B023
             results.append(result)
             # Of a module, the file of its own forward is blamed.
             all_warnings.append([warning[: 2 if module else 3] for warning in caught])
@@ -86,6 +85,13 @@ def test_broadcasting_beside_a_weight(function, sizes):
 def test_broadcasting_runs_fused():
     for function, (one, other) in itertools.product(OF_DIFFERENCE, PAIRS):
         assert fused(function, torch.zeros(one, requires_grad=True), torch.zeros(other, requires_grad=True))
+
+
+@pytest.mark.parametrize("function", WEIGHTED)
+def test_of_two_misfits_the_target_is_named_first(function):
+    x, t, weight = random(3), random(4), random(2)
+    ours, torchs = (warned(lambda: getattr(f, function)(x, t, weight=weight)) for f in (L, F))  # noqa: B023
+    assert ours == torchs and torchs[0][0] is RuntimeError
 
 
 MISFITS = [((3,), (4,)), ((2, 3), (2,)), ((2, 3), (2, 1)), ((2,), (2, 1)), ((0,), (3,)), ((4, 1), (0,))]
