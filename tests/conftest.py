@@ -199,12 +199,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 KERNELS_BY_NVCC = pytest.StashKey[nvcc.Compilation]()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What test_nvcc.py reads is compiled while the tests before it leave a core idle: five minutes of one core."""
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """What test_nvcc.py reads is compiled in the time that other tests leave: five minutes of one core."""
     config = session.config
-    reads = any("nvcc_runs" in getattr(item, "fixturenames", ()) for item in session.items)
-    if reads and shutil.which("nvcc") and not config.option.collectonly and config.getoption("--device") == "cpu":
-        config.stash[KERNELS_BY_NVCC] = nvcc.Compilation(nvcc.SOURCES, nvcc.supported())
+    if session.testsfailed or config.option.collectonly or torch.device(config.getoption("--device")).type != "cpu":
+        return
+    if any("nvcc_runs" in getattr(item, "fixturenames", ()) for item in session.items) and shutil.which("nvcc"):
+        config.stash[KERNELS_BY_NVCC] = nvcc.Compilation(nvcc.SOURCES, nvcc.ARCHITECTURES, nice=True)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ python tests/nvcc.py --write   writes them to tests/registers.txt
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TABLE = ROOT / "tests" / "registers.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100, B200: those of setup.py
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
+FLAGS += ["-I", str(ROOT / "csrc")]
 
 Run = subprocess.CompletedProcess[str]
 Registers = dict[str, tuple[int, ...]]  # of each kernel, by architecture
@@ -62,25 +64,35 @@ def supported() -> list[str]:
 
 
 class Compilation:
-    """One nvcc for each source and architecture, whether it succeeds or not, in the time that others leave."""
+    """One nvcc for each source and architecture, whether it succeeds or not; `nice`: in the time that others leave."""
 
-    def __init__(self, sources: Sequence[Path], architectures: Sequence[str]) -> None:
+    def __init__(self, sources: Sequence[Path], architectures: Sequence[str], nice: bool = False) -> None:
+        self._command = ["nice", "-n", "19", "nvcc"] if nice and shutil.which("nice") else ["nvcc"]
         self._folder = tempfile.TemporaryDirectory()
+        self._running: list[subprocess.Popen[str]] = []
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self._runs = {a: [self._pool.submit(self._run, a, source) for source in sources] for a in architectures}
 
     def _run(self, architecture: str, source: Path) -> Run:
         code = ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
         to = Path(self._folder.name) / f"{source.stem}.{architecture}.o"
-        nice = ["nice", "-n", "19"] if shutil.which("nice") else []
-        command = [*nice, "nvcc", *FLAGS, *code, "-c", str(source), "-o", str(to)]
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [*self._command, *FLAGS, *code, "-c", str(source), "-o", str(to)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        # In a session of its own, so that an interrupt from the keyboard leaves it to end().
+        with subprocess.Popen(command, **pipes, text=True, start_new_session=True) as process:
+            self._running.append(process)
+            said, _ = process.communicate()
+            self._running.remove(process)
+        return Run(command, process.returncode, said)
 
     def result(self) -> dict[str, list[Run]]:
         return {a: [future.result() for future in futures] for a, futures in self._runs.items()}
 
     def end(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running):
+            os.killpg(process.pid, signal.SIGTERM)  # nvcc and the compilers that it runs
+        self._pool.shutdown()
         self._folder.cleanup()
 
 

@@ -11,6 +11,8 @@ import nvcc
 import pytest
 from conftest import KERNELS_BY_NVCC
 
+from fusedloss import custom
+
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc; tests/cuda_on_cpu runs the kernels without it"
 )
@@ -49,7 +51,9 @@ WARNINGS = {
 
 @pytest.fixture(scope="session")
 def nvcc_runs(pytestconfig):
-    return pytestconfig.stash[KERNELS_BY_NVCC].result()
+    started = pytestconfig.stash.get(KERNELS_BY_NVCC, None)
+    runs = started.result() if started else nvcc.compile(nvcc.SOURCES, nvcc.ARCHITECTURES)
+    return {architecture: runs[architecture] for architecture in nvcc.supported()}
 
 
 @pytest.fixture(params=nvcc.ARCHITECTURES)
@@ -106,6 +110,16 @@ def test_registers_are_those_of_the_table(nvcc_runs):
     found = nvcc.registers({architecture: nvcc.functions(of) for architecture, of in nvcc_runs.items()})
     message = differences(committed, found)
     assert not message, message
+
+
+@needs_nvcc
+def test_a_loss_of_ones_own_uses_no_local_memory(tmp_path):
+    expression = "log_cosh(x - t) + tanh(x) * sinh(t)"
+    file = tmp_path / "custom.cu"
+    file.write_text(custom._ON_CUDA.format(functor=custom._functor(custom._trees(expression, None, {}), {})))
+    architecture = nvcc.supported()[0]
+    functions = nvcc.functions(nvcc.compile([file], [architecture])[architecture])
+    assert any("Expression" in function.name for function in functions) and not using_local_memory(functions)
 
 
 @needs_nvcc
