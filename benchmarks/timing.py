@@ -48,7 +48,7 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = 2.0, patience
     disturbed: list[dict[str, float]] = []
     quiet_seconds = 0.0
     start = perf_counter()
-    while quiet_seconds < seconds and perf_counter() - start < patience:
+    while (quiet_seconds < seconds or len(quiet) < LEAST_ROUNDS) and perf_counter() - start < patience:
         load = Load()
         block = []
         while load.seconds() < BLOCK_SECONDS:
