@@ -12,7 +12,10 @@ endif
 READY := build/ready-$(subst /,_,$(VENV))-$(subst =,_,$(TORCH))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: build test demo bench cuda gpu lint clean
+# A process for each core; every test has one thread.
+PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
+
+.PHONY: build test test-all test-rest demo bench cuda gpu lint clean
 
 build: $(READY)
 
@@ -25,8 +28,16 @@ endif
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	mkdir -p build && rm -f build/ready-* && touch $@
 
+# Three minutes on two cores, once tests/kernels has built the CUDA kernels for the CPU. Its last lines say what it leaves out.
 test: build
-	$(PYTHON) -m pytest
+	$(PYTEST)
+
+test-all: build
+	$(PYTEST) --deep
+
+# What test-all adds to test.
+test-rest: build
+	$(PYTEST) --rest
 
 demo: build
 	$(PYTHON) examples/demo.py

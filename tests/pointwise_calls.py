@@ -1,20 +1,19 @@
-"""The calls that the tests of the pointwise contract run over, and how they are compared with torch's."""
+"""The calls that the tests of the pointwise contract run over."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, REDUCTIONS, on_cpu_alone
+from losses import DTYPES, HALVES, REDUCTIONS
+from marks import on_cpu_alone
 from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as L
 
 BROADCASTING = "Using a target size"  # torch warns of it, and so do we
-HALVES = [torch.bfloat16, torch.float16]
 OF_DIFFERENCE = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"]
 WEIGHTED = ["mse_loss", "l1_loss", "huber_loss"]
 BINARY = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
@@ -129,63 +128,21 @@ def as_double(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value.double() if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
-def upstream_of(value: Tensor) -> Tensor:
-    """Random, never ones, and exact in every dtype."""
-    generator = torch.Generator("cpu").manual_seed(7)
-    drawn = torch.randint(5, 12, value.shape, generator=generator, device="cpu") / 8
-    return drawn.to(value.device, value.dtype)
-
-
-def value_and_grads(run: Callable[..., Tensor], *tensors: Tensor, **options: Any) -> list[Tensor]:
-    """The value, and the gradients of the tensors."""
-    leaves = [tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_() for tensor in tensors]
-    value = run(*leaves, **options)
-    return [value.detach(), *torch.autograd.grad(value, leaves, upstream_of(value))]
-
-
-def same(got: Any, expected: Any, **tolerance: Any) -> None:
-    torch.testing.assert_close(got, expected, equal_nan=True, **tolerance)
-
-
-def no_less_exact(got: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
-    """Than one rounding of a half type, or a few of a wider one."""
-    eps = torch.finfo(dtype).eps
-    for one, other in zip(got, exact, strict=True):
-        scale = other.abs().nan_to_num(0, 0, 0).max().item() if other.numel() else 0.0
-        steps = 1 if dtype in HALVES else 32
-        same(one.double(), other, rtol=steps * eps, atol=steps * eps * scale / 16)
-
-
-def warned(run: Callable[[], Any]) -> tuple[Any, list[tuple[type, str, str]]]:
-    """What it returns or raises, as text; and what it warns of, with the file that is blamed."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            result = run()
-        except Exception as error:
-            result = (type(error), str(error))
-    return result, [(warning.category, str(warning.message), warning.filename) for warning in caught]
-
-
-def outcome(run: Callable[[], Tensor]) -> Any:
-    """A dtype, or an error with its text."""
-    result, _ = warned(run)
-    return result.dtype if isinstance(result, Tensor) else result
-
-
 def fused(function: str, *tensors: Tensor, **options: Any) -> bool:
     return fusedloss.explain(getattr(L, function), *tensors, **options).startswith("fused")
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
-    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
-    "every other row": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "expanded": lambda x: x[:, :1].expand_as(x),
-}
+# Of (N, C, H, W); the last one has other numbers.
+IMAGE_LAYOUTS = [
+    "contiguous", "channels_last", "inner transposed", "sliced", "every other column", "expanded columns",
+]  # fmt: skip
 
+# Sizes of an input and a target that broadcast.
 PAIRS = [((3, 1), (3,)), ((2, 3), (3,)), ((3,), (2, 3)), ((), (4,)), ((4,), ()), ((2, 1, 4), (3, 1)), ((1,), (5, 6))]
 
 RAISES = on_cpu_alone("on a GPU torch's device assert ends the process, and the loss of ours is NaN")
+
+# Under autocast: torch takes no probabilities there.
+AUTOCAST = [pytest.param(call, marks=on_cpu_alone("torch refuses it")) if "bce" in call else call for call in OF_TORCH]
+# Beside a weight autocast takes torch's mse and l1 step by step, and so do ours, natively.
+FUSED_UNDER_AUTOCAST = [call for call in AUTOCAST if call not in ("mse, weight", "l1, weight")]

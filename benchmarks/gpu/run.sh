@@ -6,10 +6,10 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 
 echo "== the whole suite, its tensors on the GPU"
-"$python" -m pytest -x --device cuda --ignore tests/test_gpu.py
+"$python" -m pytest -x --deep --device cuda --ignore tests/gpu
 
 echo "== what only a GPU can show"
-"$python" -m pytest -x -rs tests/test_gpu.py
+"$python" -m pytest -x -rs --deep tests/gpu
 
 conformance=${FUSEDLOSS_CONFORMANCE:-../shared/conformance.py}
 if [ -f "$conformance" ]; then
@@ -28,7 +28,7 @@ if command -v compute-sanitizer >/dev/null; then
     echo "== compute-sanitizer, $tool"
     # Without torch's caching, each tensor is an allocation of its own and a read beyond it is seen.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -x -p no:cacheprovider tests/test_gpu.py -k test_every_path_on_few_rows
+      "$python" -m pytest -x -p no:cacheprovider tests/gpu -k test_every_path_on_few_rows
   done
 else
   echo "== compute-sanitizer: skipped, not on this machine"

@@ -1,0 +1,13 @@
+"""The CUDA kernels, built for the CPU once for all workers and runs."""
+
+import ctypes
+
+import executor
+import pytest
+from plant import CSRC, fingerprint
+
+
+@pytest.fixture(scope="session")
+def kernels(once) -> ctypes.CDLL:
+    name = fingerprint(" ".join(executor.FLAGS), CSRC, executor.HERE)
+    return executor.loaded(once(f"cuda_on_cpu-{name}", executor.build))

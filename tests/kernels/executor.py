@@ -1,0 +1,300 @@
+"""Builds the CUDA kernels for the CPU, and calls them on torch tensors."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from losses import DTYPES, number
+from plant import COMPILER, CSRC
+from torch import Tensor
+
+LIBRARY = "cuda_on_cpu.so"
+HERE = Path(__file__).parent / "cuda_on_cpu"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+LOSSES, SUM, SUM_AND_GRAD, GRAD, TARGET_GRAD = range(5)  # PointwiseResult
+DIVISOR, FORWARD, BACKWARD = range(3)
+
+
+# Set in the run under AddressSanitizer.
+SANITIZED = bool(os.environ.get("FUSEDLOSS_SANITIZED_KERNELS"))
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-g1", *SANITIZERS] if SANITIZED else []
+
+
+def build(folder: Path, source: Path = CSRC, only: str = "") -> None:
+    """Every .cu file as C++ with the executor's header in place of CUDA's, in one library.
+
+    `only` compiles the files it names, in a folder that has the objects of the others.
+    """
+
+    def compile(file: Path) -> Path:
+        to = folder / f"{file.stem}.o"
+        if only in file.name:
+            command = [
+                *COMPILER.split(),
+                *FLAGS,
+                "-x",
+                "c++",
+                "-c",
+                f"-I{source}",
+                f"-I{HERE}",
+                str(file),
+                "-o",
+                str(to),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, [*sorted((source / "cuda").glob("*.cu")), HERE / "driver.cpp"]))
+    command = [*COMPILER.split(), "-shared", *FLAGS, *map(str, objects), "-o", str(folder / LIBRARY)]
+    subprocess.run(command, check=True)
+
+
+def loaded(folder: Path) -> ctypes.CDLL:
+    kernels = ctypes.CDLL(str(folder / LIBRARY))
+    kernels.fault.restype = ctypes.c_char_p
+    pretend(kernels)
+    return kernels
+
+
+def rebuilt(kernels: ctypes.CDLL, source: Path, only: str) -> ctypes.CDLL:
+    """The kernels with the files it names compiled anew, from changed sources."""
+    folder = source.parent
+    for compiled in Path(kernels._name).parent.glob("*.o"):
+        shutil.copy(compiled, folder)
+    build(folder, source, only)
+    return loaded(folder)
+
+
+def pretend(
+    kernels: ctypes.CDLL, seed: int = 0, multiprocessors: int = 2, shared_bytes: int = 227 << 10, clusters: bool = True
+) -> None:
+    """A device so small that little data reaches every threshold; the seed decides the order of blocks and threads."""
+    kernels.pretend(ctypes.c_uint64(seed), multiprocessors, shared_bytes, int(clusters))
+
+
+@dataclass
+class Guarded:
+    """A tensor between guard elements, at an offset that decides its alignment: a write beyond it is seen."""
+
+    tensor: Tensor
+    storage: Tensor
+    before: Tensor
+
+    @classmethod
+    def like(cls, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> "Guarded":
+        count = int(torch.Size(shape).numel())
+        storage = torch.full((count + 64 + offset,), 77.0, dtype=dtype)
+        return cls(storage[32 + offset : 32 + offset + count].view(shape), storage, storage.clone())
+
+    def intact(self) -> bool:
+        begin = self.tensor.storage_offset()
+        end = begin + self.tensor.numel()
+        return torch.equal(self.storage[:begin], self.before[:begin]) and torch.equal(
+            self.storage[end:], self.before[end:]
+        )
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def layout_of(logits: Tensor) -> "ctypes.Array[ctypes.c_int64]":
+    """SoftmaxLayout of (N, C) or (N, C, inner): as the torch layer finds it."""
+    rows, classes = logits.numel() // logits.shape[1], logits.shape[1]
+    if logits.dim() == 2:
+        return (ctypes.c_int64 * 6)(rows, classes, rows, 0, logits.stride(1), logits.stride(0))
+    inner, batch = logits.shape[2], logits.stride(0)
+    one_run = batch == inner * logits.stride(2) or logits.shape[0] == 1
+    return (ctypes.c_int64 * 6)(rows, classes, rows if one_run else inner, batch, logits.stride(1), logits.stride(2))
+
+
+MAX_PARAMS, MAX_DIMS = 8, 6  # kMaxParams and kMaxDims of csrc/kernels.h
+
+
+def parameters(params: tuple[float, ...]) -> "ctypes.Array[ctypes.c_double]":
+    return (ctypes.c_double * MAX_PARAMS)(*(params + (0.0,) * MAX_PARAMS)[:MAX_PARAMS])
+
+
+def check(kernels: ctypes.CDLL, error: int) -> None:
+    assert error == 0 and kernels.fault() == b"", f"error {error}: {kernels.fault().decode()}"
+
+
+class Operand(ctypes.Structure):
+    """As in csrc/kernels.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("dense", ctypes.c_bool),
+        ("strides", ctypes.c_int64 * MAX_DIMS),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, tensor: Tensor, dims: list[int]) -> "Operand":
+        """The dimensions from the innermost one on."""
+        expected, dense = 1, True
+        for dim in dims:
+            dense = dense and (tensor.stride(dim) == expected or tensor.shape[dim] == 1)
+            expected *= tensor.shape[dim]
+        strides = (ctypes.c_int64 * MAX_DIMS)(*(tensor.stride(dim) for dim in dims))
+        return cls(tensor.data_ptr(), DTYPES.index(tensor.dtype), dense, strides)
+
+
+class PointwiseCall(ctypes.Structure):
+    """As in driver.cpp."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_int64)
+            for name in (
+                "loss", "result", "arithmetic", "one_upstream", "output_dtype", "total_dtype", "count", "dims",
+            )
+        ]
+        + [("sizes", ctypes.c_int64 * MAX_DIMS)]
+        + [(name, Operand) for name in ("input", "target", "weight", "pos_weight", "upstream")]
+        + [("params", ctypes.c_double * MAX_PARAMS)]
+        + [("scale", ctypes.c_double), ("divisor", ctypes.c_double)]
+        + [("output", ctypes.c_void_p), ("total", ctypes.c_void_p)]
+    )  # fmt: skip
+
+
+CUSTOM = "custom"  # the loss of driver.cpp
+
+
+def run_pointwise(
+    kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, target: Tensor,
+    weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None, scale: float = 1.0,
+    total: Tensor | None = None, divisor: float = 1.0, pos_weight: Tensor | None = None, refused: bool = False,
+) -> None:  # fmt: skip
+    """Operands that broadcast to the input and a target of its shape; an upstream gradient without dimensions is one
+    for all. Elements are numbered in the order of the output."""
+    shape = torch.broadcast_shapes(input.shape, target.shape)
+    one_upstream = upstream is not None and upstream.dim() == 0
+    given = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
+    if not one_upstream:
+        given["upstream"] = upstream
+    operands = {field: tensor.expand(shape) for field, tensor in given.items() if tensor is not None}
+    order = torch.empty(shape, device="meta") if output is None else output
+    dims = sorted(range(len(shape)), key=lambda dim: (order.stride(dim), -dim))
+    count = torch.Size(shape).numel()
+    double = any(tensor.dtype == torch.float64 for tensor in operands.values())
+    call = PointwiseCall(
+        loss=-1 if name == CUSTOM else number(name), result=result,
+        arithmetic=DTYPES.index(torch.float64 if double else torch.float32), one_upstream=one_upstream,
+        count=count, dims=len(dims), scale=scale, divisor=divisor, params=parameters(params),
+        **{field: Operand.of(tensor, dims) for field, tensor in operands.items()},
+    )  # fmt: skip
+    call.sizes[: len(dims)] = [shape[dim] for dim in dims]
+    if one_upstream:
+        call.upstream = Operand(upstream.data_ptr(), DTYPES.index(upstream.dtype))
+    for field, tensor in (("output", output), ("total", total)):
+        if tensor is not None:
+            setattr(call, field, tensor.data_ptr())
+            setattr(call, f"{field}_dtype", DTYPES.index(tensor.dtype))
+    error = kernels.run_pointwise(ctypes.byref(call))
+    if refused:
+        assert error == 1, f"expected cudaErrorInvalidValue, got {error}"
+    else:
+        check(kernels, error)
+
+
+def run_indexed(
+    kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, index: Tensor,
+    weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None,
+    total: Tensor | None = None, mean: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Logits (outer, classes, inner), index (outer, inner), and a weight that broadcasts to the logits."""
+    strides = (0, 0, 0) if weight is None else weight.expand(input.shape).stride()
+    bad_target = (ctypes.c_int64 * 2)()
+    error = kernels.run_indexed(
+        number(name), result, DTYPES.index(input.dtype), parameters(params),
+        (ctypes.c_int64 * 3)(*input.shape), pointer(input), pointer(index), ctypes.c_int64(-100), pointer(weight),
+        (ctypes.c_int64 * 3)(*strides), pointer(output), pointer(upstream),
+        ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), pointer(total), int(mean), bad_target,
+    )  # fmt: skip
+    check(kernels, error)
+    return bad_target[0], bad_target[1]
+
+
+class SoftmaxCall(ctypes.Structure):
+    """As in driver.cpp."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_int64)
+            for name in (
+                "what", "loss", "dtype", "wide", "byte_target", "wide_probabilities", "ignore_index", "mean",
+                "zero_for_none", "in_place", "upstream_stride", "upstream_second_stride",
+            )
+        ]
+        + [("params", ctypes.c_double * MAX_PARAMS)]
+        + [(f"{name}_layout", ctypes.c_int64 * 6) for name in ("logits", "probabilities", "grad")]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                "logits", "target", "probabilities", "weight", "upstream", "upstream_second",
+                "losses", "second", "total", "statistics", "divisor", "grad",
+            )
+        ]
+        + [("bad_target", ctypes.c_int64 * 2)]
+    )  # fmt: skip
+
+
+def run_softmax(
+    kernels: ctypes.CDLL, what: int, name: str, params: tuple[float, ...], logits: Tensor, target: Tensor,
+    mean: bool = False, zero_for_none: bool = False, in_place: bool = False, wide: bool = False,
+    ignore_index: int = -100, **tensors: Tensor | None,
+) -> tuple[int, int]:  # fmt: skip
+    """`tensors`: weight, losses, second, total, statistics, divisor, grad, upstream, upstream_second."""
+    soft = target.is_floating_point()
+    call = SoftmaxCall(
+        what=what, loss=number(name), dtype=DTYPES.index(logits.dtype), wide=wide,
+        byte_target=target.dtype == torch.uint8, wide_probabilities=soft and target.dtype != logits.dtype,
+        ignore_index=ignore_index, mean=mean, zero_for_none=zero_for_none, in_place=in_place,
+        params=parameters(params), logits_layout=layout_of(logits),
+    )  # fmt: skip
+    grad = tensors.get("grad")
+    call.probabilities_layout = layout_of(target if soft else logits)
+    call.grad_layout = layout_of(logits if grad is None else grad)
+    for field, tensor in {"logits": logits, ("probabilities" if soft else "target"): target, **tensors}.items():
+        setattr(call, field, None if tensor is None else tensor.data_ptr())
+    for field in ("upstream", "upstream_second"):
+        upstream = tensors.get(field)
+        setattr(call, f"{field}_stride", 0 if upstream is None or upstream.dim() == 0 else 1)
+    check(kernels, kernels.run_softmax(ctypes.byref(call)))
+    return call.bad_target[0], call.bad_target[1]
+
+
+def run_scale(kernels: ctypes.CDLL, data: Tensor, factor: Tensor) -> None:
+    dtype = DTYPES.index(data.dtype)
+    wide = int(factor.dtype != data.dtype)
+    check(kernels, kernels.run_scale(dtype, pointer(data), ctypes.c_int64(data.numel()), pointer(factor), wide))
+
+
+# ---- what the tests of all kernels share
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+WIDTH = {torch.float64: 2, torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}  # elements of a vector of 16 bytes
+IN_FORWARD = [torch.float32, torch.float64, torch.bfloat16]  # fp16 never makes its gradient in forward
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    assert torch.equal(got.isnan(), expected.isnan()), f"{what}: NaN at other places"
+    expected = expected.nan_to_num()
+    scale = expected.abs().max() if expected.numel() else torch.tensor(0.0)
+    error = (got.double().nan_to_num() - expected).abs().max() if expected.numel() else torch.tensor(0.0)
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of subnormals, where fp16 gradients may lie
+    assert error <= TOLERANCES[dtype] * scale + step, f"{what}: off by {error / scale:.1e} of the largest"
+
+
+def filled(values: Tensor, dtype: torch.dtype, offset: int = 0) -> Guarded:
+    guarded = Guarded.like(tuple(values.shape), dtype, offset)
+    guarded.tensor.copy_(values)
+    guarded.before.copy_(guarded.storage)
+    return guarded

@@ -1,0 +1,75 @@
+"""Every instruction set passes the tests of values, and leaves no code that a lesser machine cannot run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from losses import extension
+from marks import needs_compiler, needs_extension
+from plant import COMPILER, CSRC
+
+pytestmark = needs_extension
+TESTS = Path(__file__).parent.parent
+# The tests of values of either kind of driver.
+OF_VALUES = {
+    "softmax and pointwise": ["accuracy/test_values.py"],
+    "class indices": ["contract/test_index_targets.py", "-k", "against_float64"],
+}
+
+
+def isas() -> list[str]:
+    """The instruction sets compiled in, up to the one that this machine picks by itself."""
+    if extension is None:
+        return []
+    compiled = extension.cpu_isas.split()
+    return compiled[: compiled.index(extension.cpu_isa()) + 1]
+
+
+@pytest.mark.deep("runs of the tests of values for each lesser instruction set; the widest one ran them")
+@pytest.mark.parametrize("tests", OF_VALUES)
+@pytest.mark.parametrize("isa", isas()[:-1])
+def test_every_lesser_instruction_set_passes_the_tests_of_values(isa, tests):
+    # In processes of their own: the choice is made once, at load.
+    environment = {**os.environ, "FUSEDLOSS_CPU_ISA": isa}
+    file, *selected = OF_VALUES[tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--deep", "-p", "no:cacheprovider", TESTS / file, *selected]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    which = "import fusedloss._library as l; print(l.extension.cpu_isa())"
+    done = subprocess.run([sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "import fusedloss"],
+        env={**os.environ, "FUSEDLOSS_CPU_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode != 0 and "FUSEDLOSS_CPU_ISA: expected one of baseline" in done.stderr and "sse9" in done.stderr
+    )
+
+
+@pytest.mark.deep("builds without optimisation that look for shared symbols; builds alone can show them")
+@needs_compiler
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_code_of_an_instruction_set_leaks_into_shared_symbols(isa, tmp_path):
+    # A weak symbol outside the instruction set's namespace (a standard template, say) could be the one copy the linker
+    # keeps for all of them. Without optimisation nothing is inlined away.
+    sources = sorted((CSRC / "cpu").glob(f"isa_{isa}*.cpp"))
+    assert len(sources) == 4
+    for source in sources:
+        check_symbols(isa, source, tmp_path / "isa.o")
+
+
+def check_symbols(isa: str, source: Path, object_file: Path) -> None:
+    subprocess.run([COMPILER, "-std=c++20", "-O0", "-fPIC", "-c", str(source), "-o", str(object_file)], check=True)
+    symbols = subprocess.run(["nm", str(object_file)], capture_output=True, text=True, check=True).stdout
+    weak = [line for line in symbols.splitlines() if line[17:18] in ("W", "V", "u")]
+    assert weak
+    # Mangled, since not every nm can read the name of a lambda within a lambda.
+    assert [line for line in weak if f"9fusedloss{len(isa)}{isa}" not in line] == []

@@ -1,0 +1,265 @@
+"""A test of the tests: with one thing wrong in a formula or a driver, the comparison with native must fail.
+
+Each mutant is the kernels' source with one edit, compiled on its own (a few seconds) and driven without torch.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import index_calls
+import pytest
+import torch
+import torch.nn.functional as F
+from losses import (
+    CROSS_ENTROPY,
+    FOCAL_WITHOUT_FOCUS,
+    LOSSES,
+    POINTWISE,
+    SIGMOID_FOCAL_WITHOUT_FOCUS,
+    SOFTMAX,
+    Loss,
+    loss_named,
+    number,
+    traits,
+)
+from marks import needs_compiler, needs_extension
+from plant import COMPILER, CSRC, planted
+from torch import Tensor
+
+pytestmark = needs_extension
+
+
+INDEXED_DRIVER = "cpu/pointwise_indexed.inl"
+# name: (file, what stands there, what is put in its place)
+MUTANTS = {
+    "mse slope": ("losses/pointwise.h", "T(2) * (x - t)", "x - t"),
+    "l1 slope": ("losses/pointwise.h", "T(x > t) - T(x < t)", "T(x > t)"),
+    "smooth l1 value": ("losses/pointwise.h", "z - T(0.5) * beta", "z"),
+    "smooth l1 slope": ("losses/pointwise.h", "select(z <= -beta, T(-1), z / beta)", "z / beta"),
+    "bce value": ("losses/pointwise.h", "(t - T(1)) * of_zero - t * of_one", "-t * of_one"),
+    "bce slope": ("losses/pointwise.h", "(T(1) - x) * x;", "x;"),
+    "bce target": ("losses/pointwise.h", "return log1p(-x) - log(x);", "return -log(x);"),
+    "logits value": (
+        "losses/pointwise.h",
+        "T value(T x, T t) const { return select(x < T(0), -t * x, (T(1) - t) * x)",
+        "T value(T x, T t) const { return (-t * x)",
+    ),
+    "logits slope": ("losses/pointwise.h", "(T(1) - t) * s.p - t * s.q;", "s.p - t;"),
+    "pos_weight value": ("losses/pointwise.h", "(wanted + other) * sigmoid(x)", "sigmoid(x)"),
+    "pos_weight slope": ("losses/pointwise.h", "- weight * t * s.q", "- t * s.q"),
+    "pos_weight target": ("losses/pointwise.h", "weight * (select(x < T(0), -x, T(0)) + softplus)", "softplus"),
+    "tiles at the same place": (
+        "cpu/pointwise_tiles.inl",
+        "tile.read(first, last)",
+        "tile.read(begin, begin + last - first)",
+    ),
+    "a row on": ("cpu/pointwise_tiles.inl", "offset += strides[d];", ""),
+    "huber value": ("losses/pointwise.h", "select(z <= delta, T(0.5)", "select(z <= delta, T(0.25)"),
+    "huber slope below": ("losses/pointwise.h", "z < -delta ? -delta : z", "z < -delta ? delta : z"),
+    "sigmoid focal gamma": ("losses/pointwise.h", "modulation.gamma * (T(1)", "T(2) * (T(1)"),
+    "sigmoid focal alpha": ("losses/pointwise.h", "T(2 * alpha - 1)", "T(1 - 2 * alpha)"),
+    "sigmoid focal certain": ("losses/pointwise.h", "s.p * (T(1) - t) - s.q * t", "s.p - t"),
+    "softmax q by subtraction": ("losses/softmax.h", "rest * inverse,", "T(1) - own * inverse,"),
+    "softmax log without 1p": ("losses/softmax.h", "log1p(select(", "log(T(1) + select("),
+    "focal ratio": ("losses/softmax.h", "T(1) + gamma * ratio", "T(1) + gamma"),
+    "smoothing kept whole": ("losses/softmax.h", "b = upstream * kept * weight", "b = upstream * weight"),
+    "smoothing without the target": ("losses/softmax.h", "sum += linear_term(factor_of_target, max - logit);", ""),
+    "z-loss slope": ("losses/softmax.h", "{smooth + T(2) * upstream * z_loss", "{smooth + upstream * z_loss"),
+    "softcap slope": ("losses/logit.h", "T(4) * e.value * one_over * one_over", "T(1)"),
+    "probabilities unsmoothed": ("losses/softmax.h", "probability * kept + share", "probability"),
+    "nll sign": ("losses/softmax.h", "return -weight * upstream;", "return weight * upstream;"),
+    "temperature slope": ("losses/logit.h", "return {x * scale, scale};", "return {x * scale, T(1)};"),
+    "target left in a row": ("cpu/softmax_rows.inl", " | int(lane == Int(hole))", ""),
+    "target left in a column": ("cpu/softmax_columns.inl", "z[place * kTile + j] = -infinity<T>();", ""),
+    "filling counted": ("cpu/softmax_rows.inl", "int(lane < Int(first)) | ", ""),
+    "square askew": ("cpu/lanes.inl", "FUSEDLOSS_SHUFFLE(low, next_low, 2, 3, 6, 7)", "low"),
+    "block rescale": ("cpu/softmax_rows.inl", "if (block > begin) total = raised<Loss::sum>(total, max);", ""),
+    "column rescale": (
+        "cpu/softmax_columns.inl",
+        "totals.rest[j] * double(shrunk) + double(tile.rest[j])",
+        "totals.rest[j] + double(tile.rest[j])",
+    ),
+    "column sum not moved": ("cpu/softmax_columns.inl", "double(tile.sum[j]) - moved", "double(tile.sum[j])"),
+    "kept block not rescaled": (
+        "cpu/softmax_with_grad.inl",
+        "gradients.factor[j] * exp(kept.max_of_block[block / kBlock] - tile.max[j])",
+        "gradients.factor[j]",
+    ),
+    "kept column not rescaled": ("cpu/softmax_with_grad.inl", "gradients.factor[j] *= exp(max[j] - tile.max[j]);", ";"),
+    "kept tail lost": ("cpu/softmax_rows.inl", "kept[count - filled + i] = last[kLanes - filled + i];", ";"),
+    "tail of a sum": (
+        "cpu/pointwise.inl",
+        "for (int lane = 0; i + lane < stop; ++lane) lanes[lane] += at(i + lane);",
+        "",
+    ),
+    "rows of the first tile alone": (
+        INDEXED_DRIVER,
+        "int64_t outer = begin_ / slab",
+        "int64_t outer = begin_ / slab + (begin_ > 0)",
+    ),
+    "the background takes a column": (INDEXED_DRIVER, "index >= 0 && index < classes", "index >= 0"),
+    "ignored rows summed": (INDEXED_DRIVER, "if (hidden) tile.hide_ignored();", ""),
+    "ignored rows with a gradient": (
+        INDEXED_DRIVER,
+        "if (any_ignored && result != PointwiseResult::Sum) tile.clear_ignored();",
+        "",
+    ),
+    "an ignored row cut by a tile": (
+        INDEXED_DRIVER,
+        "(begin_ - first + inner - 1) / inner : 0",
+        "(begin_ - first) / inner + 1 : 0",
+    ),
+    "the class of a run": (INDEXED_DRIVER, "(index[k] == class_ ? one_ : S())", "(index[k] == run ? one_ : S())"),
+    "a run's weight": (
+        INDEXED_DRIVER,
+        "weight_offset(run / layout_.classes, run % layout_.classes, i)",
+        "weight_offset(run / layout_.classes, 0, i)",
+    ),
+    "a class's weight": (INDEXED_DRIVER, "weight_offset(outer, class_, 0)", "weight_offset(outer, 0, 0)"),
+}
+
+
+def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
+    source = planted(folder, *edit) if edit else Path(shutil.copytree(CSRC, folder / "csrc"))
+    # Of the storage types the one that is run, so that a mutant compiles in seconds.
+    header = source / "with_functor.h"
+    text = header.read_text()
+    one_type = re.sub(r"  switch \(dtype\) \{.*?\n  \}\n", "  return f(double());\n", text, flags=re.DOTALL)
+    assert one_type != text
+    header.write_text(one_type)
+    library = folder / "kernels.so"
+    flags = ["-DPOINTWISE_ALONE"] if edit and "pointwise" in edit[0] else []
+    flags += ["-std=c++20", "-O1", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+    driver = Path(__file__).with_name("kernel_driver.cpp")
+    subprocess.run([*COMPILER.split(), *flags, f"-I{source}", str(driver), "-o", str(library)], check=True)
+    kernels = ctypes.CDLL(str(library))
+    kernels.run_pointwise.restype = kernels.run_softmax.restype = kernels.run_indexed.restype = ctypes.c_double
+    return kernels
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def run(
+    kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor, pos_weight: Tensor | None = None
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Sum of the losses, the losses, the gradient of their sum and that by the target, if the loss has one."""
+    params = (ctypes.c_double * 8)(*(loss.params + (0.0,) * 8)[:8])
+    grad_target = x.new_empty(0)
+    losses, grad = torch.empty(loss.losses_shape(x.shape), dtype=x.dtype), torch.empty_like(x)
+    head = (number(loss.op), int(x.dtype == torch.float64))
+    if loss in SOFTMAX:
+        statistics = torch.empty(3 * len(x), dtype=x.dtype)
+        index, probabilities = (None, pointer(target)) if loss.soft else (pointer(target), None)
+        total = kernels.run_softmax(
+            *head, ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), pointer(x), index, probabilities,
+            params, pointer(statistics), pointer(losses), pointer(grad),
+        )  # fmt: skip
+    else:
+        has_slope = traits(loss.op).has_target_slope
+        grad_target = torch.empty_like(x) if has_slope else x.new_empty(0)
+        total = kernels.run_pointwise(
+            *head, ctypes.c_int64(x.numel()), pointer(x), pointer(target),
+            pointer(pos_weight), ctypes.c_int64(x.shape[-1]),
+            (ctypes.c_int64 * 2)(*(0, 0) if pos_weight is None else pos_weight.expand_as(x).stride()[::-1]), params,
+            pointer(losses), pointer(grad), pointer(grad_target) if has_slope else None,
+        )  # fmt: skip
+    return total, losses, grad, grad_target
+
+
+def agrees_with_native(kernels: ctypes.CDLL, losses: list[Loss] = LOSSES) -> bool:
+    for loss in losses:
+        confident = loss is CROSS_ENTROPY or loss.op == "focal"  # see accuracy/test_values.py: digits
+        native = FOCAL_WITHOUT_FOCUS.native if loss is CROSS_ENTROPY else loss.native
+        if loss.op == "binary_cross_entropy_with_logits":
+            native = SIGMOID_FOCAL_WITHOUT_FOCUS.native  # whose formula keeps the digits that torch's loses
+        for shape in [(40, 7), (40, 50), (5, 200), (2, 9000)] if loss in SOFTMAX else [(5000,), (7, 11)]:
+            x, target = loss.data(shape, torch.float64, seed=1)
+            if confident:
+                x[0, target[0]] += 60
+            if loss not in SOFTMAX and not loss.of_probabilities:
+                x[:20] *= 12  # confident elements
+            if not agrees(loss, native, x, target, run(kernels, loss, x, target), confident):
+                return False
+    return agrees_with_pos_weight(kernels)
+
+
+def agrees(loss, native, x: Tensor, target: Tensor, results, confident: bool = False) -> bool:
+    exact_x, exact_target = x.clone().requires_grad_(), target.clone()
+    if exact_target.is_floating_point() and not loss.soft:
+        exact_target.requires_grad_()
+    exact = native(exact_x, exact_target, "none")
+    total, losses, grad, grad_target = results
+    (exact_grad,) = torch.autograd.grad(exact.sum(), exact_x, retain_graph=True)
+    # Every single digit, but where the gradient is itself a difference.
+    cancelled = 1e-300 if confident or loss not in SOFTMAX else 1e-13 * exact_grad.abs().max().item()
+    close = [
+        torch.allclose(torch.tensor(total, dtype=torch.float64), exact.detach().sum(), rtol=1e-12, atol=0),
+        torch.allclose(losses, exact.detach(), rtol=1e-12, atol=1e-14 if loss.of_probabilities else 1e-300),
+        torch.allclose(grad, exact_grad, rtol=1e-10, atol=cancelled),
+    ]
+    if grad_target.numel():
+        (exact_slope,) = torch.autograd.grad(exact.sum(), exact_target)
+        close.append(torch.allclose(grad_target, exact_slope, rtol=1e-10, atol=1e-13))
+    return all(close)
+
+
+def agrees_with_pos_weight(kernels: ctypes.CDLL) -> bool:
+    """Of columns and of rows, read through their strides, over several tiles of 1024 numbers."""
+    loss = loss_named("binary_cross_entropy_with_logits")
+    x, target = loss.data((500, 7), torch.float64)
+    for shape in [(7,), (500, 1)]:
+        weight = torch.rand(shape, dtype=torch.float64) + 0.5
+        native = lambda x, t, r: F.binary_cross_entropy_with_logits(x, t, reduction=r, pos_weight=weight)  # noqa: B023, E731
+        if not agrees(loss, native, x, target, run(kernels, loss, x, target, weight)):
+            return False
+    return True
+
+
+def class_indices_agree(kernels: ctypes.CDLL) -> bool:
+    params = index_calls.PARAMS[0]
+    for shape in [(300, 80, 1), (3, 5000, 1), (40, 9, 5), (2, 9, 700)]:
+        x, y = index_calls.data(shape, seed=1)
+        for weight in (None, *index_calls.weights_of(shape, torch.float64).values()):
+            strides = (0, 0, 0) if weight is None else weight.expand(shape).stride()
+            leaf = x.clone().requires_grad_()
+            exact = index_calls.FORMULA(leaf, y, weight, "none", -100, *params)
+            (exact_grad,) = torch.autograd.grad(exact.sum(), leaf)
+            losses, in_forward, grad = (torch.full_like(x, 77.0) for _ in range(3))
+            total = kernels.run_indexed(
+                number("sigmoid_focal"), 1, (ctypes.c_int64 * 3)(*shape), pointer(x), pointer(y), pointer(weight),
+                (ctypes.c_int64 * 3)(*strides), (ctypes.c_double * 2)(*params), pointer(losses),
+                pointer(in_forward), pointer(grad),
+            )  # fmt: skip
+            close = [
+                torch.allclose(torch.tensor(total, dtype=torch.float64), exact.detach().sum(), rtol=1e-12, atol=0),
+                torch.allclose(losses, exact.detach(), rtol=1e-12, atol=1e-300),
+                torch.allclose(in_forward, exact_grad, rtol=1e-10, atol=1e-300),
+                torch.allclose(grad, exact_grad, rtol=1e-10, atol=1e-300),
+            ]
+            if not all(close):
+                return False
+    return True
+
+
+@needs_compiler
+@pytest.mark.deep("mutants of the formulas and drivers, which must fail; the kernels as they are were compared")
+def test_the_kernels_as_they_are_agree(tmp_path):
+    kernels = build(tmp_path, None)
+    assert agrees_with_native(kernels) and class_indices_agree(kernels)
+
+
+@needs_compiler
+@pytest.mark.deep("mutants of the formulas and drivers, which must fail; the kernels as they are were compared")
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_caught(mutant, tmp_path):
+    edit = MUTANTS[mutant]
+    kernels = build(tmp_path, edit)
+    if edit[0] == INDEXED_DRIVER:
+        assert not class_indices_agree(kernels)
+    else:
+        assert not agrees_with_native(kernels, POINTWISE if "pointwise" in edit[0] else LOSSES)

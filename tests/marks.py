@@ -1,0 +1,20 @@
+"""Why a test is left out where it cannot run, and what covers it there."""
+
+import shutil
+
+import pytest
+from losses import extension
+from plant import COMPILER
+
+needs_extension = pytest.mark.skipif(
+    extension is None, reason="no extension here; contract/test_fallback.py covers the native path"
+)
+needs_compiler = pytest.mark.skipif(
+    shutil.which(COMPILER.split()[0]) is None,
+    reason=f"no C++ compiler ({COMPILER}); accuracy/test_values.py covers the kernels as they were built",
+)
+
+
+def on_cpu_alone(reason: str) -> pytest.MarkDecorator:
+    """For a test whose contract is another one on a GPU; the reason names what covers it there."""
+    return pytest.mark.on_cpu_alone(reason=reason)

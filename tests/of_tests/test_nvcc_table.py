@@ -1,0 +1,45 @@
+"""What reads the output of nvcc: it refuses what it does not understand, and shows what differs."""
+
+import nvcc
+import pytest
+
+
+def test_a_log_of_unknown_wording_is_refused():
+    log = (
+        "ptxas info    : Compiling entry function '_Z5cleanPf' for 'sm_90'\n"
+        "ptxas info    : Function properties for _Z5cleanPf\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 10 registers, used 0 barriers\n"
+    )
+    assert [function.registers for function in nvcc.parse(log)] == [10]
+    for other in ("", log.replace("spill loads", "reloads"), log.replace("Used", "Uses")):
+        with pytest.raises(AssertionError, match="not understood"):
+            nvcc.parse(other)
+
+
+def test_names_are_shortened():
+    space = "fusedloss::cuda::(anonymous namespace)::"
+    names = {
+        f"void {space}forward_rows<fusedloss::cuda::bf16, fusedloss::cuda::CrossEntropy<float>, true>"
+        "(fusedloss::cuda::CrossEntropy<float>, fusedloss::CudaSoftmaxArgs)": (
+            "forward_rows<bf16, CrossEntropy<float>, true>"
+        ),
+        f"void {space}pointwise_kernel<(fusedloss::PointwiseResult)3, float, A<B<float> > >(A<B<float> >)": (
+            "pointwise_kernel<Grad, float, A<B<float>>>"
+        ),
+        "clean(float*)": "clean",
+    }
+    assert [nvcc.shortened(name) for name in names] == list(names.values())
+
+
+def test_a_table_that_differs_is_shown():
+    counts = {"a<float, true>": (30, 31, 32), "b": (100, 101, 102)}
+    counted_by, committed = nvcc.read_table(nvcc.table("13.0.88", counts))
+    assert counted_by == "13.0.88" and committed == counts and not nvcc.differences(committed, counts)
+    message = nvcc.differences(committed, {"a<float, true>": (30, 31, 33), "c": (1, 2, 3)})
+    assert message.splitlines()[:3] == [
+        "a<float, true>: (30, 31, 32) in the table, (30, 31, 33) now",
+        "b: (100, 101, 102) in the table, not there now",
+        "c: not there in the table, (1, 2, 3) now",
+    ]
+    assert "python tests/kernels/nvcc.py --write" in message

@@ -1,0 +1,36 @@
+"""Planted mistakes: one piece of a source file replaced once, for a test that must fail then."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+COMPILER = os.environ.get("CXX", "c++")
+
+
+def replace_once(file: Path, old: str, new: str) -> None:
+    source = file.read_text()
+    assert source.count(old) == 1, f"expected {old!r} once in {file.name}, found it {source.count(old)} times"
+    file.write_text(source.replace(old, new))
+
+
+def planted(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of csrc in the folder, with the mistake in one of its files."""
+    copy = Path(shutil.copytree(CSRC, folder / "csrc"))
+    replace_once(copy / file, old, new)
+    return copy
+
+
+def fingerprint(command: str, *sources: Path) -> str:
+    """A name for what the command makes of C++ files and folders of them, with this machine's compiler."""
+    digest = hashlib.sha256(f"{command} {platform.node()}".encode())
+    digest.update(subprocess.run([*COMPILER.split(), "--version"], capture_output=True).stdout)
+    for source in sources:
+        for file in sorted(source.rglob("*.*") if source.is_dir() else [source]):
+            if file.suffix in (".h", ".cuh", ".inl", ".cpp", ".cu"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,58 @@
+"""Which tests run: without --deep none marked deep, and of a thinned grid a few cases with every value or pair."""
+
+from collections import Counter
+from collections.abc import Hashable
+from itertools import combinations
+
+import pytest
+
+Values = tuple[tuple[str, Hashable], ...]
+
+
+def selected(items: list[pytest.Item], wanted: str) -> tuple[list[pytest.Item], Counter[str]]:
+    """The tests of a "default", "deep" or "rest" run, and how many of each kind a default run leaves out."""
+    kinds = dict.fromkeys(_left_out_of_grids(items), "cases of thinned grids: every value of each parameter ran")
+    kinds |= {item: mark.args[0] for item in items if (mark := item.get_closest_marker("deep"))}
+    examples = [item for item in items if item.get_closest_marker("examples")]
+    left_out = Counter(kinds.values())
+    if examples:
+        left_out["tests that ran 100 random calls, with 2,000"] = len(examples)
+    if wanted == "deep":
+        return items, left_out
+    rest = set(kinds) | set(examples)
+    return [item for item in items if (item in rest if wanted == "rest" else item not in kinds)], left_out
+
+
+def _left_out_of_grids(items: list[pytest.Item]) -> list[pytest.Item]:
+    grids: dict[Hashable, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("thinned"):
+            grids.setdefault((item.path, item.originalname), []).append(item)
+    return [item for grid in grids.values() for item in _left_out_of(grid)]
+
+
+def _left_out_of(grid: list[pytest.Function]) -> list[pytest.Function]:
+    """All but some that together have every pair of values of any two parameters; every value, where marked (1).
+
+    Those come first that have the most values or pairs that no other had before.
+    """
+    together = (grid[0].get_closest_marker("thinned").args or (2,))[0]
+    values = [(item, _values(item, together)) for item in grid]
+    missing = {each for _, some in values for each in some}
+    chosen = set()
+    for least in range(max(len(some) for _, some in values), 0, -1):
+        for item, some in values:
+            if item not in chosen and len(some & missing) >= least:
+                chosen.add(item)
+                missing -= some
+    return [item for item in grid if item not in chosen]
+
+
+def _values(item: pytest.Function, together: int) -> set[Values]:
+    values = [(name, _key(value)) for name, value in sorted(item.callspec.params.items())]
+    return set(combinations(values, min(together, len(values))))
+
+
+def _key(value: object) -> Hashable:
+    """The same for equal values; a loss is known by its name."""
+    return getattr(value, "name", None) or repr(value)
