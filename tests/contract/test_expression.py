@@ -522,9 +522,11 @@ def test_functions_become_vector_code(library: Library) -> None:
     vector = {
         library.lines.get(int(line.split(":")[1]), "") for line in library.report.splitlines() if "loop vec" in line
     }
-    loops = {loop for loop in library.lines.values() if loop.endswith(("_float", "_double"))}
+    # AVX2 converts no 64-bit integers, which the exponent in a logarithm of doubles is.
+    types = list(C_TYPES.values()) if torch.backends.cpu.get_cpu_capability() == "AVX512" else ["float"]
+    loops = {loop for loop in library.lines.values() if loop.endswith(tuple(f"_{type}" for type in types))}
     left = {loop for loop in loops - vector if loop.rsplit("_", 1)[0] not in SCALAR}
-    assert left == {f"waves_{what}_{type}" for what in ("value", "grad") for type in C_TYPES.values()}
+    assert left == {f"waves_{what}_{type}" for what in ("value", "grad") for type in types}
 
 
 def test_numbers_print_as_they_are() -> None:
