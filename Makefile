@@ -28,7 +28,7 @@ endif
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	mkdir -p build && rm -f build/ready-* && touch $@
 
-# Three minutes on two cores, once tests/kernels has built the CUDA kernels for the CPU. Its last lines say what it leaves out.
+# Three minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
 test: build
 	$(PYTEST)
 
