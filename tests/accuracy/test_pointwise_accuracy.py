@@ -371,7 +371,7 @@ def cooked(loss: Loss, recipe: Recipe) -> Call:
             made = made * (uniform(made.shape) < (0.0 if kind == "zero" else 0.5))
         return None if kind == "none" else laid_out(made.to(dtype), recipe.layouts[-1])
 
-    # Beside more dimensions, a weight without any leaves torch's dtype alone: test_pointwise.py.
+    # Beside more dimensions, a weight without any leaves torch's dtype alone: contract/test_pointwise_dtypes.py.
     weight_dtype = dtype if of_input == () else other_dtype(dtype, recipe.weight_dtype)
     return Call(
         laid_out(x, recipe.layouts[0]),
