@@ -77,7 +77,7 @@ def fused_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
 
 
 def native_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
-    return LOSSES["sigmoid_focal_indexed"].native(input, target, None, "mean", -100, ALPHA, GAMMA)
+    return LOSSES["sigmoid_focal"].native(input, target, None, "mean", ALPHA, GAMMA, ignore_index=-100)
 
 
 def cross_entropy(

@@ -19,6 +19,7 @@ enum class Softmax { FUSEDLOSS_SOFTMAX(FUSEDLOSS_ENUMERATOR) };
 
 #define FUSEDLOSS_COUNT(name, Functor) +1
 constexpr int kPointwiseLosses = FUSEDLOSS_POINTWISE(FUSEDLOSS_COUNT);
+constexpr int kSoftmaxLosses = FUSEDLOSS_SOFTMAX(FUSEDLOSS_COUNT);
 #undef FUSEDLOSS_COUNT
 
 constexpr int kMaxParams = 8;
@@ -42,6 +43,11 @@ struct PointwiseArgs {
   bool one_upstream;
   int dims;
   int64_t sizes[kMaxDims];
+  // Class indices in place of target values: the target is 1 in the class that a row's index names and 0 in every
+  // other. There are three dimensions then, (inner, classes, outer), and row outer * inner + i has elements (outer *
+  // classes + class) * inner + i. Null where `target` is read.
+  const int64_t* index;  // the number of classes, or a negative one, names none of them
+  int64_t ignore_index;  // rows of this index count nowhere and get no gradient
   double params[kMaxParams];
   void* output;  // losses or gradients, dense; unused by the sum
   DType output_dtype;
@@ -57,30 +63,10 @@ using CpuPointwise = double (*)(PointwiseResult, const PointwiseArgs&, int64_t b
 
 // What a loss is whatever its parameters.
 struct PointwiseTraits {
-  bool of_difference, has_target_slope, has_positive_weight, of_probabilities;
+  bool of_difference, has_target_slope, has_positive_weight, of_probabilities, takes_class_indices;
   ResultDType result;
-};
-
-// Dense logits whose classes lie `inner` elements apart: element (outer * classes + class) * inner + i is of row
-// outer * inner + i.
-struct IndexedLayout {
-  int64_t outer, classes, inner;
-};
-
-// A pointwise loss whose target is 1 in the class that `index` names for the row, and 0 in every other.
-struct IndexedArgs {
-  DType dtype;
-  const void* input;
-  IndexedLayout layout;
-  const int64_t* index;  // [rows]; the number of classes, or a negative one, names none of them
-  int64_t ignore_index;
-  const void* weight;  // null: 1
-  int64_t weight_outer_stride, weight_class_stride, weight_inner_stride;
-  double params[kMaxParams];
-  void* output;          // losses or gradients; unused by the sum
-  const void* upstream;  // gradient only, of dtype; upstream_stride 0 where one value serves all
-  int64_t upstream_stride;
-  double scale;  // gradient only: 1 / n for a mean
+  const Range* params;
+  int param_count;
 };
 
 // One loss per row of logits; the row of class scores number r starts at
@@ -144,7 +130,6 @@ constexpr int64_t kSoftmaxScratch = 32768;
 struct CpuKernels {
   const char* isa;
   CpuPointwise pointwise[kPointwiseLosses];
-  double (*indexed)(Pointwise, PointwiseResult, const IndexedArgs&, int64_t begin, int64_t end);  // returns the sum
   // Of the targets alone: a bad row, and the divisor of a mean over weights or rows.
   SoftmaxSums (*softmax_targets)(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
   // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
@@ -184,30 +169,28 @@ using CudaStream = ::CUstream_st*;
 // Partial sums of one call, and the counter by which its last block knows that it is the last.
 constexpr int64_t kCudaWorkspaceBytes = 72 << 10;
 
+// A target out of range, in pinned host memory: row -1 until a kernel has met one.
+struct alignas(16) BadTarget {
+  int64_t row, target;
+};
+
 struct CudaPointwiseArgs : PointwiseArgs {
   int64_t count;
   void* total;  // of total_dtype: the sum over divisor
   DType total_dtype;
   double divisor;  // count for a mean
   void* workspace;
+  // Class indices only. A mean divides by the number of elements in rows that are not ignored, which no host knows:
+  // cuda_indexed_divisor writes it where a gradient reads it.
+  bool mean_of_counted;
+  double* counted;
+  BadTarget* bad_target;
 };
 int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 
-// A target out of range, in pinned host memory: row -1 until a kernel has met one.
-struct alignas(16) BadTarget {
-  int64_t row, target;
-};
-
-struct CudaIndexedArgs : IndexedArgs {
-  void* total;  // of dtype: the sum or mean
-  bool mean;
-  double* divisor;  // what a mean's gradient divides by, written by cuda_indexed_divisor
-  BadTarget* bad_target;
-  void* workspace;
-};
-// The number of logits that are not ignored.
-int cuda_indexed_divisor(const CudaIndexedArgs&, CudaStream);
-int cuda_indexed(Pointwise, PointwiseResult, const CudaIndexedArgs&, CudaStream);
+// The losses of FUSEDLOSS_INDEXED over class indices: input, weight, output and a gradient of its own are of one dtype.
+int cuda_indexed(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);
+int cuda_indexed_divisor(const CudaPointwiseArgs&, CudaStream);
 
 struct CudaSoftmaxArgs : SoftmaxArgs {
   void* total;  // the sum or mean; null for no reduction

@@ -27,6 +27,24 @@ constexpr bool of_probabilities = false;
 template <class Functor>
 constexpr bool of_probabilities<Functor, std::void_t<decltype(&Functor::is_probability)>> = true;
 
+// Targets are 0 or 1 or between, so that class indices can stand for them; the loss is finite at x = 0, t = 0.
+template <class Functor, class = void>
+constexpr bool takes_class_indices = false;
+template <class Functor>
+constexpr bool takes_class_indices<Functor, std::enable_if_t<Functor::takes_class_indices>> = true;
+
+// Where the parameters may lie; a functor without them declares none.
+template <class Functor, class = void>
+struct Params {
+  static constexpr const Range* ranges = nullptr;
+  static constexpr int count = 0;
+};
+template <class Functor>
+struct Params<Functor, std::void_t<decltype(Functor::params)>> {
+  static constexpr const Range* ranges = Functor::params;
+  static constexpr int count = sizeof Functor::params / sizeof(Range);
+};
+
 template <class Functor, class = void>
 constexpr bool takes_pos_weight = false;
 template <class Functor>
@@ -34,8 +52,9 @@ constexpr bool takes_pos_weight<Functor, std::enable_if_t<Functor::takes_pos_wei
 
 template <class Functor>
 constexpr PointwiseTraits pointwise_traits() {
-  return {Functor::of_difference, has_target_slope<Functor>, has_positive_weight<Functor>, of_probabilities<Functor>,
-          Functor::result};
+  return {Functor::of_difference,    has_target_slope<Functor>,    has_positive_weight<Functor>,
+          of_probabilities<Functor>, takes_class_indices<Functor>, Functor::result,
+          Params<Functor>::ranges,   Params<Functor>::count};
 }
 
 template <class Functor, class T>
@@ -93,32 +112,36 @@ auto with_twin(const SoftmaxArgs& args, S storage, F f) {
   return f(Functor(args.params, args.logits_layout.classes), storage);
 }
 
-#define FUSEDLOSS_CASE(name, Functor)                                                  \
-  case Loss::name:                                                                     \
-    return with_storage(dtype, [&](auto storage) {                                     \
-      return with_twin<Functor<Accumulate<decltype(storage)>>>(arguments, storage, f); \
-    });
-
-// A pointwise loss that takes class indices.
+// Calls f with the functor of a pointwise loss that takes class indices.
 template <class F>
-auto with_indexed_functor(Pointwise loss, DType dtype, const double* arguments, F f) {
-  using Loss = Pointwise;
+auto with_indexed_functor(Pointwise loss, DType dtype, const double* params, F f) {
   switch (loss) {
-    FUSEDLOSS_INDEXED(FUSEDLOSS_CASE)
-    default:
-      __builtin_unreachable();
+#define FUSEDLOSS_CASE(name, Functor)                                                                                  \
+  case Pointwise::name:                                                                                                \
+    if constexpr (takes_class_indices<Functor<float>>) {                                                               \
+      return with_storage(                                                                                             \
+          dtype, [&](auto storage) { return with_twin<Functor<Accumulate<decltype(storage)>>>(params, storage, f); }); \
+    }                                                                                                                  \
+    break;
+    FUSEDLOSS_POINTWISE(FUSEDLOSS_CASE)
+#undef FUSEDLOSS_CASE
   }
+  __builtin_unreachable();
 }
 
 template <class F>
 auto with_functor(Softmax loss, const SoftmaxArgs& arguments, F f) {
-  using Loss = Softmax;
-  const DType dtype = arguments.dtype;
-  switch (loss) { FUSEDLOSS_SOFTMAX(FUSEDLOSS_CASE) }
+  switch (loss) {
+#define FUSEDLOSS_CASE(name, Functor)                                                  \
+  case Softmax::name:                                                                  \
+    return with_storage(arguments.dtype, [&](auto storage) {                           \
+      return with_twin<Functor<Accumulate<decltype(storage)>>>(arguments, storage, f); \
+    });
+    FUSEDLOSS_SOFTMAX(FUSEDLOSS_CASE)
+#undef FUSEDLOSS_CASE
+  }
   __builtin_unreachable();
 }
-
-#undef FUSEDLOSS_CASE
 
 // Calls f with the storage type of class probabilities beside logits of type S.
 template <class S, class F>

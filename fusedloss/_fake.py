@@ -10,30 +10,6 @@ from torch import Tensor
 Fakes = dict[str, Callable[..., Any]]
 
 
-def _results(
-    logits: Tensor, rows: torch.Size, reduction: int, wide: bool, second: bool, saved: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    dtype = arithmetic if wide else logits.dtype
-    loss = logits.new_empty(rows if reduction == 0 else (), dtype=dtype)
-    of_second = logits.new_empty(rows if second else (0,), dtype=dtype)
-    return loss, of_second, logits.new_empty((saved * rows.numel() + 1,), dtype=arithmetic)
-
-
-def _indexed(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float]
-) -> Tensor:
-    return torch.empty_like(logits) if reduction == 0 else logits.new_empty(())
-
-
-def _backward(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(input)
-
-
-def _softmax_backward(upstream: Tensor, upstream_second: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(logits)
-
-
 def nothing(*arguments: Any) -> None:
     return None
 
@@ -43,39 +19,32 @@ def pointwise(result: str) -> Fakes:
 
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False,
+        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
     ) -> Tensor:  # fmt: skip
         dtype = torch.float32 if wide else input.dtype
         if reduction:
             return input.new_empty((), dtype=dtype)
-        if result == "same":
+        if result == "same" or ignore_index is not None:
             return torch.empty_like(input, dtype=dtype)
         return torch.empty_like(-target if result == "of target" else input + target, dtype=dtype)
 
     def with_grad(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False,
+        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return input.new_empty((), dtype=torch.float32 if wide else input.dtype), torch.empty_like(input)
 
     def backward(
         upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False, of_target: bool = False,
+        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of_target: bool = False,
     ) -> Tensor:  # fmt: skip
         return torch.empty_like(target if of_target else input)
 
     return {"": forward, "_with_grad": with_grad, "_backward": backward}
 
 
-def _indexed_with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(()), torch.empty_like(logits)
-
-
-indexed: Fakes = {"": _indexed, "_with_grad": _indexed_with_grad, "_backward": _backward}
-
-
-def softmax(saved: Callable[[list[float]], int]) -> Fakes:
-    """``saved(params)`` numbers of a row are left to backward."""
+def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
+    """A row leaves ``saved_by(params)`` numbers to backward."""
 
     def forward(
         logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
@@ -83,7 +52,11 @@ def softmax(saved: Callable[[list[float]], int]) -> Fakes:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         class_dim = min(logits.dim() - 1, 1)
         rows = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
-        return _results(logits, rows, reduction, wide, second, saved(params))
+        arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = arithmetic if wide else logits.dtype
+        loss = logits.new_empty(rows if reduction == 0 else (), dtype=dtype)
+        of_second = logits.new_empty(rows if second else (0,), dtype=dtype)
+        return loss, of_second, logits.new_empty((saved_by(params) * rows.numel() + 1,), dtype=arithmetic)
 
     def with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, _, statistics = forward(logits, *rest)
@@ -93,10 +66,13 @@ def softmax(saved: Callable[[list[float]], int]) -> Fakes:
         loss, _, statistics = forward(logits, *rest)
         return loss, statistics
 
+    def backward(upstream: Tensor, upstream_second: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
+        return torch.empty_like(logits)
+
     return {
         "": forward,
         "_with_grad": with_grad,
         "_with_grad_": with_grad_,
-        "_backward": _softmax_backward,
+        "_backward": backward,
         "_backward_": nothing,
     }

@@ -194,6 +194,7 @@ _ON_CPU = """
 #include "kernels.h"
 #include "losses/functions.h"
 #include "cpu/pointwise.inl"
+#include "cpu/one_hot.inl"
 #include "cpu/pointwise_tiles.inl"
 {functor}
 namespace fusedloss {{

@@ -224,7 +224,7 @@ def huber_loss(
     return _huber(input, target, weight, reduction, delta)
 
 
-@_route.pointwise("binary_cross_entropy", of_probabilities=True)
+@_route.pointwise("binary_cross_entropy", of_probabilities=True, class_indices=True)
 def _binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return F.binary_cross_entropy(input, target, weight, reduction=reduction)
 
@@ -262,7 +262,7 @@ def binary_cross_entropy(
     return _binary_cross_entropy(input, target, weight, reduction)
 
 
-@_route.pointwise("binary_cross_entropy_with_logits")
+@_route.pointwise("binary_cross_entropy_with_logits", class_indices=True)
 def _binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, pos_weight: Tensor | None = None
 ) -> Tensor:
@@ -322,7 +322,7 @@ def _binary_focal(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
     return losses
 
 
-@_route.pointwise("sigmoid_focal")
+@_route.pointwise("sigmoid_focal", class_indices=True)
 def _sigmoid_focal(
     inputs: Tensor, targets: Tensor, weight: Tensor | None, reduction: str, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
@@ -334,39 +334,6 @@ def _sigmoid_focal(
     if weight is not None:
         losses = losses * weight
     return _reduced(losses, reduction).to(x.dtype if widened(inputs) else inputs.dtype)
-
-
-@_route.indexed("sigmoid_focal")
-def _sigmoid_focal_indexed(
-    inputs: Tensor,
-    targets: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-) -> Tensor:
-    if inputs.dim() < 2 or targets.shape != inputs.shape[:1] + inputs.shape[2:]:
-        raise ValueError(
-            f"Target size ({targets.shape}) must be the same as input size ({inputs.shape}), "
-            "or for class indices that of inputs (N, C, d1, ...) without C"
-        )
-    x = in_float(inputs)
-    classes = x.shape[1]
-    kept = targets != ignore_index
-    index = torch.where(kept & (targets >= 0), targets, classes)
-    # Only rejects, as torch does, what names no class and not the background, which stands for one more.
-    F.nll_loss(x.new_zeros(1, 1).expand(index.numel(), classes + 1), index.flatten(), reduction="sum")
-    columns = torch.arange(classes, device=x.device).view(-1, *[1] * (x.dim() - 2))
-    t = (index.unsqueeze(1) == columns).to(x.dtype)
-    kept = kept.unsqueeze(1)
-    losses = _binary_focal(torch.where(kept, x, 0), t, alpha, gamma)
-    if weight is not None:
-        losses = losses * weight
-    losses = torch.where(kept, losses, 0)
-    if reduction != "none":
-        losses = losses.sum() / (kept.sum() * classes) if reduction == "mean" else losses.sum()
-    return losses.to(x.dtype if widened(inputs) else inputs.dtype)
 
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -440,7 +407,7 @@ def sigmoid_focal_loss(
 
     kind = reduction if normalizer is None else "sum"
     if targets.dtype in _INDEX_DTYPES and targets.shape != inputs.shape:
-        loss = _sigmoid_focal_indexed(inputs, targets.long(), weight, kind, ignore_index, alpha, gamma)
+        loss = _sigmoid_focal(inputs, targets.long(), weight, kind, alpha, gamma, ignore_index=ignore_index)
     else:
         loss = _sigmoid_focal(inputs, targets, weight, kind, alpha, gamma)
     if normalizer is None:

@@ -7,8 +7,11 @@ from torch import Tensor
 
 import fusedloss.functional as L
 
-FORMULA = NATIVE["sigmoid_focal_indexed"]
 PARAMS = [(0.25, 2.0), (-1.0, 0.5), (0.7, 0.0)]
+
+
+def FORMULA(x: Tensor, y: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, *params: float) -> Tensor:
+    return NATIVE["sigmoid_focal"](x, y, weight, reduction, *params, ignore_index=ignore_index)
 
 
 def data(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -37,7 +40,7 @@ def exact_loss(params=PARAMS[0], weight: Tensor | None = None):
 
 def runs_fused(x: Tensor, y: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> bool:
     return extension is not None and (
-        kernel("sigmoid_focal_indexed")(x, y, weight, reduction, -100, 0.25, 2.0) is not None
+        kernel("sigmoid_focal")(x, y, weight, reduction, 0.25, 2.0, ignore_index=-100) is not None
     )
 
 

@@ -108,7 +108,7 @@ def _declared(name: str, op: str, params: tuple[float, ...]) -> Loss:
     declared = _route.LOSSES[op]
     middle = (-100,) if declared.family == "softmax" else ()
     call = lambda formula: lambda x, t, r: formula(x, t, None, r, *middle, *params)  # noqa: E731
-    return Loss(name, declared.family, call(declared.routed), call(declared.native), op, params, *declared[4:])
+    return Loss(name, declared.family, call(declared.routed), call(declared.native), op, params, *declared[4:6])
 
 
 CROSS_ENTROPY = Loss(
@@ -149,11 +149,11 @@ _MAIN = [
 ]
 
 # A loss the table above does not name, with its default parameters: a new one is tested from its first day.
-# Those over class indices have a file of their own: contract/test_index_targets.py.
+# Class indices as targets have a file of their own: contract/test_index_targets.py.
 _NEW = [
     _declared(name, name, loss.params)
     for name, loss in _route.LOSSES.items()
-    if name not in {loss.op for loss in LOSSES} and loss.family != "indexed"
+    if name not in {loss.op for loss in LOSSES}
 ]
 LOSSES += _NEW
 _BY_NAME = {loss.name: loss for loss in LOSSES}
@@ -185,19 +185,17 @@ ON_GPU = extension is not None and extension.cuda_architectures != "none" and to
 
 def kernel(op: str) -> Callable[..., Any]:
     """The eager call of the kernels, which returns None where they decline."""
-    return getattr(extension, op)
+    return extension.losses[op].run
 
 
 def traits(op: str) -> Any:
-    return getattr(extension, f"traits_of_{op}")
+    return extension.losses[op].traits
 
 
 def number(op: str) -> int:
     """The place of a loss in the list of its family, by which the tests' own C++ drivers name it."""
-    for names in (extension.pointwise_losses, extension.softmax_losses):
-        if op in names:
-            return names.index(op)
-    raise KeyError(op)
+    place: int = extension.losses[op].number
+    return place
 
 
 def runs_fused(loss: Loss, input: Tensor, target: Tensor, reduction: str = "mean") -> bool:

@@ -1,8 +1,8 @@
 // One instruction set's table of kernels.
 
 #include "pointwise.inl"
+#include "one_hot.inl"
 #include "pointwise_tiles.inl"
-#include "pointwise_indexed.inl"
 
 #define FUSEDLOSS_STRING_(x) #x
 #define FUSEDLOSS_STRING(x) FUSEDLOSS_STRING_(x)
@@ -21,7 +21,6 @@ void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t par
 extern const CpuKernels kernels;
 const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             {FUSEDLOSS_POINTWISE(FUSEDLOSS_KERNEL)},
-                            indexed,
                             softmax_targets,
                             softmax_forward,
                             softmax_backward,

@@ -7,22 +7,24 @@ namespace fusedloss::FUSEDLOSS_ISA {
 template <class T>
 constexpr int64_t kTileElements = 8192 / sizeof(T);  // three of them in a first-level cache of 32 kB
 
-// Calls f(offset, count) for the runs of [begin, end) along the innermost dimension.
+// Calls f(offset, stride, count) for the runs of [begin, end) along the innermost dimension of more than one element.
 template <class F>
 void over_runs(const PointwiseArgs& args, const int64_t* strides, int64_t begin, int64_t end, F f) {
+  int run = 0;
+  while (run + 1 < args.dims && args.sizes[run] == 1) ++run;
   int64_t index[kMaxDims] = {}, offset = 0, rest = begin;
-  for (int d = 0; d < args.dims; ++d) {
+  for (int d = run; d < args.dims; ++d) {
     index[d] = rest % args.sizes[d];
     rest /= args.sizes[d];
     offset += index[d] * strides[d];
   }
   for (int64_t at = begin; at < end;) {
-    const int64_t left = args.sizes[0] - index[0], count = left < end - at ? left : end - at;
-    f(offset, count);
+    const int64_t left = args.sizes[run] - index[run], count = left < end - at ? left : end - at;
+    f(offset, strides[run], count);
     at += count;
-    offset -= index[0] * strides[0];
-    index[0] = 0;
-    for (int d = 1; d < args.dims; ++d) {  // one row on
+    offset -= index[run] * strides[run];
+    index[run] = 0;
+    for (int d = run + 1; d < args.dims; ++d) {  // one row on
       offset += strides[d];
       if (++index[d] < args.sizes[d]) break;
       offset -= index[d] * strides[d];
@@ -81,15 +83,21 @@ class PointwiseTile {
   explicit PointwiseTile(const PointwiseArgs& args) : args_(args) {}
 
   bool reads_and_writes_in_place() const {
-    return in_place(args_.input) && in_place(args_.target) && in_place(args_.weight) && in_place(args_.pos_weight) &&
-           (args_.one_upstream || in_place(args_.upstream)) && (!args_.output || args_.output_dtype == kType);
+    return !args_.index && in_place(args_.input) && in_place(args_.target) && in_place(args_.weight) &&
+           in_place(args_.pos_weight) && (args_.one_upstream || in_place(args_.upstream)) &&
+           (!args_.output || args_.output_dtype == kType);
   }
 
   // The arrays of elements [begin, end), which are a tile at most unless all are in place.
   Arrays<T> read(int64_t begin, int64_t end) {
     Arrays<T> arrays = {};
     arrays.input = operand(args_.input, begin, end, input_);
-    arrays.target = operand(args_.target, begin, end, target_);
+    if (args_.index) {
+      any_ignored_ = one_hot(args_, begin, end, target_);
+      arrays.target = target_;
+    } else {
+      arrays.target = operand(args_.target, begin, end, target_);
+    }
     arrays.weight = operand(args_.weight, begin, end, weight_);
     arrays.pos_weight = operand(args_.pos_weight, begin, end, pos_weight_);
     arrays.scale = T(args_.scale);
@@ -103,6 +111,27 @@ class PointwiseTile {
     }
     arrays.output = args_.output && args_.output_dtype == kType ? static_cast<T*>(args_.output) + begin : output_;
     return arrays;
+  }
+
+  bool any_ignored() const { return any_ignored_; }
+
+  // Takes ignored rows, whose logits may be NaN, out of a sum and its gradient: zeros of weight 0.
+  void hide_ignored(Arrays<T>& arrays, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const T weight = arrays.weight ? arrays.weight[i] : T(1);
+      input_[i] = zero_if_ignored(target_[i], arrays.input[i]);
+      weight_[i] = zero_if_ignored(target_[i], weight);
+      counted_target_[i] = zero_if_ignored(target_[i], target_[i]);
+    }
+    arrays.input = input_;
+    arrays.target = counted_target_;
+    arrays.weight = weight_;
+  }
+
+  // Losses and gradients of ignored rows are 0.
+  void clear_ignored(const Arrays<T>& arrays, int64_t count) const {
+    if (!args_.output) return;
+    for (int64_t i = 0; i < count; ++i) arrays.output[i] = zero_if_ignored(target_[i], arrays.output[i]);
   }
 
   void write(int64_t begin, int64_t end) const {
@@ -123,8 +152,8 @@ class PointwiseTile {
       const auto* data = static_cast<const decltype(s)*>(from.data);
       if (from.dense) return widen(data + begin, end - begin, tile);
       T* to = tile;
-      over_runs(args_, from.strides, begin, end, [&](int64_t offset, int64_t count) {
-        widen(data + offset, from.strides[0], count, to);
+      over_runs(args_, from.strides, begin, end, [&](int64_t offset, int64_t stride, int64_t count) {
+        widen(data + offset, stride, count, to);
         to += count;
       });
     });
@@ -135,7 +164,8 @@ class PointwiseTile {
   using Numbers = T[kTileElements<T> + 64 / sizeof(T)];
 
   const PointwiseArgs& args_;
-  alignas(64) Numbers input_, target_, weight_, pos_weight_, upstream_, output_;
+  bool any_ignored_ = false;
+  alignas(64) Numbers input_, target_, counted_target_, weight_, pos_weight_, upstream_, output_;
 };
 
 template <class T, class Loss>
@@ -143,10 +173,14 @@ double over_tiles(const Loss& loss, PointwiseResult result, const PointwiseArgs&
   PointwiseTile<T> tile(args);
   const int64_t step = tile.reads_and_writes_in_place() ? end - begin : kTileElements<T>;
   const bool outside = result == PointwiseResult::Outside;
+  const bool sums = result == PointwiseResult::Sum || result == PointwiseResult::SumAndGrad;
   double sum = 0;
   for (int64_t first = begin; first < end; first += step) {
     const int64_t last = first + step < end ? first + step : end;
-    const double of_tile = run_arrays<T>(loss, result, tile.read(first, last), last - first);
+    Arrays<T> arrays = tile.read(first, last);
+    if (tile.any_ignored() && (sums || outside)) tile.hide_ignored(arrays, last - first);
+    const double of_tile = run_arrays<T>(loss, result, arrays, last - first);
+    if (tile.any_ignored()) tile.clear_ignored(arrays, last - first);
     sum = outside ? (sum > of_tile ? sum : of_tile) : sum + of_tile;
     tile.write(first, last);
   }

@@ -19,11 +19,11 @@ constexpr int kGroup = 8;  // classes in flight a thread, where they lie apart
 // What an index names: a class, or one of these.
 enum : int { kBackground = -1, kIgnored = -2, kOutOfRange = -3 };
 
-__device__ inline int named_by(const CudaIndexedArgs& args, int64_t row) {
+__device__ inline int named_by(const CudaPointwiseArgs& args, int64_t row) {
   const int64_t index = args.index[row];
   if (index == args.ignore_index) return kIgnored;
-  if (index < 0 || index == args.layout.classes) return kBackground;
-  return index < args.layout.classes ? int(index) : int(kOutOfRange);
+  if (index < 0 || index == args.sizes[1]) return kBackground;
+  return index < args.sizes[1] ? int(index) : int(kOutOfRange);
 }
 
 template <PointwiseResult kResult, class S, class Loss>
@@ -32,27 +32,26 @@ struct Elements {
   static constexpr bool kSums = kResult == PointwiseResult::Sum, kGrads = kResult == PointwiseResult::Grad;
 
   const Loss& loss;
-  const CudaIndexedArgs& args;
+  const CudaPointwiseArgs& args;
   T scale = 1;   // of the gradient: 1 / n for a mean, times the upstream gradient where it is one for all
   Sums<2> sums;  // losses and rows that are not ignored
 
-  __device__ Elements(const Loss& loss_, const CudaIndexedArgs& args_) : loss(loss_), args(args_) {
+  __device__ Elements(const Loss& loss_, const CudaPointwiseArgs& args_) : loss(loss_), args(args_) {
     if constexpr (kGrads) {
-      if (args.upstream_stride == 0) scale = load(*static_cast<const S*>(args.upstream));
-      if (args.mean) scale = T(scale / *args.divisor);
+      if (args.one_upstream) scale = load(*static_cast<const S*>(args.upstream.data));
+      if (args.mean_of_counted) scale = T(scale / *args.counted);
     }
   }
 
-  __device__ const S* input() const { return static_cast<const S*>(args.input); }
+  __device__ const S* input() const { return static_cast<const S*>(args.input.data); }
   __device__ S* output() const { return static_cast<S*>(args.output); }
   __device__ const S* upstream() const {
-    return kGrads && args.upstream_stride ? static_cast<const S*>(args.upstream) : nullptr;
+    return kGrads && !args.one_upstream ? static_cast<const S*>(args.upstream.data) : nullptr;
   }
   __device__ T weight(int64_t outer, int64_t column, int64_t i) const {
-    if (!args.weight) return T(1);
-    const int64_t offset =
-        outer * args.weight_outer_stride + column * args.weight_class_stride + i * args.weight_inner_stride;
-    return load(static_cast<const S*>(args.weight)[offset]);
+    if (!args.weight.data) return T(1);
+    const int64_t* strides = args.weight.strides;
+    return load(static_cast<const S*>(args.weight.data)[outer * strides[2] + column * strides[1] + i * strides[0]]);
   }
 
   // A row's loss or gradient in a column, with an upstream gradient of its own.
@@ -76,7 +75,7 @@ struct Elements {
     if constexpr (kSums) {
       double* shared = reinterpret_cast<double*>(shared_memory());
       sum_of_grid(sums, Workspace(args.workspace), shared, [&](const Sums<2>& totals) {
-        const double divisor = args.mean ? totals.values[1] * double(args.layout.classes) : 1.0;
+        const double divisor = args.mean_of_counted ? totals.values[1] * double(args.sizes[1]) : 1.0;
         *static_cast<S*>(args.total) = store<S>(T(totals.values[0] / divisor));
       });
     }
@@ -87,12 +86,12 @@ struct Elements {
 // thread divides more than twice.
 template <PointwiseResult kResult, class S, class Loss>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>)
-    indexed_rows(Loss loss, CudaIndexedArgs args, Run<S, int64_t> run) {
+    indexed_rows(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run) {
   using T = Accumulate<S>;
   constexpr int width = Vector<S>::width, unroll = kUnroll<kResult, S>;
   Elements<kResult, S, Loss> element(loss, args);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-  const int classes = int(args.layout.classes), step_columns = int(threads * width % classes);
+  const int classes = int(args.sizes[1]), step_columns = int(threads * width % classes);
   const int64_t step_rows = threads * width / classes;
   int64_t row = run.vector(thread) / classes;
   int column = int(run.vector(thread) % classes);
@@ -179,11 +178,11 @@ struct Place {
 // Classes apart: neighbouring threads have neighbouring rows.
 template <PointwiseResult kResult, class S, class Loss>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>)
-    indexed_columns(Loss loss, CudaIndexedArgs args, int64_t places, Place step) {
+    indexed_columns(Loss loss, CudaPointwiseArgs args, int64_t places, Place step) {
   using T = Accumulate<S>;
   Elements<kResult, S, Loss> element(loss, args);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-  const int64_t classes = args.layout.classes, inner = args.layout.inner, groups = divide_up(classes, kGroup);
+  const int64_t classes = args.sizes[1], inner = args.sizes[0], groups = divide_up(classes, kGroup);
   Place place(thread, groups, inner);
   for (int64_t number = thread; number < places; number += threads) {
     const int64_t row = place.outer * inner + place.i;
@@ -209,25 +208,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   element.finish();
 }
 
-__global__ void __launch_bounds__(kThreads) indexed_divisor(CudaIndexedArgs args) {
+__global__ void __launch_bounds__(kThreads) indexed_divisor(CudaPointwiseArgs args) {
   Sums<1> kept;
-  const int64_t rows = args.layout.outer * args.layout.inner, step = int64_t(gridDim.x) * kThreads;
+  const int64_t rows = args.sizes[2] * args.sizes[0], step = int64_t(gridDim.x) * kThreads;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows; row += step) {
     kept.values[0] += args.index[row] != args.ignore_index;
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
   sum_of_grid(kept, Workspace(args.workspace), shared,
-              [&](const Sums<1>& total) { *args.divisor = total.values[0] * double(args.layout.classes); });
+              [&](const Sums<1>& total) { *args.counted = total.values[0] * double(args.sizes[1]); });
 }
 
 template <PointwiseResult kResult, class S, class Loss>
-cudaError_t run_kernel(const Loss& loss, const CudaIndexedArgs& args, CudaStream stream) {
+cudaError_t run_kernel(const Loss& loss, const CudaPointwiseArgs& args, CudaStream stream) {
   constexpr int sums = Elements<kResult, S, Loss>::kSums ? 2 : 0;
-  const auto& [outer, classes, inner] = args.layout;
+  const int64_t inner = args.sizes[0], classes = args.sizes[1], outer = args.sizes[2];
   if (inner == 1) {
-    const bool aligned = (!args.output || same_alignment(args.input, args.output)) &&
-                         (!args.upstream_stride || same_alignment(args.input, args.upstream));
-    const Run<S, int64_t> run(args.input, outer * classes, aligned);
+    const bool aligned = (!args.output || same_alignment(args.input.data, args.output)) &&
+                         (args.one_upstream || same_alignment(args.input.data, args.upstream.data));
+    const Run<S, int64_t> run(args.input.data, outer * classes, aligned);
     const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
     return launch(grid_for(work, kBlocks<S>, sums, args.workspace), stream, indexed_rows<kResult, S, Loss>, loss, args,
                   run);
@@ -243,9 +242,9 @@ cudaError_t run_kernel(const Loss& loss, const CudaIndexedArgs& args, CudaStream
 
 namespace fusedloss {
 
-int cuda_indexed(Pointwise loss, PointwiseResult result, const CudaIndexedArgs& args, CudaStream stream) {
+int cuda_indexed(Pointwise loss, PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
   using namespace FUSEDLOSS_ISA;
-  return with_indexed_functor(loss, args.dtype, args.params, [&](const auto& functor, auto storage) -> int {
+  return with_indexed_functor(loss, args.input.dtype, args.params, [&](const auto& functor, auto storage) -> int {
     using S = decltype(storage);
     switch (result) {
       case PointwiseResult::Losses:
@@ -260,9 +259,9 @@ int cuda_indexed(Pointwise loss, PointwiseResult result, const CudaIndexedArgs& 
   });
 }
 
-int cuda_indexed_divisor(const CudaIndexedArgs& args, CudaStream stream) {
+int cuda_indexed_divisor(const CudaPointwiseArgs& args, CudaStream stream) {
   using namespace FUSEDLOSS_ISA;
-  const int64_t rows = args.layout.outer * args.layout.inner;
+  const int64_t rows = args.sizes[2] * args.sizes[0];
   return launch(grid_for(rows, 4, 1, args.workspace), stream, indexed_divisor, args);
 }
 

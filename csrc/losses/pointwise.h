@@ -5,6 +5,7 @@
 #pragma once
 
 #include "math.h"
+#include "range.h"
 
 namespace fusedloss {
 
@@ -20,7 +21,6 @@ template <class T>
 struct OfDifference {
   static constexpr bool of_difference = true;
   static constexpr ResultDType result = ResultDType::Promoted;
-  static bool valid(const double*) { return true; }
 };
 
 // torch.nn.functional.mse_loss
@@ -44,7 +44,7 @@ template <class T>
 struct SmoothL1 : OfDifference<T> {
   T beta;
 
-  static bool valid(const double* params) { return params[0] >= 0; }
+  static constexpr Range params[] = {{0}};
   explicit FUSEDLOSS_HD SmoothL1(const double* params) : beta(T(params[0])) {}
 
   FUSEDLOSS_HD T value(T x, T t) const {
@@ -64,7 +64,7 @@ struct Huber : OfDifference<T> {
   static constexpr ResultDType result = ResultDType::Same;
   T delta;
 
-  static bool valid(const double* params) { return params[0] > 0; }
+  static constexpr Range params[] = {{0, kInfinity, true}};
   explicit FUSEDLOSS_HD Huber(const double* params) : delta(T(params[0])) {}
 
   FUSEDLOSS_HD T value(T x, T t) const {
@@ -83,7 +83,7 @@ template <class T>
 struct BinaryCrossEntropy {
   static constexpr bool of_difference = false;
   static constexpr ResultDType result = ResultDType::Same;
-  static bool valid(const double*) { return true; }
+  static constexpr bool takes_class_indices = true;
   explicit FUSEDLOSS_HD BinaryCrossEntropy(const double*) {}
 
   // What torch raises for.
@@ -127,7 +127,7 @@ struct BinaryCrossEntropyWithLogits {
   using WithPositiveWeight = FUSEDLOSS_ISA::WithPositiveWeight<T>;  // where a weight of the positive term is given
   static constexpr bool of_difference = false;
   static constexpr ResultDType result = ResultDType::OfTarget;
-  static bool valid(const double*) { return true; }
+  static constexpr bool takes_class_indices = true;
   explicit FUSEDLOSS_HD BinaryCrossEntropyWithLogits(const double*) {}
 
   FUSEDLOSS_HD T value(T x, T t) const { return select(x < T(0), -t * x, (T(1) - t) * x) + sigmoid(x).softplus; }
@@ -160,6 +160,7 @@ template <class T, class Modulation>
 struct SigmoidFocalWith {
   static constexpr bool of_difference = false;
   static constexpr ResultDType result = ResultDType::OfInput;
+  static constexpr bool takes_class_indices = true;
   T alpha_at_0, alpha_slope;
   Modulation modulation;
 
@@ -192,7 +193,7 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
   static bool twin_fits(const double* params) { return params[1] == 2; }
   static Twin twin(const double* params) { return Twin(params[0], {}); }
 
-  static bool valid(const double* params) { return params[1] >= 0; }
+  static constexpr Range params[] = {{-kInfinity}, {0}};  // alpha, gamma
   explicit FUSEDLOSS_HD SigmoidFocal(const double* params)
       : SigmoidFocalWith<T, AnyGamma<T>>(params[0], {T(params[1])}) {}
 };
@@ -207,6 +208,3 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
   X(binary_cross_entropy, BinaryCrossEntropy)                       \
   X(binary_cross_entropy_with_logits, BinaryCrossEntropyWithLogits) \
   X(sigmoid_focal, SigmoidFocal)
-
-// Those that also take class indices: a target of 1 in the column that the index names, of 0 in every other.
-#define FUSEDLOSS_INDEXED(X) X(sigmoid_focal, SigmoidFocal)

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "logit.h"
+#include "range.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
@@ -129,9 +130,7 @@ struct CrossEntropy : CrossEntropyWith<T, Softcap<T>, true> {
   using Twin = Smooth;  // without a softcap
   static bool twin_fits(const double* params) { return params[2] == 0; }
 
-  static bool valid(const double* params) {
-    return params[0] >= 0 && params[0] <= 1 && params[1] >= 0 && params[2] >= 0;
-  }
+  static constexpr Range params[] = {{0, 1}, {0}, {0}};  // smoothing, z-loss, softcap
   FUSEDLOSS_HD CrossEntropy(const double* params, int64_t classes)
       : CrossEntropyWith<T, Softcap<T>, true>(params, classes) {}
 };
@@ -161,7 +160,7 @@ template <class T>
 struct SoftCrossEntropy : SoftCrossEntropyWith<T, Softcap<T>> {
   using Twin = SoftCrossEntropyWith<T, Unchanged<T>>;
   static bool twin_fits(const double* params) { return params[2] == 0; }
-  static bool valid(const double* params) { return CrossEntropy<T>::valid(params); }
+  static constexpr Range params[] = {{0, 1}, {0}, {0}};  // smoothing, z-loss, softcap
   FUSEDLOSS_HD SoftCrossEntropy(const double* params, int64_t classes)
       : SoftCrossEntropyWith<T, Softcap<T>>(params, classes) {}
 };
@@ -172,7 +171,6 @@ struct Nll : SoftmaxLoss<T> {
   static constexpr bool mean_by_weight = true, reads_row = false;
   Unchanged<T> logit;
 
-  static bool valid(const double*) { return true; }
   FUSEDLOSS_HD Nll(const double*, int64_t) {}
   FUSEDLOSS_HD T value(T logit, T weight) const { return -weight * logit; }
   FUSEDLOSS_HD T gradient(T weight, T upstream) const { return -weight * upstream; }
@@ -185,7 +183,7 @@ struct Focal : SoftmaxLoss<T> {
   Unchanged<T> logit;
   T alpha, gamma;
 
-  static bool valid(const double* params) { return params[1] >= 0; }
+  static constexpr Range params[] = {{-kInfinity}, {0}};  // alpha, gamma
   FUSEDLOSS_HD Focal(const double* params, int64_t) : alpha(T(params[0])), gamma(T(params[1])) {}
 
   FUSEDLOSS_HD T modulation(const Row<T>& row, T weight) const { return weight * alpha * power(row.q, gamma); }
@@ -215,8 +213,8 @@ struct LogProbsWith : SoftmaxLoss<T> {
 template <class T>
 struct LogProbs : LogProbsWith<T, Sum::entropy> {
   using Twin = LogProbsWith<T, Sum::none>;
-  static bool twin_fits(const double* params) { return params[1] == 0; }  // no entropy asked for
-  static bool valid(const double* params) { return params[0] > 0; }
+  static bool twin_fits(const double* params) { return params[1] == 0; }   // no entropy asked for
+  static constexpr Range params[] = {{0, kInfinity, true}, {-kInfinity}};  // temperature, entropy
   FUSEDLOSS_HD LogProbs(const double* params, int64_t classes) : LogProbsWith<T, Sum::entropy>(params, classes) {}
 };
 

@@ -1,10 +1,8 @@
 #include "common.h"
 
-#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/library.h>
 
-#include <cmath>
+#include <c10/util/StringUtil.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -34,10 +32,32 @@ void copy_params(Params from, double (&to)[kMaxParams]) {
   for (size_t i = 0; i < kMaxParams; ++i) to[i] = i < from.size() ? from[i] : 0;
 }
 
-bool in_range(Params params, bool (*valid)(const double* params)) {
+bool in_range(Params params, const Range* ranges, int count) {
   double copy[kMaxParams];
   copy_params(params, copy);
-  return valid(copy);
+  for (int i = 0; i < count; ++i) {
+    const Range& range = ranges[i];
+    const bool least = range.above_least ? copy[i] > range.least : copy[i] >= range.least;
+    if (!least || !(copy[i] <= range.most)) return false;
+  }
+  return true;
+}
+
+bool are_rows_of(at::IntArrayRef sizes, const Tensor& logits) {
+  if (int64_t(sizes.size()) != logits.dim() - 1) return false;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != logits.size(d == 0 ? 0 : int64_t(d) + 1)) return false;
+  }
+  return true;
+}
+
+void raise_declined(const std::string& op, const char* why, const Tensor& input, const Tensor& target,
+                    const OptionalTensor& weight, Params params) {
+  const auto described = [](const Tensor& tensor) {
+    return c10::str(tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
+  };
+  TORCH_CHECK(false, op, ": expected a call that the kernels own, got ", why, ": input ", described(input), ", target ",
+              described(target), weight ? ", weight " + described(*weight) : std::string(), ", parameters ", params);
 }
 
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
@@ -71,12 +91,6 @@ bool is_one_value(const Tensor& tensor) {
   return true;
 }
 
-Upstream read_upstream(const Tensor& upstream, const Tensor& like) {
-  if (is_one_value(upstream)) return {upstream, 0};
-  if (upstream.strides() == like.strides()) return {upstream, 1};
-  return {at::empty_like(like, upstream.options()).copy_(upstream), 1};
-}
-
 Upstream read_upstream(const Tensor& upstream) {
   if (is_one_value(upstream)) return {upstream, 0};
   return {upstream.contiguous(), 1};
@@ -103,39 +117,9 @@ void check_upstream(const char* name, const Tensor& upstream, at::ScalarType dty
               ", got ", upstream.sizes());
 }
 
-bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {
-  return reduction != kNone && input.scalar_type() != at::kHalf;
-}
-
-void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction) {
-  TORCH_CHECK(reduction != kNone, name, ": a gradient in forward needs a reduction, mean or sum");
-  TORCH_CHECK(may_make_gradient_in_forward(input, reduction), name, ": no gradient in forward in ", at::kHalf);
-}
-
-Tensor take_grad(torch::autograd::AutogradContext* ctx) {
-  const auto found = ctx->saved_data.find("grad");
-  if (found == ctx->saved_data.end()) return Tensor();
-  const Tensor grad = found->second.toTensor();
-  ctx->saved_data.erase(found);
-  return grad;
-}
-
-bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
-  return may_make_gradient_in_forward(input, reduction) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-}
-
-bool scales_exactly(const Tensor& input, const Tensor& upstream) {
-  if (!input.is_cpu() || input.scalar_type() != at::kBFloat16) return true;
-  int exponent;
-  return std::abs(std::frexp(upstream.item<double>(), &exponent)) == 0.5;
-}
-
-}  // namespace fusedloss
-
-TORCH_LIBRARY_FRAGMENT(fusedloss, m) { m.def("scale_(Tensor(a!) data, Tensor factor) -> ()"); }
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
-  m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
-    fusedloss::check_factor(data, factor);
+void implement_scale_on_cpu(torch::Library& m) {
+  m.impl("scale_", [](Tensor data, const Tensor& factor) {
+    check_factor(data, factor);
     const double value = factor.item<double>();  // as a number, which bfloat16 data do not round first
     if (value == 1) return;
     const int64_t count = data.numel();
@@ -149,3 +133,5 @@ TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
     for (int64_t i = 0; i < count; ++i) numbers[i] *= by;
   });
 }
+
+}  // namespace fusedloss

@@ -1,30 +1,21 @@
 // What the softmax family is in torch whatever the device: its ops' arguments, checks and results. A device adds
 //
-//   static void forward(Softmax, const SoftmaxInputs&, int64_t reduction, SoftmaxResults&, Tensor* grad);
-//   static void backward(Softmax, const SoftmaxInputs&, const Tensor& upstream, const OptionalTensor& upstream_second,
-//                        const Tensor& statistics, int64_t reduction, Tensor& grad);
+//   static void forward(const SoftmaxLoss&, const SoftmaxInputs&, int64_t reduction, SoftmaxResults&, Tensor* grad);
+//   static void backward(const SoftmaxLoss&, const SoftmaxInputs&, const Tensor& upstream,
+//                        const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction,
+//                        Tensor& grad);
 //
 // where grad has a layout of its own and may be the logits. A null one is not wanted; in forward it is made for an
 // upstream gradient of 1.
 #pragma once
 
-#include <torch/library.h>
-
+#include <atomic>
 #include <tuple>
+#include <vector>
 
-#include "common.h"
+#include "autograd_steps.h"
 
 namespace fusedloss {
-
-// What a loss is whatever its parameters.
-struct SoftmaxTraits {
-  bool (*valid)(const double* params);
-  bool mean_by_weight, soft, reads_row;
-};
-const SoftmaxTraits& traits_of(Softmax loss);
-
-// How many numbers a row leaves to backward: max and rest, and what else the loss sums.
-int64_t saved_statistics(Softmax loss, Params params);
 
 // A call but for its logits.
 struct SoftmaxCall {
@@ -36,16 +27,48 @@ struct SoftmaxCall {
   bool second = false;  // a second result is wanted: lse, or the entropy of log_probs
 };
 
+// What a loss is whatever its parameters.
+struct SoftmaxTraits {
+  bool mean_by_weight, soft, reads_row;
+  const Range* params;
+  int param_count;
+};
+
+struct SoftmaxHandles;
+
+struct SoftmaxLoss {
+  std::string op;  // "fusedloss::cross_entropy"
+  int64_t number;
+  SoftmaxTraits traits;
+  int64_t (*saved_by)(const double* params);
+  // The native formula gives the loss and, if asked, the second result. Set once.
+  std::function<std::vector<Tensor>(const Tensor& logits, const SoftmaxCall&)> formula;
+  mutable std::atomic<const SoftmaxHandles*> handles{nullptr};
+
+  SoftmaxLoss(std::string op, int64_t number, SoftmaxTraits traits, int64_t (*saved_by)(const double*))
+      : op(std::move(op)), number(number), traits(traits), saved_by(saved_by) {}
+
+  Softmax kernel() const { return Softmax(number); }
+  const char* name() const { return op.c_str(); }
+  // How many numbers a row leaves to backward: max and rest, and what else the loss sums.
+  int64_t saved_statistics(Params params) const;
+};
+
+// Those of FUSEDLOSS_SOFTMAX, in its order.
+SoftmaxLoss& softmax_loss(int64_t number);
+
+// What the kernels own: why they do not own a call, tensors being plain ones; null where they do.
+// fusedloss/_captures.py states the same for graphs that are being captured.
+const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call);
+
 // The autograd side, callable without the dispatcher: the loss, and the second result or an undefined tensor.
-std::tuple<Tensor, Tensor> softmax_loss(Softmax loss, const Tensor& logits, const SoftmaxCall& call,
-                                        std::optional<bool> grad_in_forward, bool in_place);
+std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                                   std::optional<bool> grad_in_forward, bool in_place);
 
-// Why the kernels do not own a call, tensors being plain ones on one device; null where they do.
-const char* declines_softmax(Softmax loss, const Tensor& logits, const SoftmaxCall& call);
-
-// The native formula gives the loss and, if asked, the second result.
-using SoftmaxFormula = std::function<std::vector<Tensor>(const Tensor& logits, const SoftmaxCall&)>;
-SoftmaxFormula& native_formula(Softmax loss);
+void define_softmax(torch::Library& m, const SoftmaxLoss& loss);
+void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss);
+void implement_softmax_on_cpu(torch::Library& m, const SoftmaxLoss& loss);
+void implement_softmax_on_cuda(torch::Library& m, const SoftmaxLoss& loss);
 
 // The layout of (C), (N, C) or (N, C, d1, ...), or none where the dimensions after C do not merge into one.
 std::optional<SoftmaxLayout> layout_of(const Tensor& logits);
@@ -58,22 +81,22 @@ struct SoftmaxInputs {
   Params params;
   bool wide, second;
 
-  SoftmaxInputs(Softmax loss, const Tensor& logits, const SoftmaxCall& call);
+  SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call);
   SoftmaxLayout layout() const { return *layout_of(logits); }
   at::TensorOptions result_options() const;
   void fill(SoftmaxArgs& args) const;
 };
 
 // The statistics are one tensor in arithmetic type: all rows' max, rest and what else
-// saved_statistics counts, and last the divisor of a mean.
+// SoftmaxLoss::saved_statistics counts, and last the divisor of a mean.
 struct SoftmaxResults {
   Tensor loss, second, statistics;  // second is empty where it is not wanted
 
-  SoftmaxResults(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction);
+  SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction);
 };
 
-void check_with_grad(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction);
-void check_backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+void check_with_grad(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction);
+void check_backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& upstream,
                     const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction);
 
 // Where a gradient goes: `result` itself, or where that has no layout, a dense tensor that is copied into it.
@@ -91,77 +114,60 @@ struct Destination {
   Tensor finish() const { return writable.is_same(result) ? result : result.copy_(writable); }
 };
 
-template <class Device, Softmax kLoss>
-struct SoftmaxOps {
-  using Result = std::tuple<Tensor, Tensor, Tensor>;
-
-  static Result forward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                        int64_t ignore_index, Params params, bool wide, bool second) {
-    const SoftmaxInputs inputs(kLoss, logits, {target, weight, reduction, ignore_index, params, wide, second});
-    SoftmaxResults results(kLoss, inputs, reduction);
-    Device::forward(kLoss, inputs, reduction, results, nullptr);
-    return {results.loss, results.second, results.statistics};
-  }
-
-  static Result with_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          int64_t ignore_index, Params params, bool wide) {
-    const SoftmaxInputs inputs(kLoss, logits, {target, weight, reduction, ignore_index, params, wide});
-    check_with_grad(kLoss, inputs, reduction);
-    SoftmaxResults results(kLoss, inputs, reduction);
-    Destination to = Destination::fresh(logits, inputs);
-    Device::forward(kLoss, inputs, reduction, results, &to.writable);
-    return {results.loss, results.statistics, to.finish()};
-  }
-
-  static std::tuple<Tensor, Tensor> with_grad_(Tensor logits, const Tensor& target, const OptionalTensor& weight,
-                                               int64_t reduction, int64_t ignore_index, Params params, bool wide) {
-    const SoftmaxInputs inputs(kLoss, logits, {target, weight, reduction, ignore_index, params, wide});
-    check_with_grad(kLoss, inputs, reduction);
-    SoftmaxResults results(kLoss, inputs, reduction);
+template <class OnDevice>
+void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
+  const std::string name = base_name(loss.op);
+  m.impl(name.c_str(), [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, int64_t ignore_index, Params params, bool wide, bool second) {
+    const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide, second});
+    SoftmaxResults results(loss, inputs, reduction);
+    OnDevice::forward(loss, inputs, reduction, results, nullptr);
+    return std::make_tuple(results.loss, results.second, results.statistics);
+  });
+  m.impl((name + "_with_grad").c_str(),
+         [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 int64_t ignore_index, Params params, bool wide) {
+           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           check_with_grad(loss, inputs, reduction);
+           SoftmaxResults results(loss, inputs, reduction);
+           Destination to = Destination::fresh(logits, inputs);
+           OnDevice::forward(loss, inputs, reduction, results, &to.writable);
+           return std::make_tuple(results.loss, results.statistics, to.finish());
+         });
+  m.impl((name + "_with_grad_").c_str(), [&loss](Tensor logits, const Tensor& target, const OptionalTensor& weight,
+                                                 int64_t reduction, int64_t ignore_index, Params params, bool wide) {
+    const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+    check_with_grad(loss, inputs, reduction);
+    SoftmaxResults results(loss, inputs, reduction);
     Destination to(logits, inputs.logits);
-    Device::forward(kLoss, inputs, reduction, results, &to.writable);
+    OnDevice::forward(loss, inputs, reduction, results, &to.writable);
     to.finish();
-    return {results.loss, results.statistics};
-  }
-
-  static void make_backward(Destination& to, const SoftmaxInputs& inputs, const Tensor& upstream,
-                            const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction) {
-    check_backward(kLoss, inputs, upstream, upstream_second, statistics, reduction);
-    Device::backward(kLoss, inputs, upstream, upstream_second, statistics, reduction, to.writable);
-    to.finish();
-  }
-
-  static Tensor backward(const Tensor& upstream, const OptionalTensor& upstream_second, const Tensor& logits,
-                         const Tensor& target, const OptionalTensor& weight, const Tensor& statistics,
-                         int64_t reduction, int64_t ignore_index, Params params) {
-    const bool wide = upstream.scalar_type() != logits.scalar_type();
-    const SoftmaxInputs inputs(kLoss, logits, {target, weight, reduction, ignore_index, params, wide});
-    Destination to = Destination::fresh(logits, inputs);
-    make_backward(to, inputs, upstream, upstream_second, statistics, reduction);
-    return to.result;
-  }
-
-  static void backward_(const Tensor& upstream, const OptionalTensor& upstream_second, Tensor logits,
-                        const Tensor& target, const OptionalTensor& weight, const Tensor& statistics, int64_t reduction,
-                        int64_t ignore_index, Params params) {
-    const bool wide = upstream.scalar_type() != logits.scalar_type();
-    const SoftmaxInputs inputs(kLoss, logits, {target, weight, reduction, ignore_index, params, wide});
-    Destination to(logits, inputs.logits);
-    make_backward(to, inputs, upstream, upstream_second, statistics, reduction);
-  }
-};
-
-// Puts a device behind every op of the family.
-template <class Device>
-void implement_softmax(torch::Library& m) {
-#define FUSEDLOSS_IMPLEMENT(name, Functor)                                     \
-  m.impl(#name, &SoftmaxOps<Device, Softmax::name>::forward);                  \
-  m.impl(#name "_with_grad", &SoftmaxOps<Device, Softmax::name>::with_grad);   \
-  m.impl(#name "_with_grad_", &SoftmaxOps<Device, Softmax::name>::with_grad_); \
-  m.impl(#name "_backward", &SoftmaxOps<Device, Softmax::name>::backward);     \
-  m.impl(#name "_backward_", &SoftmaxOps<Device, Softmax::name>::backward_);
-  FUSEDLOSS_SOFTMAX(FUSEDLOSS_IMPLEMENT)
-#undef FUSEDLOSS_IMPLEMENT
+    return std::make_tuple(results.loss, results.statistics);
+  });
+  const auto make = [](const SoftmaxLoss& loss, Destination& to, const SoftmaxInputs& inputs, const Tensor& upstream,
+                       const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction) {
+    check_backward(loss, inputs, upstream, upstream_second, statistics, reduction);
+    OnDevice::backward(loss, inputs, upstream, upstream_second, statistics, reduction, to.writable);
+    return to.finish();
+  };
+  m.impl((name + "_backward").c_str(),
+         [&loss, make](const Tensor& upstream, const OptionalTensor& upstream_second, const Tensor& logits,
+                       const Tensor& target, const OptionalTensor& weight, const Tensor& statistics, int64_t reduction,
+                       int64_t ignore_index, Params params) {
+           const bool wide = upstream.scalar_type() != logits.scalar_type();
+           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           Destination to = Destination::fresh(logits, inputs);
+           return make(loss, to, inputs, upstream, upstream_second, statistics, reduction);
+         });
+  m.impl((name + "_backward_").c_str(),
+         [&loss, make](const Tensor& upstream, const OptionalTensor& upstream_second, Tensor logits,
+                       const Tensor& target, const OptionalTensor& weight, const Tensor& statistics, int64_t reduction,
+                       int64_t ignore_index, Params params) {
+           const bool wide = upstream.scalar_type() != logits.scalar_type();
+           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           Destination to(logits, inputs.logits);
+           make(loss, to, inputs, upstream, upstream_second, statistics, reduction);
+         });
 }
 
 }  // namespace fusedloss

@@ -22,12 +22,12 @@ def test_opcheck(reduction, layout, weighted):
     view = laid_out(x, layout)
     ops = torch.ops.fusedloss
     weight = torch.rand(5, 1, 1, dtype=torch.float64) if weighted else None
-    rest = (y, weight, reduction, -100, [0.25, 2.0])
-    torch.library.opcheck(ops.sigmoid_focal_indexed.default, (view.detach().requires_grad_(), *rest))
+    rest = (y, weight, reduction, [0.25, 2.0], None, False, -100)
+    torch.library.opcheck(ops.sigmoid_focal.default, (view.detach().requires_grad_(), *rest))
     upstream = torch.ones(x.shape if reduction == 0 else (), dtype=x.dtype)
-    torch.library.opcheck(ops.sigmoid_focal_indexed_backward.default, (upstream, view, *rest))
+    torch.library.opcheck(ops.sigmoid_focal_backward.default, (upstream, view, *rest))
     if reduction != 0 and x.is_cpu:
-        torch.library.opcheck(ops.sigmoid_focal_indexed_with_grad.default, (x, *rest))
+        torch.library.opcheck(ops.sigmoid_focal_with_grad.default, (x, *rest))
 
 
 @needs_extension
@@ -45,14 +45,14 @@ def test_compile_keeps_the_fused_ops_in_one_graph(dynamic):
             value.backward()
             results.append((value.detach(), leaf.grad))
         torch.testing.assert_close(results[1], results[0])
-        assert "fusedloss.sigmoid_focal_indexed.default" in seen
-        assert "fusedloss.sigmoid_focal_indexed_backward.default" in seen
+        assert "fusedloss.sigmoid_focal.default" in seen
+        assert "fusedloss.sigmoid_focal_backward.default" in seen
 
 
 def test_compile_of_what_is_declined_runs_natively():
     torch._dynamo.reset()
     x, y = data((9, 7, 2), torch.float32)
-    weight = torch.rand(9, 7, 1)  # neither of rows nor of classes
+    weight = torch.rand(9, 7, 1, dtype=torch.float64)
     compiled = torch.compile(loss(weight=weight), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, y, "mean"), exact_loss(weight=weight)(x.double(), y, "mean").float())
     assert not runs_fused(x, y, weight)
@@ -63,7 +63,7 @@ def test_export_keeps_the_fused_op():
     x, y = data((9, 7), torch.float32)
     program = torch.export.export(fusedloss.SigmoidFocalLoss(), (x, y))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert "fusedloss.sigmoid_focal_indexed.default" in targets
+    assert "fusedloss.sigmoid_focal.default" in targets
     torch.testing.assert_close(program.module()(x, y), loss()(x, y, "mean"))
 
 

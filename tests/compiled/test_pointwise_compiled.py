@@ -154,4 +154,4 @@ def test_opcheck(call, layouts, dtype, wide, reduction):
     torch.library.opcheck(op.default, (x.detach().requires_grad_(), *given))
     upstream = torch.ones_like(op(x, *given))
     for of_target in (False, True)[: 1 if "focal" in call else 2]:
-        torch.library.opcheck(backward.default, (upstream, x, *given, of_target))
+        torch.library.opcheck(backward.default, (upstream, x, *given, None, of_target))

@@ -221,11 +221,11 @@ def test_a_target_out_of_range_raises(shape):
                 L.sigmoid_focal_loss(x, y, reduction=reduction, weight=weight)
     L.sigmoid_focal_loss(x, y, ignore_index=7)
     if extension is not None:
-        arguments = (x.detach(), y, None, 2, -100, [0.25, 2.0])
+        arguments = (x.detach(), y, None, 2, [0.25, 2.0], None, False, -100)
         with pytest.raises(IndexError, match="Target 7 is out of bounds."):
-            torch.ops.fusedloss.sigmoid_focal_indexed_backward(torch.ones(()), *arguments)
+            torch.ops.fusedloss.sigmoid_focal_backward(torch.ones(()), *arguments)
         with pytest.raises(IndexError, match="Target 7 is out of bounds."):
-            torch.ops.fusedloss.sigmoid_focal_indexed_with_grad(*arguments)
+            torch.ops.fusedloss.sigmoid_focal_with_grad(*arguments)
 
 
 REJECTED = {
@@ -265,7 +265,8 @@ def test_rejected(case):
 def test_ops_check_what_they_are_given():
     # torch.ops is public: a wrong call raises, it never reads past a tensor.
     x, y, params = torch.randn(3, 4), torch.tensor([0, 1, 2]), [0.25, 2.0]
-    forward, backward = torch.ops.fusedloss.sigmoid_focal_indexed, torch.ops.fusedloss.sigmoid_focal_indexed_backward
+    forward, backward = torch.ops.fusedloss.sigmoid_focal, torch.ops.fusedloss.sigmoid_focal_backward
+    indices = {"ignore_index": -100}
     for logits, target, weight, given in [
         (x[0], y[0], None, params),
         (x, y[:2], None, params),
@@ -276,16 +277,16 @@ def test_ops_check_what_they_are_given():
         (x.long(), y, None, params),
     ]:
         with pytest.raises(RuntimeError, match="expected"):
-            forward(logits, target, weight, 1, -100, given)
+            forward(logits, target, weight, 1, given, **indices)
     with pytest.raises(RuntimeError, match="out of range"):
-        forward(x, y, None, 1, -100, [0.25, -1.0])
+        forward(x, y, None, 1, [0.25, -1.0], **indices)
     for upstream in (torch.ones(3), torch.ones((), dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="expected an upstream gradient"):
-            backward(upstream, x, y, None, 1, -100, params)
+            backward(upstream, x, y, None, 1, params, **indices)
     with pytest.raises(RuntimeError, match="expected an upstream gradient"):
-        backward(torch.ones(()), x, y, None, 0, -100, params)
+        backward(torch.ones(()), x, y, None, 0, params, **indices)
     with pytest.raises(RuntimeError, match="no gradient in forward in Half"):
-        torch.ops.fusedloss.sigmoid_focal_indexed_with_grad(x.half(), y, None, 1, -100, params)
+        torch.ops.fusedloss.sigmoid_focal_with_grad(x.half(), y, None, 1, params, **indices)
 
 
 # ---- derivatives and the route

@@ -88,29 +88,29 @@ extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* 
 extern "C" double run_indexed(int loss, int is_double, const int64_t* layout, const void* input, const int64_t* index,
                               const void* weight, const int64_t* weight_strides, const double* params, void* losses,
                               void* grad_in_forward, void* grad) {
-  fusedloss::IndexedArgs args = {};
-  args.dtype = dtype_of(is_double);
+  fusedloss::PointwiseArgs args = {};
   copy_params(params, args);
-  const auto kind = fusedloss::Pointwise(loss);
-  const auto run = fusedloss::baseline::kernels.indexed;
+  const fusedloss::DType dtype = dtype_of(is_double);
+  const fusedloss::CpuPointwise run = fusedloss::baseline::kernels.pointwise[loss];
   const int64_t n = layout[0] * layout[1] * layout[2];
-  args.input = input;
-  args.layout = {layout[0], layout[1], layout[2]};
+  args.arithmetic = args.output_dtype = dtype;
+  args.dims = 3;
+  for (int d = 0; d < 3; ++d) args.sizes[d] = layout[2 - d];
+  args.input = {input, dtype, true, {1, layout[2], layout[1] * layout[2]}};
   args.index = index;
   args.ignore_index = -100;
-  args.weight = weight;
-  args.weight_outer_stride = weight_strides[0];
-  args.weight_class_stride = weight_strides[1];
-  args.weight_inner_stride = weight_strides[2];
+  args.weight = {weight, dtype, false, {weight_strides[2], weight_strides[1], weight_strides[0]}};
   args.scale = 1;
   args.output = losses;
-  run(kind, fusedloss::PointwiseResult::Losses, args, 0, n);
+  run(fusedloss::PointwiseResult::Losses, args, 0, n);
   args.output = grad_in_forward;
-  const double both = run(kind, fusedloss::PointwiseResult::SumAndGrad, args, 0, n);
-  args.upstream = one(is_double);
+  const double both = run(fusedloss::PointwiseResult::SumAndGrad, args, 0, n);
+  args.one_upstream = true;
+  args.upstream = {one(is_double), dtype, true, {}};
   args.output = grad;
-  run(kind, fusedloss::PointwiseResult::Grad, args, 0, n);
-  const double sum = run(kind, fusedloss::PointwiseResult::Sum, args, 0, n);
+  run(fusedloss::PointwiseResult::Grad, args, 0, n);
+  args.output = nullptr;
+  const double sum = run(fusedloss::PointwiseResult::Sum, args, 0, n);
   return sum == both ? sum : NAN;
 }
 

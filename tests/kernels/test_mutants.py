@@ -32,7 +32,7 @@ from torch import Tensor
 pytestmark = needs_extension
 
 
-INDEXED_DRIVER = "cpu/pointwise_indexed.inl"
+ONE_HOT, TILES = "cpu/one_hot.inl", "cpu/pointwise_tiles.inl"
 # name: (file, what stands there, what is put in its place)
 MUTANTS = {
     "mse slope": ("losses/pointwise.h", "T(2) * (x - t)", "x - t"),
@@ -96,30 +96,26 @@ MUTANTS = {
         "",
     ),
     "rows of the first tile alone": (
-        INDEXED_DRIVER,
-        "int64_t outer = begin_ / slab",
-        "int64_t outer = begin_ / slab + (begin_ > 0)",
+        ONE_HOT,
+        "int64_t outer = begin / slab",
+        "int64_t outer = begin / slab + (begin > 0)",
     ),
-    "the background takes a column": (INDEXED_DRIVER, "index >= 0 && index < classes", "index >= 0"),
-    "ignored rows summed": (INDEXED_DRIVER, "if (hidden) tile.hide_ignored();", ""),
-    "ignored rows with a gradient": (
-        INDEXED_DRIVER,
-        "if (any_ignored && result != PointwiseResult::Sum) tile.clear_ignored();",
-        "",
-    ),
+    "the background takes a column": (ONE_HOT, "index >= 0 && index < classes", "index >= 0"),
+    "ignored rows summed": (TILES, "if (tile.any_ignored() && (sums || outside))", "if (false)"),
+    "ignored rows with a gradient": (TILES, "if (tile.any_ignored()) tile", "if (false) tile"),
     "an ignored row cut by a tile": (
-        INDEXED_DRIVER,
-        "(begin_ - first + inner - 1) / inner : 0",
-        "(begin_ - first) / inner + 1 : 0",
+        ONE_HOT,
+        "(begin - first + inner - 1) / inner : 0",
+        "(begin - first) / inner + 1 : 0",
     ),
-    "the class of a run": (INDEXED_DRIVER, "(index[k] == class_ ? one_ : S())", "(index[k] == run ? one_ : S())"),
-    "a run's weight": (
-        INDEXED_DRIVER,
-        "weight_offset(run / layout_.classes, run % layout_.classes, i)",
-        "weight_offset(run / layout_.classes, 0, i)",
-    ),
-    "a class's weight": (INDEXED_DRIVER, "weight_offset(outer, class_, 0)", "weight_offset(outer, 0, 0)"),
+    "the class of a run": (ONE_HOT, "(index[k] == class_ ? T(1) : T(0))", "(index[k] == run ? T(1) : T(0))"),
+    "a run's weight": (TILES, "offset += strides[d];", "offset += d == 1 ? 0 : strides[d];"),
+    "a class's weight": (TILES, "f(offset, strides[run], count)", "f(offset, 0, count)"),
 }
+
+
+def is_pointwise(file: str) -> bool:
+    return "pointwise" in file or file == ONE_HOT
 
 
 def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
@@ -131,7 +127,7 @@ def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     assert one_type != text
     header.write_text(one_type)
     library = folder / "kernels.so"
-    flags = ["-DPOINTWISE_ALONE"] if edit and "pointwise" in edit[0] else []
+    flags = ["-DPOINTWISE_ALONE"] if edit and is_pointwise(edit[0]) else []
     flags += ["-std=c++20", "-O1", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
     driver = Path(__file__).with_name("kernel_driver.cpp")
     subprocess.run([*COMPILER.split(), *flags, f"-I{source}", str(driver), "-o", str(library)], check=True)
@@ -259,7 +255,7 @@ def test_the_kernels_as_they_are_agree(tmp_path):
 def test_a_mutant_is_caught(mutant, tmp_path):
     edit = MUTANTS[mutant]
     kernels = build(tmp_path, edit)
-    if edit[0] == INDEXED_DRIVER:
-        assert not class_indices_agree(kernels)
+    if is_pointwise(edit[0]):
+        assert not (agrees_with_native(kernels, POINTWISE) and class_indices_agree(kernels))
     else:
-        assert not agrees_with_native(kernels, POINTWISE if "pointwise" in edit[0] else LOSSES)
+        assert not agrees_with_native(kernels, LOSSES)

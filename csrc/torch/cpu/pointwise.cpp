@@ -26,6 +26,26 @@ void check_probabilities(CpuPointwise kernel, const PointwiseArgs& args, int64_t
   TORCH_CHECK(!target, "all elements of target should be between 0 and 1");
 }
 
+// How many elements a mean over class indices divides by: those of rows that are not ignored. IndexError for a target
+// that is neither a class nor background.
+double counted_elements(const PointwiseArgs& args) {
+  const int64_t classes = args.sizes[1], rows = args.sizes[0] * args.sizes[2];
+  int64_t counted = 0, bad = -1;
+  for (int64_t row = 0; row < rows; ++row) {
+    const bool counts = args.index[row] != args.ignore_index;
+    counted += counts;
+    bad = counts && args.index[row] > classes ? row : bad;
+  }
+  TORCH_CHECK_INDEX(bad < 0, "Target ", args.index[bad], " is out of bounds.");
+  return double(counted * classes);
+}
+
+double divisor_of(const PointwiseInputs& inputs, const PointwiseArgs& args, int64_t reduction) {
+  if (!args.index) return inputs.divisor(reduction);
+  const double counted = counted_elements(args);
+  return reduction == kMean ? counted : 1.0;
+}
+
 struct OnCpu {
   static void forward(const PointwiseLoss& loss, PointwiseInputs& inputs, int64_t reduction, Tensor& value,
                       Tensor* grad) {
@@ -33,17 +53,18 @@ struct OnCpu {
     const int64_t count = inputs.input.numel();
     PointwiseArgs args = {};
     inputs.fill(args, reduction == kNone ? &value : grad, nullptr);
+    const double divisor = divisor_of(inputs, args, reduction);
     if (reduction == kNone) {
       if (loss.traits.of_probabilities) check_probabilities(kernel, args, count);
       return everywhere(kernel, PointwiseResult::Losses, args, count);
     }
-    args.scale = 1 / inputs.divisor(reduction);
+    args.scale = 1 / divisor;
     const PointwiseResult result = grad ? PointwiseResult::SumAndGrad : PointwiseResult::Sum;
     const double sum =
         sum_of_chunks(count, [&](int64_t begin, int64_t end) { return kernel(result, args, begin, end); });
     // The loss of what is no probability is NaN.
     if (loss.traits.of_probabilities && std::isnan(sum)) check_probabilities(kernel, args, count);
-    value.fill_(sum / inputs.divisor(reduction));
+    value.fill_(sum / divisor);
   }
 
   static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
@@ -51,7 +72,7 @@ struct OnCpu {
     PointwiseArgs args = {};
     inputs.fill(args, &grad, &upstream);
     const bool negative = of_target && loss.traits.of_difference;
-    args.scale = (negative ? -1 : 1) / inputs.divisor(reduction);
+    args.scale = (negative ? -1 : 1) / divisor_of(inputs, args, reduction);
     const PointwiseResult result = of_target && !negative ? PointwiseResult::TargetGrad : PointwiseResult::Grad;
     everywhere(kernel_of(loss), result, args, inputs.input.numel());
   }
@@ -62,9 +83,3 @@ struct OnCpu {
 void implement_pointwise_on_cpu(torch::Library& m, const PointwiseLoss& loss) { implement_pointwise<OnCpu>(m, loss); }
 
 }  // namespace fusedloss
-
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
-  for (int i = 0; i < fusedloss::kPointwiseLosses; ++i) {
-    fusedloss::implement_pointwise_on_cpu(m, fusedloss::pointwise_loss(i));
-  }
-}

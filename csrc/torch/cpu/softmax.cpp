@@ -88,8 +88,8 @@ SoftmaxSums sum_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
 
 // Before anything is written. Returns what a mean divides by, which a gradient made in forward needs before the last
 // row is read.
-double check_targets(Softmax loss, const SoftmaxArgs& args) {
-  const bool by_weight = traits_of(loss).mean_by_weight;
+double check_targets(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
+  const bool by_weight = loss.traits.mean_by_weight;
   const SoftmaxSums sums = sum_chunks(args.logits_layout, 1, [&](int64_t begin, int64_t end) {
     return cpu_kernels().softmax_targets(args, by_weight, begin, end);
   });
@@ -97,15 +97,17 @@ double check_targets(Softmax loss, const SoftmaxArgs& args) {
   return sums.weight;
 }
 
-void run_backward(Softmax loss, const SoftmaxArgs& args) {
+void run_backward(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
   const CpuKernels& kernels = cpu_kernels();
   // In place, a part would overwrite the target's logit before another has read it.
   if (cuts_rows(args) && args.grad_layout.class_stride == 1 && args.grad != args.logits) {
-    over_parts(args.logits_layout,
-               [&](int64_t row, int64_t part, int64_t) { kernels.softmax_backward_part(loss, args, row, part); });
+    over_parts(args.logits_layout, [&](int64_t row, int64_t part, int64_t) {
+      kernels.softmax_backward_part(loss.kernel(), args, row, part);
+    });
   } else {
-    over_chunks(args.logits_layout, args.logits_layout.classes,
-                [&](int64_t, int64_t begin, int64_t end) { kernels.softmax_backward(loss, args, begin, end); });
+    over_chunks(args.logits_layout, args.logits_layout.classes, [&](int64_t, int64_t begin, int64_t end) {
+      kernels.softmax_backward(loss.kernel(), args, begin, end);
+    });
   }
 }
 
@@ -125,7 +127,7 @@ float* scratch_for(const SoftmaxArgs& args) {
 }
 
 struct CpuSoftmax {
-  static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
+  static void forward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
                       Tensor* grad) {
     SoftmaxArgs args = {};
     inputs.fill(args);
@@ -137,38 +139,39 @@ struct CpuSoftmax {
       set_gradient(args, *grad);
       args.scale = 1 / divisor_from(check_targets(loss, args), reduction);
     }
-    const SoftmaxSums total =
-        traits_of(loss).reads_row && cuts_rows(args) ? of_parts(loss, args) : of_chunks(loss, args);
+    const SoftmaxSums total = loss.traits.reads_row && cuts_rows(args) ? of_parts(loss, args) : of_chunks(loss, args);
     check_bad_row(args, total.bad_row);
     const double divisor = divisor_from(total.weight, reduction);
     if (reduction != kNone) set_value(results.loss, 0, total.loss / divisor);
     set_value(results.statistics, results.statistics.numel() - 1, divisor);
   }
 
-  static SoftmaxSums of_chunks(Softmax loss, const SoftmaxArgs& args) {
+  static SoftmaxSums of_chunks(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
     const CpuKernels& kernels = cpu_kernels();
     return sum_chunks(args.logits_layout, args.logits_layout.classes, [&](int64_t begin, int64_t end) {
       SoftmaxSums sums = {0, 0, -1};
-      if (args.grad && kernels.softmax_with_grad(loss, args, begin, end, scratch_for(args), &sums)) return sums;
-      sums = kernels.softmax_forward(loss, args, nullptr, begin, end);
-      if (args.grad) kernels.softmax_backward(loss, args, begin, end);  // while the chunk is in the cache
+      if (args.grad && kernels.softmax_with_grad(loss.kernel(), args, begin, end, scratch_for(args), &sums))
+        return sums;
+      sums = kernels.softmax_forward(loss.kernel(), args, nullptr, begin, end);
+      if (args.grad) kernels.softmax_backward(loss.kernel(), args, begin, end);  // while the chunk is in the cache
       return sums;
     });
   }
 
-  static SoftmaxSums of_parts(Softmax loss, const SoftmaxArgs& args) {
+  static SoftmaxSums of_parts(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
     check_targets(loss, args);
     const CpuKernels& kernels = cpu_kernels();
     const SoftmaxLayout& layout = args.logits_layout;
     std::vector<SoftmaxPart> parts(layout.rows * ((layout.classes + kSoftmaxPart - 1) / kSoftmaxPart));
-    over_parts(layout,
-               [&](int64_t row, int64_t part, int64_t i) { parts[i] = kernels.softmax_part(loss, args, row, part); });
-    const SoftmaxSums total = kernels.softmax_forward(loss, args, parts.data(), 0, layout.rows);
+    over_parts(layout, [&](int64_t row, int64_t part, int64_t i) {
+      parts[i] = kernels.softmax_part(loss.kernel(), args, row, part);
+    });
+    const SoftmaxSums total = kernels.softmax_forward(loss.kernel(), args, parts.data(), 0, layout.rows);
     if (args.grad) run_backward(loss, args);
     return total;
   }
 
-  static void backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+  static void backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& upstream,
                        const OptionalTensor& upstream_second, const Tensor& statistics, int64_t, Tensor& grad) {
     SoftmaxArgs args = {};
     inputs.fill(args);
@@ -190,6 +193,6 @@ struct CpuSoftmax {
 };
 
 }  // namespace
-}  // namespace fusedloss
+void implement_softmax_on_cpu(torch::Library& m, const SoftmaxLoss& loss) { implement_softmax<CpuSoftmax>(m, loss); }
 
-TORCH_LIBRARY_IMPL(fusedloss, CPU, m) { fusedloss::implement_softmax<fusedloss::CpuSoftmax>(m); }
+}  // namespace fusedloss

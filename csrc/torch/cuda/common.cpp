@@ -1,7 +1,6 @@
 #include "common.h"
 
 #include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <torch/library.h>
 
 #include <atomic>
 
@@ -58,11 +57,8 @@ void raise_bad_target() {
   }
 }
 
-}  // namespace fusedloss
-
-TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
-  m.impl("scale_", [](at::Tensor data, const at::Tensor& factor) {
-    using namespace fusedloss;
+void implement_scale_on_cuda(torch::Library& m) {
+  m.impl("scale_", [](Tensor data, const Tensor& factor) {
     check_factor(data, factor);
     const auto dtype = kernel_dtype(data.scalar_type());
     const bool wide = factor.scalar_type() != data.scalar_type();
@@ -76,3 +72,5 @@ TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
                             c10::cuda::getCurrentCUDAStream().stream()));
   });
 }
+
+}  // namespace fusedloss

@@ -8,6 +8,8 @@ namespace {
 struct OnCuda {
   static void forward(const PointwiseLoss& loss, PointwiseInputs& inputs, int64_t reduction, Tensor& value,
                       Tensor* grad) {
+    TORCH_CHECK(!grad || !inputs.ignore_index, loss.op, ": no gradient in forward over class indices on CUDA");
+    if (inputs.ignore_index) raise_bad_target();
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
     inputs.fill(args, reduction == kNone ? &value : grad, nullptr);
@@ -18,6 +20,7 @@ struct OnCuda {
       args.total = value.mutable_data_ptr();
       args.total_dtype = *kernel_dtype(value.scalar_type());
       args.divisor = inputs.divisor(reduction);
+      args.mean_of_counted = args.index && reduction == kMean;
     }
     run(loss, result, inputs, args, call);
   }
@@ -26,17 +29,33 @@ struct OnCuda {
                        bool of_target, Tensor& grad) {
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
-    inputs.fill(args, &grad, &upstream);
+    const Tensor read = inputs.ignore_index ? in_order_of(inputs.input, upstream) : upstream;
+    inputs.fill(args, &grad, &read);
     const bool negative = of_target && loss.traits.of_difference;
     args.scale = (negative ? -1 : 1) / inputs.divisor(reduction);
+    Tensor counted;
+    if (args.index && reduction == kMean) {
+      counted = at::empty({}, grad.options().dtype(at::kDouble));
+      args.mean_of_counted = true;
+      args.counted = counted.mutable_data_ptr<double>();
+      args.workspace = call.workspace.mutable_data_ptr();
+      check_launch(cuda_indexed_divisor(args, call.stream));
+    }
     run(loss, of_target && !negative ? PointwiseResult::TargetGrad : PointwiseResult::Grad, inputs, args, call);
   }
 
  private:
+  // The kernels over class indices read an upstream gradient of its own as they read the logits.
+  static Tensor in_order_of(const Tensor& input, const Tensor& upstream) {
+    if (is_one_value(upstream) || upstream.strides() == input.strides()) return upstream;
+    return at::empty_like(input, upstream.options()).copy_(upstream);
+  }
+
   static void run(const PointwiseLoss& loss, PointwiseResult result, PointwiseInputs& inputs, CudaPointwiseArgs& args,
                   const CudaCall& call) {
     args.count = inputs.input.numel();
     args.workspace = call.workspace.mutable_data_ptr();
+    if (args.index) args.bad_target = bad_target(inputs.input.device().index());
     check_launch(loss.cuda(result, args, call.stream));
   }
 };
@@ -46,9 +65,3 @@ struct OnCuda {
 void implement_pointwise_on_cuda(torch::Library& m, const PointwiseLoss& loss) { implement_pointwise<OnCuda>(m, loss); }
 
 }  // namespace fusedloss
-
-TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) {
-  for (int i = 0; i < fusedloss::kPointwiseLosses; ++i) {
-    fusedloss::implement_pointwise_on_cuda(m, fusedloss::pointwise_loss(i));
-  }
-}

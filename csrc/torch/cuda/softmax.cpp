@@ -26,7 +26,7 @@ struct CudaSoftmax {
     args.in_place = args.grad == args.logits;
   }
 
-  static void forward(Softmax loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
+  static void forward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
                       Tensor* grad) {
     raise_bad_target();
     const CudaCall call(inputs.logits);
@@ -34,19 +34,19 @@ struct CudaSoftmax {
     (reduction == kNone ? args.losses : args.total) = results.loss.mutable_data_ptr();
     if (inputs.second) args.second = results.second.mutable_data_ptr();
     if (grad) {
-      if (args.mean) check_launch(cuda_softmax_divisor(loss, args, call.stream));
+      if (args.mean) check_launch(cuda_softmax_divisor(loss.kernel(), args, call.stream));
       write_to(*grad, args);
     }
-    check_launch(cuda_softmax_forward(loss, args, call.stream));
+    check_launch(cuda_softmax_forward(loss.kernel(), args, call.stream));
   }
 
-  static void backward(Softmax loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+  static void backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& upstream,
                        const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction,
                        Tensor& grad) {
     const CudaCall call(inputs.logits);
     CudaSoftmaxArgs args = args_of(inputs, reduction, statistics, call);
     write_to(grad, args);
-    if (!traits_of(loss).reads_row) grad.zero_();
+    if (!loss.traits.reads_row) grad.zero_();
     const Upstream read = read_upstream(upstream);
     args.upstream = read.tensor.const_data_ptr();
     args.upstream_stride = read.stride;
@@ -56,11 +56,11 @@ struct CudaSoftmax {
       args.upstream_second = second.tensor.const_data_ptr();
       args.upstream_second_stride = second.stride;
     }
-    check_launch(cuda_softmax_backward(loss, args, call.stream));
+    check_launch(cuda_softmax_backward(loss.kernel(), args, call.stream));
   }
 };
 
 }  // namespace
-}  // namespace fusedloss
+void implement_softmax_on_cuda(torch::Library& m, const SoftmaxLoss& loss) { implement_softmax<CudaSoftmax>(m, loss); }
 
-TORCH_LIBRARY_IMPL(fusedloss, CUDA, m) { fusedloss::implement_softmax<fusedloss::CudaSoftmax>(m); }
+}  // namespace fusedloss

@@ -101,29 +101,32 @@ int run_indexed(int loss, int result, int dtype, const double* params, const int
                 const int64_t* index, int64_t ignore_index, const void* weight, const int64_t* weight_strides,
                 void* output, const void* upstream, int64_t upstream_stride, void* total, int mean,
                 int64_t* bad_target) {
-  auto args = arguments<fusedloss::CudaIndexedArgs>(dtype, params);
+  auto args = arguments<fusedloss::CudaPointwiseArgs>(params);
   Workspace workspace;
   fusedloss::BadTarget bad = {-1, 0};
-  double divisor = 0;
-  args.layout = {layout[0], layout[1], layout[2]};
-  args.input = input;
+  double counted = 0;
+  const auto of = fusedloss::DType(dtype);
+  args.dims = 3;
+  for (int d = 0; d < 3; ++d) args.sizes[d] = layout[2 - d];
+  args.input = {input, of, true, {}};
   args.index = index;
   args.ignore_index = ignore_index;
-  args.weight = weight;
-  args.weight_outer_stride = weight_strides[0];
-  args.weight_class_stride = weight_strides[1];
-  args.weight_inner_stride = weight_strides[2];
+  args.weight = {weight, of, false, {weight_strides[2], weight_strides[1], weight_strides[0]}};
   args.output = output;
-  args.upstream = upstream;
-  args.upstream_stride = upstream_stride;
+  args.output_dtype = of;
+  args.upstream = {upstream, of, true, {}};
+  args.one_upstream = upstream_stride == 0;
+  args.count = layout[0] * layout[1] * layout[2];
   args.total = total;
-  args.mean = mean != 0;
-  args.divisor = &divisor;
+  args.total_dtype = of;
+  args.scale = args.divisor = 1;
+  args.mean_of_counted = mean != 0;
+  args.counted = &counted;
   args.bad_target = &bad;
   args.workspace = workspace.bytes;
   const auto what = fusedloss::PointwiseResult(result);
   int error = 0;
-  if (args.mean && what == fusedloss::PointwiseResult::Grad) error = fusedloss::cuda_indexed_divisor(args, nullptr);
+  if (mean && what == fusedloss::PointwiseResult::Grad) error = fusedloss::cuda_indexed_divisor(args, nullptr);
   memset(workspace.bytes, 0xA5, sizeof workspace.bytes);
   if (error == 0) error = fusedloss::cuda_indexed(fusedloss::Pointwise(loss), what, args, nullptr);
   bad_target[0] = bad.row;

@@ -1,0 +1,72 @@
+#include "autograd_steps.h"
+
+#include <ATen/SavedTensorHooks.h>
+
+#include <cmath>
+
+namespace fusedloss {
+
+bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {
+  return reduction != kNone && input.scalar_type() != at::kHalf;
+}
+
+void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction) {
+  TORCH_CHECK(reduction != kNone, name, ": expected a reduction, mean or sum, for a gradient in forward, got none");
+  TORCH_CHECK(may_make_gradient_in_forward(input, reduction), name, ": no gradient in forward in ", at::kHalf);
+}
+
+bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
+  return may_make_gradient_in_forward(input, reduction) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+}
+
+void leave_gradient(AutogradContext* ctx, const Tensor& grad) {
+  ctx->saved_data["grad_in_forward"] = true;
+  ctx->saved_data["grad"] = grad;
+}
+
+namespace {
+
+Tensor take_gradient(AutogradContext* ctx) {
+  const auto found = ctx->saved_data.find("grad");
+  if (found == ctx->saved_data.end()) return Tensor();
+  const Tensor grad = found->second.toTensor();
+  ctx->saved_data.erase(found);
+  return grad;
+}
+
+// On a GPU nobody asks: reading the upstream gradient would wait for it.
+bool scales_exactly(const Tensor& input, const Tensor& upstream) {
+  if (input.scalar_type() != at::kBFloat16 || !device_for(input).host_reads) return true;
+  int exponent;
+  return std::abs(std::frexp(upstream.item<double>(), &exponent)) == 0.5;
+}
+
+}  // namespace
+
+Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
+                                  const std::function<Tensor()>& again) {
+  if (!ctx->saved_data.count("grad_in_forward")) return Tensor();
+  Tensor grad = take_gradient(ctx);
+  if (!scales_exactly(input, upstream)) return Tensor();
+  return scale_(grad.defined() ? grad : again(), upstream);
+}
+
+variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
+                                       const variable_list& upstreams,
+                                       const std::function<variable_list(const variable_list&)>& formula) {
+  TORCH_CHECK(formula, op, ": no native formula to differentiate twice");
+  variable_list views, wanted;
+  for (const Tensor& input : inputs) {
+    views.push_back(input.view_as(input));
+    if (views.back().requires_grad()) wanted.push_back(views.back());
+  }
+  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, true, true, true);
+  variable_list gradients(inputs.size());
+  size_t next = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (views[i].requires_grad()) gradients[i] = found[next++];
+  }
+  return gradients;
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,42 @@
+// What the autograd Functions of both families have in common: where a gradient is made, and how a backward is itself
+// differentiated.
+#pragma once
+
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "common.h"
+
+namespace fusedloss {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Whether forward may make the gradient of a call before its upstream gradient is known. Only a reduction to one value
+// has one upstream gradient to multiply by. In fp16 the gradient of a mean would underflow before a loss scale could
+// lift it.
+bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction);
+void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction);
+
+// Whether to make it unasked. Under saved-tensor hooks (checkpointing, offloading) everything that forward leaves must
+// pass through the hooks, and a gradient does not.
+bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
+
+// The gradient that forward made for an upstream gradient of 1, left for the first backward.
+void leave_gradient(AutogradContext* ctx, const Tensor& grad);
+
+// The gradient that forward left, times the upstream one; undefined where forward made none, or where the product would
+// not be to the last digit what backward makes: a bfloat16 gradient would be rounded twice. The first backward scales
+// the tensor that was left and gives it away. A later one calls `again`, which makes it in the same way, so that it
+// gets the same bits: gradcheck compares them.
+Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
+                                  const std::function<Tensor()>& again);
+
+// Gradients that carry a graph of their own, by native autograd through the native formula. Entries are undefined for
+// inputs that require none. `formula` is called with views of the inputs, so that a target that was computed from the
+// input does not count twice.
+variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
+                                       const variable_list& upstreams,
+                                       const std::function<variable_list(const variable_list&)>& formula);
+
+}  // namespace fusedloss

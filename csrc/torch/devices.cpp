@@ -1,0 +1,48 @@
+#include "devices.h"
+
+#include <cstdint>
+
+#include "pointwise.h"
+#include "softmax.h"
+#ifdef FUSEDLOSS_CUDA
+#include "cuda/common.h"
+#endif
+
+namespace fusedloss {
+
+namespace {
+
+using Key = c10::DispatchKey;
+
+bool always(c10::DeviceIndex) { return true; }
+
+}  // namespace
+
+c10::ArrayRef<Device> devices() {
+  static const Device all[] = {
+      {"cpu", c10::kCPU, Key::CPU,
+       c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}), INT64_MAX,
+       /*host_reads=*/true, /*row_gradient_in_forward_pays=*/true, /*autocast_refuses_probabilities=*/false, always,
+       [](const PointwiseLoss&) { return true; }, [](bool) { return true; }, implement_scale_on_cpu,
+       implement_pointwise_on_cpu, implement_softmax_on_cpu},
+#ifdef FUSEDLOSS_CUDA
+      {"cuda", c10::kCUDA, Key::CUDA,
+       c10::DispatchKeySet({Key::CUDA, Key::ADInplaceOrView, Key::AutogradCUDA, Key::AutocastCUDA}), kCudaMaxClasses,
+       /*host_reads=*/false, /*row_gradient_in_forward_pays=*/false,
+       /*autocast_refuses_probabilities=*/true, has_kernels, [](const PointwiseLoss& loss) { return bool(loss.cuda); },
+       [](bool has_pos_weight) { return !has_pos_weight; }, implement_scale_on_cuda, implement_pointwise_on_cuda,
+       implement_softmax_on_cuda},
+#endif
+  };
+  return all;
+}
+
+const Device& device_for(const at::Tensor& tensor) {
+  const c10::DeviceType type = tensor.device().type();
+  for (const Device& device : devices()) {
+    if (device.type == type) return device;
+  }
+  TORCH_CHECK(false, "fusedloss has no kernels for ", tensor.device());
+}
+
+}  // namespace fusedloss

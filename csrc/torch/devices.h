@@ -1,0 +1,40 @@
+// The devices that have kernels, in one table: to add one, add its line in devices.cpp and its folder beside cpu/ and
+// cuda/.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/util/ArrayRef.h>
+#include <torch/library.h>
+
+namespace fusedloss {
+
+struct PointwiseLoss;
+struct SoftmaxLoss;
+
+struct Device {
+  const char* name;  // "cpu"
+  c10::DeviceType type;
+  c10::DispatchKey key;       // its ops are registered under it
+  c10::DispatchKeySet plain;  // kernels can read a tensor that has no other keys as it is
+  int64_t most_classes;       // of a row
+  bool host_reads;            // the host can read a number of a tensor without waiting for the device
+  // Whether forward makes the gradient of a loss over rows unasked. On a CPU that saves a read and an exponential, and
+  // multiplying takes no longer than a backward of its own. A GPU would move 4 logits instead of 3 where the upstream
+  // gradient is not 1.
+  bool row_gradient_in_forward_pays;
+  bool autocast_refuses_probabilities;              // torch's autocast raises for binary_cross_entropy
+  bool (*has_kernels)(c10::DeviceIndex);            // whether this build has code for that device
+  bool (*runs)(const PointwiseLoss&);               // whether a pointwise loss was compiled for it
+  bool (*runs_class_indices)(bool has_pos_weight);  // and over class indices
+  void (*implement_scale)(torch::Library&);
+  void (*implement_pointwise)(torch::Library&, const PointwiseLoss&);
+  void (*implement_softmax)(torch::Library&, const SoftmaxLoss&);
+};
+
+c10::ArrayRef<Device> devices();
+
+// The line of a tensor's device; raises where there is none.
+const Device& device_for(const at::Tensor& tensor);
+
+}  // namespace fusedloss

@@ -1,0 +1,191 @@
+// The pointwise family under autograd.
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include "pointwise.h"
+
+namespace fusedloss {
+
+using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params, const OptionalTensor&,
+                         bool, std::optional<int64_t>);
+using WithGradOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
+                                              const OptionalTensor&, bool, std::optional<int64_t>);
+using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
+                          const OptionalTensor&, bool, std::optional<int64_t>, bool);
+
+struct PointwiseHandles {
+  c10::TypedOperatorHandle<ForwardOp> forward;
+  c10::TypedOperatorHandle<WithGradOp> with_grad;
+  c10::TypedOperatorHandle<BackwardOp> backward;
+
+  explicit PointwiseHandles(const std::string& op)
+      : forward(find_op(op).typed<ForwardOp>()),
+        with_grad(find_op(op + "_with_grad").typed<WithGradOp>()),
+        backward(find_op(op + "_backward").typed<BackwardOp>()) {}
+};
+
+namespace {
+
+const PointwiseHandles& handles_of(const PointwiseLoss& loss) {
+  const PointwiseHandles* handles = loss.handles.load(std::memory_order_acquire);
+  if (!handles) {  // two threads may find the same ones
+    handles = new PointwiseHandles(loss.op);
+    loss.handles.store(handles, std::memory_order_release);
+  }
+  return *handles;
+}
+
+// What a later backward needs to know; the tensors are saved beside it.
+struct Saved {
+  const PointwiseLoss* loss;
+  OptionalTensor weight, pos_weight;
+  int64_t reduction;
+  std::vector<double> params;
+  bool wide;
+  std::optional<int64_t> ignore_index;
+
+  PointwiseCall call() const { return {weight, pos_weight, reduction, params, wide, ignore_index}; }
+
+  void save(AutogradContext* ctx) const {
+    auto& data = ctx->saved_data;
+    data["loss"] = loss->number;
+    data["reduction"] = reduction | int64_t(wide) << 8;
+    if (!params.empty()) data["params"] = params;
+    if (ignore_index) data["ignore_index"] = *ignore_index;
+  }
+  static Saved of(AutogradContext* ctx, const Tensor& weight, const Tensor& pos_weight) {
+    auto& data = ctx->saved_data;
+    const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
+    const int64_t reduction = data["reduction"].toInt();
+    const auto params = data.find("params"), ignore_index = data.find("ignore_index");
+    return {&pointwise_loss(data["loss"].toInt()),
+            optional(weight),
+            optional(pos_weight),
+            reduction & 0xff,
+            params == data.end() ? std::vector<double>() : params->second.toDoubleVector(),
+            bool(reduction >> 8),
+            ignore_index == data.end() ? std::nullopt : std::optional<int64_t>(ignore_index->second.toInt())};
+  }
+};
+
+std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
+                                     const PointwiseCall& call) {
+  return handles_of(loss).with_grad.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
+                                         call.wide, call.ignore_index);
+}
+
+Tensor backward_of(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
+                   const PointwiseCall& call, bool of_target) {
+  return handles_of(loss).backward.call(upstream, input, target, call.weight, call.reduction, call.params,
+                                        call.pos_weight, call.wide, call.ignore_index, of_target);
+}
+
+Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
+  if (!call.wide) return loss.formula(input, target, call);
+  PointwiseCall widened = call;
+  widened.wide = false;
+  for (OptionalTensor* factor : {&widened.weight, &widened.pos_weight}) {
+    if (*factor) *factor = (*factor)->to(at::kFloat);
+  }
+  return loss.formula(input.to(at::kFloat), target.is_floating_point() ? target.to(at::kFloat) : target, widened);
+}
+
+struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const PointwiseLoss& loss,
+                        const PointwiseCall& call, bool grad_in_forward) {
+    ctx->save_for_backward({input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
+    Saved{&loss, {}, {}, call.reduction, call.params.vec(), call.wide, call.ignore_index}.save(ctx);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (!grad_in_forward) {
+      return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
+                                           call.wide, call.ignore_index);
+    }
+    auto [value, grad] = with_grad(loss, input, target, call);
+    leave_gradient(ctx, grad);
+    return value;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    const Tensor& upstream = upstreams[0];
+    variable_list gradients(5);  // one for each argument of forward
+    if (!upstream.defined()) return gradients;
+    const auto tensors = ctx->get_saved_variables();
+    const Tensor &input = tensors[0], &target = tensors[1];
+    const Saved saved = Saved::of(ctx, tensors[2], tensors[3]);
+    const PointwiseLoss& loss = *saved.loss;
+    const PointwiseCall call = saved.call();
+    if (at::GradMode::is_enabled()) {
+      std::function<variable_list(const variable_list&)> formula;
+      if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
+      const variable_list found = differentiable_gradients(loss.op, {input, target}, {upstream}, formula);
+      std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
+    if (of_input) {
+      gradients[0] = scaled_gradient_of_forward(ctx, input, upstream,
+                                                [&] { return std::get<1>(with_grad(loss, input, target, call)); });
+      if (!gradients[0].defined()) gradients[0] = backward_of(loss, upstream, input, target, call, false);
+    }
+    if (of_target) {
+      gradients[1] = of_input && loss.traits.of_difference && target.scalar_type() == input.scalar_type()
+                         ? gradients[0].neg()
+                         : backward_of(loss, upstream, input, target, call, true);
+    }
+    return gradients;
+  }
+};
+
+bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
+
+}  // namespace
+
+Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_, const PointwiseCall& call,
+                 bool grad_in_forward) {
+  Tensor input = input_, target = target_;
+  if (!call.ignore_index) {
+    if (input.sizes() != target.sizes()) {
+      const auto sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
+      input = input.expand(sizes);
+      target = target.expand(sizes);
+    }
+    if (at::isIntegralType(target.scalar_type(), false)) {
+      target = target.to(call.wide ? at::kFloat : input.scalar_type());
+    }
+  }
+  if (differentiates(input) || differentiates(target)) {
+    TORCH_CHECK(!target.requires_grad() || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
+                " is not differentiable with respect to its target");
+    // With a reduction, a gradient in forward costs hardly more than the sum alone on a CPU. On a GPU it moves 3
+    // elements where forward and backward apart move 5, and as many as they do where the upstream gradient is not 1.
+    const bool pays = !call.ignore_index || device_for(input).row_gradient_in_forward_pays;
+    return PointwiseFunction::apply(
+        input, target, loss, call,
+        grad_in_forward && pays && input.requires_grad() && gradient_in_forward_pays(input, call.reduction));
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
+                                       call.wide, call.ignore_index);
+}
+
+void define_pointwise(torch::Library& m, const PointwiseLoss& loss) {
+  const std::string name = base_name(loss.op);
+  const std::string arguments =
+      "Tensor input, Tensor target, Tensor? weight, int reduction, float[] params, Tensor? pos_weight=None, "
+      "bool wide=False, int? ignore_index=None";
+  m.def((name + "(" + arguments + ") -> Tensor").c_str());
+  m.def((name + "_with_grad(" + arguments + ") -> (Tensor loss, Tensor grad)").c_str());
+  m.def((name + "_backward(Tensor upstream, " + arguments + ", bool of_target=False) -> Tensor").c_str());
+}
+
+void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& loss) {
+  m.impl(base_name(loss.op).c_str(),
+         [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
+           // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
+           return pointwise(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index}, false);
+         });
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,359 @@
+// The pointwise family in torch: its losses, what the kernels own of their calls, and how they read the operands.
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorIterator.h>
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+
+#include "../with_functor.h"
+#include "pointwise.h"
+
+namespace fusedloss {
+namespace {
+
+// Readers take no lock, so it never moves; losses are never freed, as their ops live as long as the process.
+struct Registry {
+  static constexpr int64_t kMost = 1 << 14;
+  std::array<std::atomic<PointwiseLoss*>, kMost> losses{};
+  int64_t count = 0;
+
+  PointwiseLoss& add(const std::string& op, const PointwiseTraits& traits, CpuPointwise cpu, CudaPointwise cuda) {
+    TORCH_CHECK(count < kMost, op, ": expected at most ", kMost, " pointwise losses in a process");
+    auto* loss = new PointwiseLoss(op, count, traits, cpu, cuda);
+    losses[size_t(count++)].store(loss, std::memory_order_release);
+    return *loss;
+  }
+};
+
+#ifdef FUSEDLOSS_CUDA
+template <Pointwise kLoss>
+constexpr CudaPointwise on_cuda = [](PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
+  return args.index ? cuda_indexed(kLoss, result, args, stream) : cuda_pointwise(kLoss, result, args, stream);
+};
+#else
+template <Pointwise kLoss>
+constexpr CudaPointwise on_cuda = nullptr;
+#endif
+
+Registry& registry() {
+  static Registry& all = *[] {
+    auto* listed = new Registry;
+#define FUSEDLOSS_ADD(name, Functor)                                                                 \
+  listed->add("fusedloss::" #name, baseline::pointwise_traits<baseline::Functor<double>>(), nullptr, \
+              on_cuda<Pointwise::name>);
+    FUSEDLOSS_POINTWISE(FUSEDLOSS_ADD)
+#undef FUSEDLOSS_ADD
+    return listed;
+  }();
+  return all;
+}
+
+}  // namespace
+
+PointwiseLoss& pointwise_loss(int64_t number) {
+  return *registry().losses[size_t(number)].load(std::memory_order_acquire);
+}
+
+PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& custom) {
+  TORCH_CHECK(custom.version == kCustomVersion, name, ": expected a loss compiled for version ", kCustomVersion,
+              " of these kernels, got ", custom.version);
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  PointwiseLoss& loss = registry().add("fusedloss::" + name, custom.traits, custom.cpu, custom.cuda);
+  const auto library = [](torch::Library::Kind kind, c10::DispatchKey key) -> torch::Library& {
+    return *new torch::Library(kind, "fusedloss", key, __FILE__, __LINE__);
+  };
+  define_pointwise(library(torch::Library::FRAGMENT, c10::DispatchKey::Undefined), loss);
+  implement_pointwise_under_autograd(library(torch::Library::IMPL, c10::DispatchKey::Autograd), loss);
+  for (const Device& device : devices()) {
+    if (device.runs(loss)) device.implement_pointwise(library(torch::Library::IMPL, device.key), loss);
+  }
+  return loss;
+}
+
+// ---- what the kernels own
+
+namespace {
+
+constexpr const char* kDifferentDtypes = "inputs of different dtypes";
+
+// The dtype of torch's result is that of the input, or float32 beside a half-precision one.
+const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, PointwiseCall& call,
+                            at::IntArrayRef sizes, bool autocast) {
+  const at::ScalarType type = input.scalar_type(), of_target = target.scalar_type();
+  const at::ScalarType of_weight = call.weight ? call.weight->scalar_type() : type;
+  const ResultDType rule = loss.traits.result;
+  at::ScalarType result = type;
+  if (autocast && is_half(type)) {
+    if (of_target == at::kDouble || (of_weight == at::kDouble && rule != ResultDType::OfTarget))
+      return kDifferentDtypes;
+    if (loss.traits.of_probabilities && device_for(input).autocast_refuses_probabilities)
+      return "probabilities under autocast, which torch refuses";
+    result = at::kFloat;
+  } else if (rule == ResultDType::Promoted) {
+    result = at::promote_types(type, of_target);
+    // A weight without dimensions gives way to losses that have some.
+    if (call.weight && (call.weight->dim() || sizes.empty())) result = at::promote_types(result, of_weight);
+  } else if (rule == ResultDType::OfTarget) {
+    result = of_target;
+  } else if (rule == ResultDType::Same) {
+    if (of_target != type || of_weight != type) return kDifferentDtypes;
+  }
+  call.wide = is_half(type) && result == at::kFloat;
+  return result == type || call.wide ? nullptr : kDifferentDtypes;
+}
+
+const char* declines_class_indices(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
+                                   const PointwiseCall& call, bool autocast) {
+  if (!loss.traits.takes_class_indices) return "class indices, which the loss does not take";
+  if (target.scalar_type() != at::kLong) return "class indices that are not int64";
+  if (input.dim() < 2 || !are_rows_of(target.sizes(), input)) return "class indices that do not fit the input";
+  if (classes_of(input) > device_for(input).most_classes) return "more classes than a kernel counts";
+  if (!device_for(input).runs_class_indices(call.pos_weight.has_value())) return "class indices beside a pos_weight";
+  if (autocast) return "autocast";
+  for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
+    if (*factor && (*factor)->scalar_type() != input.scalar_type()) return "a weight of another dtype than the input";
+  }
+  return nullptr;
+}
+
+const char* declines_factor(const Tensor& factor, const Tensor& input, at::IntArrayRef sizes) {
+  if (factor.device() != input.device()) return "tensors on different devices";
+  if (factor.requires_grad()) return "a weight that requires a gradient";
+  if (!kernel_dtype(factor.scalar_type())) return "a weight that is no float64, float32, bfloat16 or float16";
+  if (!at::is_expandable_to(factor.sizes(), sizes)) return "a weight that does not fit the input";
+  return nullptr;
+}
+
+}  // namespace
+
+const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, PointwiseCall& call,
+                     bool autocast) {
+  const PointwiseTraits& traits = loss.traits;
+  const bool takes_integers = call.ignore_index || traits.result == ResultDType::Promoted;
+  if (target.device() != input.device()) return "tensors on different devices";
+  if (!kernel_dtype(input.scalar_type()) ||
+      !(kernel_dtype(target.scalar_type()) || (takes_integers && at::isIntegralType(target.scalar_type(), false))))
+    return "an input or target that is no float64, float32, bfloat16 or float16";
+  if (input.numel() == 0 || target.numel() == 0) return "an empty input";
+  if (!device_for(input).runs(loss)) return "a loss that was compiled for the CPU alone";
+  if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
+  if (call.pos_weight && !traits.has_positive_weight) return "a pos_weight, which the loss does not take";
+  if (call.ignore_index) {
+    if (const char* why = declines_class_indices(loss, input, target, call, autocast)) return why;
+  } else {
+    if (target.requires_grad() && !traits.of_difference && !traits.has_target_slope)
+      return "a target that requires a gradient";
+    if (input.sizes() != target.sizes() &&
+        (!traits.of_difference || !at::are_expandable(input.sizes(), target.sizes())))
+      return "an input and a target whose shapes do not fit";
+  }
+  at::DimVector sizes(input.sizes());
+  if (!call.ignore_index) sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
+  for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
+    if (!*factor) continue;
+    if (const char* why = declines_factor(**factor, input, sizes)) return why;
+  }
+  call.wide = false;
+  return call.ignore_index ? nullptr : declines_dtypes(loss, input, target, call, sizes, autocast);
+}
+
+// ---- the arguments of an op
+
+namespace {
+
+bool same_dense_order(const Tensor& a, const Tensor& b) {
+  return a.is_contiguous() ? b.is_contiguous() : a.strides() == b.strides() && a.is_non_overlapping_and_dense();
+}
+
+// The dimensions of a dense tensor from the widest stride to the closest. Those of one element may stand anywhere: a
+// single class stands first, so that all rows lie side by side.
+std::vector<int64_t> memory_order(const Tensor& dense) {
+  std::vector<int64_t> order(size_t(dense.dim()));
+  for (int64_t d = 0; d < dense.dim(); ++d) order[size_t(d)] = d;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return dense.stride(a) > dense.stride(b); });
+  if (dense.size(1) == 1) std::rotate(order.begin(), std::find(order.begin(), order.end(), 1), order.end());
+  return order;
+}
+
+// The stride at which dimensions [first, last) are one, or none where they are not.
+std::optional<int64_t> merged_stride(const Tensor& tensor, int64_t first, int64_t last) {
+  int64_t count = 1, stride = 0;
+  for (int64_t d = last - 1; d >= first; --d) {
+    if (tensor.size(d) == 1) continue;
+    if (count > 1 && tensor.stride(d) != stride * count) return std::nullopt;
+    if (count == 1) stride = tensor.stride(d);
+    count *= tensor.size(d);
+  }
+  return stride;
+}
+
+}  // namespace
+
+PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_,
+                                 const PointwiseCall& call)
+    : input(input_), target(target_), ignore_index(call.ignore_index), params(call.params) {
+  PointwiseCall known = call;
+  if (const char* why = declines(loss, input, target, known, /*autocast=*/call.wide))
+    raise_declined(loss.op, why, input, target, call.weight, params);
+  TORCH_CHECK(call.wide == known.wide, loss.op, ": expected wide=", known.wide ? "True" : "False", " for ",
+              input.scalar_type(), " beside ", target.scalar_type(), ", got wide=", call.wide ? "True" : "False");
+  if (ignore_index) {
+    // Dense, in the order that empty_like gives the gradient.
+    if (!input.is_non_overlapping_and_dense()) input = input.clone();
+    std::vector<int64_t> row_order;
+    for (const int64_t d : memory_order(input)) {
+      if (d != 1) row_order.push_back(d == 0 ? 0 : d - 1);
+    }
+    target = target.permute(row_order).contiguous();
+  } else {
+    TORCH_CHECK(target.sizes() == input.sizes(), loss.op, ": expected target of the input's size ", input.sizes(),
+                ", got ", target.sizes());
+    TORCH_CHECK(kernel_dtype(target.scalar_type()), loss.op, ": expected a floating point target, got ",
+                target.scalar_type());
+  }
+  if (call.weight) weight = call.weight->expand(input.sizes());
+  if (call.pos_weight) pos_weight = call.pos_weight->expand(input.sizes());
+}
+
+Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const {
+  const at::ScalarType dtype = result_dtype(wide);
+  if (ignore_index) return at::empty_like(input);
+  const bool by_target = loss.traits.result == ResultDType::OfTarget;
+  Tensor first = by_target ? target : input, second = by_target ? input : target;
+  if (loss.traits.result == ResultDType::Same || same_dense_order(first, second))
+    return at::empty_like(first, first.options().dtype(dtype));
+  if (input.is_cpu() && first.scalar_type() != second.scalar_type()) {
+    // There torch converts what is not of the result's dtype, and expanded elements become elements of their own.
+    for (Tensor* tensor : {&first, &second}) {
+      if (!tensor->is_non_overlapping_and_dense() && tensor->scalar_type() != dtype) *tensor = at::empty_like(*tensor);
+    }
+  }
+  at::TensorIteratorConfig config;
+  config.check_all_same_dtype(false).declare_static_dtype_and_device(dtype, input.device());
+  config.add_owned_output(Tensor()).add_const_input(first);
+  if (!by_target) config.add_const_input(second);
+  return config.build().output(0);
+}
+
+// An operand of the kernels and the tensor that it reads, all in one order of elements.
+struct PointwiseInputs::Reading {
+  Operand* operand;
+  Tensor tensor;
+};
+
+namespace {
+
+template <class Readings>
+void fill_dense(PointwiseArgs& args, const Readings& readings, int64_t count) {
+  args.dims = 1;
+  args.sizes[0] = count;
+  for (const auto& reading : readings) {
+    reading.operand->dense = true;
+    reading.operand->strides[0] = 1;
+  }
+}
+
+void set_dense(Operand& operand, const PointwiseArgs& args) {
+  int64_t expected = 1;
+  operand.dense = true;
+  for (int d = 0; d < args.dims; ++d) {
+    operand.dense = operand.dense && (operand.strides[d] == expected || args.sizes[d] == 1);
+    expected *= args.sizes[d];
+  }
+}
+
+// torch's iterator finds the order of the output, or else of the first input, and merges dimensions. False where more
+// are left than a kernel counts.
+template <class Readings>
+bool fill_strided(PointwiseArgs& args, const Readings& readings, const Tensor* output) {
+  at::TensorIteratorConfig config;
+  config.set_check_mem_overlap(false).check_all_same_dtype(false).resize_outputs(false);
+  if (output) config.add_output(*output);
+  for (const auto& reading : readings) config.add_const_input(reading.tensor);
+  const at::TensorIterator iterator = config.build();
+  if (iterator.ndim() > kMaxDims) return false;
+  args.dims = std::max(iterator.ndim(), 1);
+  args.sizes[0] = 1;
+  for (int d = 0; d < iterator.ndim(); ++d) args.sizes[d] = iterator.shape()[d];
+  for (size_t i = 0; i < readings.size(); ++i) {
+    const at::IntArrayRef bytes = iterator.strides(int64_t(i) + (output ? 1 : 0));
+    for (int d = 0; d < iterator.ndim(); ++d) {
+      readings[i].operand->strides[d] = bytes[d] / readings[i].tensor.element_size();
+    }
+    set_dense(*readings[i].operand, args);
+  }
+  return true;
+}
+
+}  // namespace
+
+// The output's order, or else the input's.
+void PointwiseInputs::fill_elements(PointwiseArgs& args, std::vector<Reading>& readings, const Tensor* output) {
+  const Tensor& order = output ? *output : input;
+  const bool all_dense = std::all_of(readings.begin(), readings.end(),
+                                     [&](const Reading& reading) { return same_dense_order(order, reading.tensor); });
+  if (all_dense) return fill_dense(args, readings, input.numel());
+  if (fill_strided(args, readings, output)) return;
+  for (Reading& reading : readings) {
+    reading.tensor = at::empty_like(order, reading.tensor.options()).copy_(reading.tensor);
+    copies.push_back(reading.tensor);
+  }
+  fill_dense(args, readings, input.numel());
+}
+
+// Over class indices: (inner, classes, outer), in the order in which memory has the logits.
+void PointwiseInputs::fill_rows(PointwiseArgs& args, std::vector<Reading>& readings) {
+  const std::vector<int64_t> order = memory_order(input);
+  const int64_t dims = input.dim(), of_classes = std::find(order.begin(), order.end(), 1) - order.begin();
+  args.dims = 3;
+  args.sizes[0] = args.sizes[2] = 1;
+  args.sizes[1] = input.size(1);
+  for (int64_t d = 0; d < dims; ++d) {
+    if (d != of_classes) args.sizes[d < of_classes ? 2 : 0] *= input.size(order[size_t(d)]);
+  }
+  for (Reading& reading : readings) {
+    Tensor ordered = reading.tensor.permute(order);
+    if (!merged_stride(ordered, 0, of_classes) || !merged_stride(ordered, of_classes + 1, dims)) {
+      ordered = ordered.contiguous();
+      copies.push_back(ordered);
+      reading.tensor = ordered;
+    }
+    int64_t(&strides)[kMaxDims] = reading.operand->strides;
+    strides[0] = *merged_stride(ordered, of_classes + 1, dims);
+    strides[1] = ordered.stride(of_classes);
+    strides[2] = *merged_stride(ordered, 0, of_classes);
+    set_dense(*reading.operand, args);
+  }
+  args.index = target.const_data_ptr<int64_t>();
+  args.ignore_index = *ignore_index;
+}
+
+void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tensor* upstream) {
+  std::vector<Reading> readings = {{&args.input, input}};
+  if (!ignore_index) readings.push_back({&args.target, target});
+  if (weight) readings.push_back({&args.weight, *weight});
+  if (pos_weight) readings.push_back({&args.pos_weight, *pos_weight});
+  if (upstream) {
+    args.one_upstream = is_one_value(*upstream);
+    args.upstream.data = upstream->const_data_ptr();
+    args.upstream.dtype = *kernel_dtype(upstream->scalar_type());
+    if (!args.one_upstream) readings.push_back({&args.upstream, *upstream});
+  }
+  ignore_index ? fill_rows(args, readings) : fill_elements(args, readings, output);
+  bool any_double = false;
+  for (const Reading& reading : readings) {
+    reading.operand->data = reading.tensor.const_data_ptr();
+    reading.operand->dtype = *kernel_dtype(reading.tensor.scalar_type());
+    any_double = any_double || reading.operand->dtype == DType::Double;
+  }
+  args.arithmetic = any_double ? DType::Double : DType::Float;
+  copy_params(params, args.params);
+  if (!output) return;
+  args.output = output->mutable_data_ptr();
+  args.output_dtype = *kernel_dtype(output->scalar_type());
+}
+
+}  // namespace fusedloss

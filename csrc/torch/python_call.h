@@ -1,0 +1,154 @@
+// The arguments of a call as Python gives them, or why the kernels do not own it. Nothing here raises for what a user
+// got wrong: such a call is declined, and torch itself answers.
+#pragma once
+
+#include <ATen/TracerMode.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+
+#include "pointwise.h"
+#include "softmax.h"
+
+namespace fusedloss {
+
+namespace py = pybind11;
+
+// Why kernels may not read an object as it is; null for exactly a torch.Tensor or Parameter, strided on a device there
+// are kernels for, without what torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse,
+// nested, subclasses with __torch_dispatch__.
+inline const char* why_not_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return "a subclass of torch.Tensor, or no tensor";
+  const Tensor& tensor = THPVariable_Unpack(object);
+  for (const Device& device : devices()) {
+    if (device.plain.has_all(tensor.key_set()) && device.has_kernels(tensor.device().index()))
+      return tensor._fw_grad(0).defined() ? "forward-mode AD" : nullptr;
+  }
+  return "a device, layout or view without kernels";
+}
+
+inline std::optional<int64_t> reduction_of(py::handle reduction) {
+  if (!PyUnicode_Check(reduction.ptr())) return std::nullopt;
+  if (PyUnicode_CompareWithASCIIString(reduction.ptr(), "mean") == 0) return kMean;
+  if (PyUnicode_CompareWithASCIIString(reduction.ptr(), "none") == 0) return kNone;
+  if (PyUnicode_CompareWithASCIIString(reduction.ptr(), "sum") == 0) return kSum;
+  return std::nullopt;
+}
+
+inline const char* name_of(int64_t reduction) {
+  return reduction == kNone ? "none" : is_mean(reduction) ? "mean" : "sum";
+}
+
+// What every loss is called with.
+struct PythonCall {
+  const char* declined = nullptr;
+  Tensor input, target;
+  OptionalTensor weight;
+  int64_t reduction = kMean;
+  bool autocast = false;
+  std::array<double, kMaxParams> values;
+  size_t count = 0;
+
+  PythonCall(py::handle input, py::handle target, py::handle weight, py::handle reduction, const py::args& params) {
+    declined = take(input, target, weight, reduction);
+    for (size_t i = 0; !declined && i < params.size(); ++i) declined = take_param(params[i]);
+  }
+  Params params() const { return Params(values.data(), count); }
+
+ protected:
+  const char* take(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_) {
+    if (const char* why = take_tensor(input_, input)) return why;
+    if (const char* why = take_tensor(target_, target)) return why;
+    // Modes that want torch's own operators.
+    if (at::tracer::impl::is_dispatch_enabled() ||
+        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
+      return "a transform of torch.func, or tracing";
+    if (const char* why = take_optional(weight_, weight)) return why;
+    const std::optional<int64_t> known = reduction_of(reduction_);
+    if (!known) return "an unusual reduction";
+    reduction = *known;
+    autocast = at::autocast::is_autocast_enabled(input.device().type());
+    return nullptr;
+  }
+
+  static const char* take_tensor(py::handle from, Tensor& to) {
+    if (const char* why = why_not_plain(from.ptr())) return why;
+    to = THPVariable_Unpack(from.ptr());
+    return nullptr;
+  }
+
+  static const char* take_optional(py::handle from, OptionalTensor& to) {
+    if (from.is_none()) return nullptr;
+    return take_tensor(from, to.emplace());
+  }
+
+  static const char* take_ignore_index(py::handle from, int64_t& to) {
+    if (!PyLong_Check(from.ptr())) return "an ignore_index that is no integer";
+    to = from.cast<int64_t>();
+    return nullptr;
+  }
+
+  const char* take_param(py::handle value) {
+    if (count == kMaxParams) return "more parameters than the kernels take";
+    if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return "a parameter that is no number";
+    values[count++] = PyFloat_AsDouble(value.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return nullptr;
+  }
+};
+
+struct PointwiseArguments : PythonCall {
+  PointwiseCall call;
+
+  PointwiseArguments(const PointwiseLoss& loss, py::handle input_, py::handle target_, py::handle weight_,
+                     py::handle reduction_, const py::args& params_, py::handle pos_weight, py::handle ignore_index)
+      : PythonCall(input_, target_, weight_, reduction_, params_) {
+    call.weight = weight;
+    call.reduction = reduction;
+    call.params = params();
+    if (!declined) declined = take_optional(pos_weight, call.pos_weight);
+    if (!declined && !ignore_index.is_none()) declined = take_ignore_index(ignore_index, call.ignore_index.emplace());
+    if (!declined) declined = declines(loss, input, target, call, autocast);
+  }
+
+  // The work in words, for explain.
+  std::string work() const {
+    if (call.ignore_index) return rows_of(input);
+    return std::to_string(c10::multiply_integers(at::infer_size_dimvector(input.sizes(), target.sizes()))) +
+           " elements";
+  }
+  static std::string rows_of(const Tensor& logits) {
+    const char* order = logits.stride(class_dim(logits)) == 1 ? "rows of " : "columns of ";
+    return order + std::to_string(classes_of(logits));
+  }
+};
+
+// Under autocast, and beside probabilities of the wider dtype, a loss is float32 as torch's is; the logits are read as
+// they are.
+struct SoftmaxArguments : PythonCall {
+  SoftmaxCall call;
+
+  SoftmaxArguments(const SoftmaxLoss& loss, py::handle logits, py::handle target_, py::handle weight_,
+                   py::handle reduction_, py::handle ignore_index, const py::args& params_, bool wide, bool second,
+                   bool zero)
+      : PythonCall(logits, target_, weight_, reduction_, params_) {
+    if (!declined) declined = take_ignore_index(ignore_index, call.ignore_index);
+    if (declined) return;
+    const bool wide_target = loss.traits.soft && target.scalar_type() != input.scalar_type();
+    call.target = target;
+    call.weight = weight;
+    call.reduction = zero && reduction == kMean ? int64_t(kMeanOrZero) : reduction;
+    call.params = params();
+    call.wide = wide || wide_target || (autocast && is_half(input.scalar_type()));
+    call.second = second;
+    declined = declines(loss, input, call);
+  }
+
+  std::string work() const { return PointwiseArguments::rows_of(input); }
+};
+
+}  // namespace fusedloss

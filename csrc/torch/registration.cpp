@@ -1,0 +1,37 @@
+// Every op of the package: its schema, its autograd side, and its kernels on each device.
+
+#include "pointwise.h"
+#include "softmax.h"
+
+namespace fusedloss {
+namespace {
+
+template <class F>
+void for_each_device(F f) {
+  for (const Device& device : devices()) {
+    // The ops live as long as the process.
+    auto& m = *new torch::Library(torch::Library::IMPL, "fusedloss", device.key, __FILE__, __LINE__);
+    f(device, m);
+  }
+}
+
+}  // namespace
+}  // namespace fusedloss
+
+TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
+  using namespace fusedloss;
+  m.def("scale_(Tensor(a!) data, Tensor factor) -> ()");
+  for (int i = 0; i < kPointwiseLosses; ++i) define_pointwise(m, pointwise_loss(i));
+  for (int i = 0; i < kSoftmaxLosses; ++i) define_softmax(m, softmax_loss(i));
+  for_each_device([](const Device& device, torch::Library& on_device) {
+    device.implement_scale(on_device);
+    for (int i = 0; i < kPointwiseLosses; ++i) device.implement_pointwise(on_device, pointwise_loss(i));
+    for (int i = 0; i < kSoftmaxLosses; ++i) device.implement_softmax(on_device, softmax_loss(i));
+  });
+}
+
+TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
+  using namespace fusedloss;
+  for (int i = 0; i < kPointwiseLosses; ++i) implement_pointwise_under_autograd(m, pointwise_loss(i));
+  for (int i = 0; i < kSoftmaxLosses; ++i) implement_softmax_under_autograd(m, softmax_loss(i));
+}

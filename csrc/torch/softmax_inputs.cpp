@@ -1,0 +1,175 @@
+// The softmax family in torch: its losses, what the kernels own of their calls, and what an op is given and gives.
+
+#include "softmax.h"
+
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "../with_functor.h"
+
+namespace fusedloss {
+
+namespace {
+
+template <class Functor>
+int64_t saved_by(const double* params) {
+  if constexpr (baseline::has_twin<Functor>) {
+    if (Functor::twin_fits(params)) return saved_by<typename Functor::Twin>(params);
+  }
+  return !Functor::reads_row ? 0 : Functor::sum == baseline::Sum::none ? 2 : 3;
+}
+
+template <class Functor>
+constexpr SoftmaxTraits traits_of() {
+  return {Functor::mean_by_weight, Functor::soft, Functor::reads_row, baseline::Params<Functor>::ranges,
+          baseline::Params<Functor>::count};
+}
+
+std::vector<int64_t> row_sizes_of(const Tensor& logits) {
+  std::vector<int64_t> sizes = logits.sizes().vec();
+  sizes.erase(sizes.begin() + class_dim(logits));
+  return sizes;
+}
+
+bool same_or_wider(at::ScalarType type, const Tensor& logits) {
+  return type == logits.scalar_type() || type == arithmetic_type(logits.scalar_type());
+}
+
+}  // namespace
+
+SoftmaxLoss& softmax_loss(int64_t number) {
+#define FUSEDLOSS_ADD(name, Functor)                                                    \
+  {"fusedloss::" #name, int64_t(Softmax::name), traits_of<baseline::Functor<double>>(), \
+   &saved_by<baseline::Functor<double>>},
+  static SoftmaxLoss losses[] = {FUSEDLOSS_SOFTMAX(FUSEDLOSS_ADD)};
+#undef FUSEDLOSS_ADD
+  return losses[size_t(number)];
+}
+
+int64_t SoftmaxLoss::saved_statistics(Params given) const {
+  double params[kMaxParams];
+  copy_params(given, params);
+  return saved_by(params);
+}
+
+std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
+  const int64_t dim = logits.dim(), classes = classes_of(logits);
+  SoftmaxLayout layout = {logits.numel() / classes, classes, 1, 0, logits.stride(class_dim(logits)), 0};
+  if (dim == 1) return layout;
+  const int64_t batch = logits.size(0), batch_stride = logits.stride(0);
+  int64_t inner = 1, inner_stride = 0;
+  for (int64_t d = dim - 1; d >= 2; --d) {
+    const int64_t size = logits.size(d), stride = logits.stride(d);
+    if (size == 1) continue;
+    if (inner > 1 && stride != inner * inner_stride) return std::nullopt;
+    inner_stride = inner > 1 ? inner_stride : stride;
+    inner *= size;
+  }
+  layout.outer_stride = batch_stride;
+  layout.inner = inner;
+  layout.inner_stride = inner_stride;
+  // The batch goes on where the inner dimension ends: one run of rows.
+  if (inner == 1 || batch_stride == inner * inner_stride || batch == 1) {
+    layout.inner = layout.rows;
+    layout.inner_stride = inner == 1 ? batch_stride : inner_stride;
+  }
+  return layout;
+}
+
+const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
+  const SoftmaxTraits& traits = loss.traits;
+  const Tensor& target = call.target;
+  if (target.device() != logits.device()) return "tensors on different devices";
+  if (!kernel_dtype(logits.scalar_type())) return "the logits are no float64, float32, bfloat16 or float16";
+  if (logits.dim() < 1 || logits.numel() == 0) return "the logits are empty or a single number";
+  if (call.second && !traits.reads_row) return "no second result of a loss of the target's logit alone";
+  if (classes_of(logits) > device_for(logits).most_classes) return "more classes than a kernel counts";
+  if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter is out of range";
+  if (traits.soft) {
+    if (target.sizes() != logits.sizes()) return "the probabilities are not of the logits' shape";
+    if (!same_or_wider(target.scalar_type(), logits)) return "the probabilities are of another dtype";
+    if (target.requires_grad()) return "the probabilities require a gradient";
+    if (call.ignore_index >= 0) return "an ignore_index beside probabilities";
+  } else {
+    if (target.scalar_type() != at::kLong && target.scalar_type() != at::kByte)
+      return "the target holds no class indices in int64 or uint8";
+    if (!are_rows_of(target.sizes(), logits)) return "the target does not fit the logits";
+  }
+  if (!call.weight) return nullptr;
+  const Tensor& weight = *call.weight;
+  if (weight.device() != logits.device()) return "tensors on different devices";
+  if (weight.requires_grad()) return "the weight requires a gradient";
+  if (weight.scalar_type() != logits.scalar_type() && !(call.wide && same_or_wider(weight.scalar_type(), logits)))
+    return "the weight is of another dtype than the logits";
+  if (weight.dim() != 1 || weight.size(0) != classes_of(logits)) return "the weight does not fit the classes";
+  return nullptr;
+}
+
+SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, const SoftmaxCall& call)
+    : logits(logits_),
+      target(call.target),
+      ignore_index(call.ignore_index),
+      params(call.params),
+      wide(call.wide),
+      second(call.second) {
+  if (const char* why = declines(loss, logits, call)) raise_declined(loss.op, why, logits, target, call.weight, params);
+  row_sizes = row_sizes_of(logits);
+  if (!layout_of(logits)) logits = logits.contiguous();
+  if (!loss.traits.soft || !layout_of(target)) target = target.contiguous();
+  if (call.weight) weight = call.weight->to(arithmetic_type(logits.scalar_type())).contiguous();
+}
+
+at::TensorOptions SoftmaxInputs::result_options() const {
+  return wide ? logits.options().dtype(arithmetic_type(logits.scalar_type())) : logits.options();
+}
+
+void SoftmaxInputs::fill(SoftmaxArgs& args) const {
+  args.dtype = *kernel_dtype(logits.scalar_type());
+  args.wide = wide;
+  args.logits_layout = args.probabilities_layout = layout();
+  args.logits = logits.const_data_ptr();
+  if (target.is_floating_point()) {
+    args.probabilities = target.const_data_ptr();
+    args.probabilities_layout = *layout_of(target);
+    args.wide_probabilities = target.scalar_type() != logits.scalar_type();
+  } else {
+    args.target = target.const_data_ptr();
+    args.byte_target = target.scalar_type() == at::kByte;
+  }
+  args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+  args.ignore_index = ignore_index;
+  copy_params(params, args.params);
+}
+
+SoftmaxResults::SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction) {
+  const at::TensorOptions options = inputs.result_options();
+  const int64_t rows = inputs.layout().rows;
+  this->loss = at::empty(reduction == kNone ? at::IntArrayRef(inputs.row_sizes) : at::IntArrayRef(), options);
+  second = inputs.second ? at::empty(inputs.row_sizes, options) : at::empty({0}, options);
+  statistics = at::empty({loss.saved_statistics(inputs.params) * rows + 1},
+                         options.dtype(arithmetic_type(inputs.logits.scalar_type())));
+}
+
+void check_with_grad(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction) {
+  TORCH_CHECK(loss.traits.reads_row, loss.op, ": its gradient in forward would save nothing");
+  check_gradient_in_forward(loss.name(), inputs.logits, reduction);
+}
+
+void check_backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& upstream,
+                    const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction) {
+  const char* name = loss.name();
+  const at::ScalarType arithmetic = arithmetic_type(inputs.logits.scalar_type());
+  const at::ScalarType type = upstream.scalar_type();
+  TORCH_CHECK(same_or_wider(type, inputs.logits), name, "_backward: expected an upstream gradient of ",
+              inputs.logits.scalar_type(), " or ", arithmetic, ", got ", type);
+  check_upstream(name, upstream, type, reduction, inputs.row_sizes, inputs.logits);
+  if (upstream_second) check_upstream(name, *upstream_second, type, kNone, inputs.row_sizes, inputs.logits);
+  check_device(name, "statistics", statistics, inputs.logits);
+  const int64_t expected = loss.saved_statistics(inputs.params) * inputs.layout().rows + 1;
+  TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == expected && statistics.scalar_type() == arithmetic,
+              name, "_backward: expected the statistics of the forward, got ", statistics.sizes(), " of ",
+              statistics.scalar_type());
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,35 @@
+"""The compiled extension: csrc/torch/module.cpp."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+class Loss:
+    """A loss as the kernels know it."""
+
+    name: str
+    family: str  # "pointwise" or "softmax"
+    number: int  # in its family
+    run: Callable[..., Any]
+    """Computes the loss of ``(input, target, weight, reduction, [ignore_index,] *params, **options)``, or returns None
+    where the kernels do not own the call."""
+    explain: Callable[..., str]
+    """The path of a call of the same arguments, in words: "fused: cpu avx512, rows of 10" or "native: " and why."""
+    traits: SimpleNamespace  # what a loss is whatever its parameters
+    saved_by: Callable[[list[float]], int]  # softmax losses: the numbers a row leaves to backward
+    native: Callable[..., Any] | None  # the formula that a differentiated backward differentiates
+
+losses: dict[str, Loss]
+devices: dict[str, SimpleNamespace]
+mean_or_zero: int  # the reduction to a mean that is 0 over nothing
+most_params: int  # of a loss
+cpu_isas: str
+compiler: str
+compile_flags: str
+torch_version: str
+cuda_architectures: str
+
+def add_pointwise(name: str, custom: int) -> None: ...
+def cpu_isa() -> str: ...
+def check() -> None: ...
+def has_kernels(device: int) -> bool: ...

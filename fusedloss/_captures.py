@@ -1,0 +1,224 @@
+"""What a captured graph holds as a fused op: the rule of ``declines`` in csrc/torch, stated once more.
+
+While torch.compile or torch.export captures a graph there are no tensors to hand to the extension, so the statement in
+C++ cannot be asked. This one has its order and its words, and works on what the compiler knows: dtypes, devices, and
+sizes that it may keep open. tests/compiled/test_captures.py holds the two against each other over a grid of calls.
+Both functions return why the kernels do not own a call, or None where they do.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._dtypes import HALVES
+from ._library import extension
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
+
+_DTYPES = (torch.float32, torch.float64, *HALVES)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+# What was built, not what runs on this GPU: asking that would break the graph, and the op itself says so.
+_DEVICES: dict[str, Any] = {} if extension is None else extension.devices
+
+DIFFERENT_DEVICES = "tensors on different devices"
+DIFFERENT_DTYPES = "inputs of different dtypes"
+
+
+def pointwise(
+    traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, params: Sequence[Any],
+    pos_weight: Tensor | None = None, ignore_index: int | None = None,
+) -> str | None:  # fmt: skip
+    if why := _call((input, target, weight), reduction, params) or _tensor(pos_weight):
+        return why
+    takes_integers = ignore_index is not None or traits.result == "promoted"
+    if target.device != input.device:
+        return DIFFERENT_DEVICES
+    if input.dtype not in _DTYPES or not (target.dtype in _DTYPES or (takes_integers and target.dtype in _INTEGERS)):
+        return "an input or target that is no float64, float32, bfloat16 or float16"
+    if input.numel() == 0 or target.numel() == 0:
+        return "an empty input"
+    if input.device.type == "cuda" and not traits.on_cuda:
+        return "a loss that was compiled for the CPU alone"
+    if not _in_range(params, traits.params):
+        return "a parameter that is out of range"
+    if pos_weight is not None and not traits.has_positive_weight:
+        return "a pos_weight, which the loss does not take"
+    if ignore_index is not None:
+        if why := _class_indices(traits, input, target, weight, pos_weight):
+            return why
+        sizes = input.shape
+    else:
+        if target.requires_grad and not (traits.of_difference or traits.has_target_slope):
+            return "a target that requires a gradient"
+        if input.shape != target.shape and not (traits.of_difference and _broadcasts_with(input.shape, target.shape)):
+            return "an input and a target whose shapes do not fit"
+        sizes = torch.broadcast_shapes(input.shape, target.shape)
+    for factor in (weight, pos_weight):
+        if factor is None:
+            continue
+        if factor.device != input.device:
+            return DIFFERENT_DEVICES
+        if factor.requires_grad:
+            return "a weight that requires a gradient"
+        if factor.dtype not in _DTYPES:
+            return "a weight that is no float64, float32, bfloat16 or float16"
+        if not broadcasts_to(factor.shape, sizes):
+            return "a weight that does not fit the input"
+    if ignore_index is not None:
+        return None
+    dtype = result_dtype(traits, input, target, weight)
+    return dtype if isinstance(dtype, str) else None
+
+
+def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | str:
+    """The dtype of torch's result, which is that of the input or float32 beside a half-precision one; or why not."""
+    half, result = input.dtype in HALVES, input.dtype
+    of_weight = result if weight is None else weight.dtype
+    if half and torch.is_autocast_enabled(input.device.type):
+        if torch.float64 in (target.dtype, result if traits.result == "of target" else of_weight):
+            return DIFFERENT_DTYPES
+        if traits.of_probabilities and _DEVICES[input.device.type].autocast_refuses_probabilities:
+            return "probabilities under autocast, which torch refuses"
+        return torch.float32
+    if traits.result == "promoted":
+        result = torch.promote_types(result, target.dtype)
+        # A weight without dimensions gives way to losses that have some.
+        if weight is not None and (weight.dim() or not (input.dim() or target.dim())):
+            result = torch.promote_types(result, of_weight)
+    elif traits.result == "of target":
+        result = target.dtype
+    elif traits.result == "same" and not (target.dtype == result == of_weight):
+        return DIFFERENT_DTYPES
+    return result if result == input.dtype or (half and result == torch.float32) else DIFFERENT_DTYPES
+
+
+def _class_indices(
+    traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> str | None:
+    device = _DEVICES[input.device.type]
+    if not traits.takes_class_indices:
+        return "class indices, which the loss does not take"
+    if target.dtype != torch.int64:
+        return "class indices that are not int64"
+    if input.dim() < 2 or target.shape != _rows(input):
+        return "class indices that do not fit the input"
+    if input.shape[1] > device.most_classes:
+        return "more classes than a kernel counts"
+    if pos_weight is not None and not device.takes_pos_weight_with_class_indices:
+        return "class indices beside a pos_weight"
+    if torch.is_autocast_enabled(input.device.type):
+        return "autocast"
+    if any(factor is not None and factor.dtype != input.dtype for factor in (weight, pos_weight)):
+        return "a weight of another dtype than the input"
+    return None
+
+
+def softmax(
+    traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    params: Sequence[Any], wide: bool, second: bool,
+) -> str | None:  # fmt: skip
+    if why := _call((logits, target, weight), reduction, params):
+        return why
+    if not isinstance(ignore_index, int | torch.SymInt):
+        return "an ignore_index that is no integer"
+    if target.device != logits.device:
+        return DIFFERENT_DEVICES
+    if logits.dtype not in _DTYPES:
+        return "the logits are no float64, float32, bfloat16 or float16"
+    if logits.dim() < 1 or logits.numel() == 0:
+        return "the logits are empty or a single number"
+    if second and not traits.reads_row:
+        return "no second result of a loss of the target's logit alone"
+    classes = logits.shape[min(logits.dim() - 1, 1)]
+    if classes > _DEVICES[logits.device.type].most_classes:
+        return "more classes than a kernel counts"
+    if not _in_range(params, traits.params):
+        return "a parameter is out of range"
+    if traits.soft:
+        if target.shape != logits.shape:
+            return "the probabilities are not of the logits' shape"
+        if target.dtype not in _same_or_wider(logits):
+            return "the probabilities are of another dtype"
+        if target.requires_grad:
+            return "the probabilities require a gradient"
+        if ignore_index >= 0:
+            return "an ignore_index beside probabilities"
+    else:
+        if target.dtype not in (torch.int64, torch.uint8):
+            return "the target holds no class indices in int64 or uint8"
+        if target.shape != _rows(logits):
+            return "the target does not fit the logits"
+    if weight is None:
+        return None
+    if weight.device != logits.device:
+        return DIFFERENT_DEVICES
+    if weight.requires_grad:
+        return "the weight requires a gradient"
+    if weight.dtype != logits.dtype and not (
+        is_wide(traits, logits, target, wide) and weight.dtype in _same_or_wider(logits)
+    ):
+        return "the weight is of another dtype than the logits"
+    if weight.dim() != 1 or weight.shape[0] != classes:
+        return "the weight does not fit the classes"
+    return None
+
+
+def is_wide(traits: Any, logits: Tensor, target: Tensor, wide: bool) -> bool:
+    """Whether results are float32 of half-precision logits: asked for, under autocast, beside wider probabilities."""
+    if wide or (traits.soft and target.dtype != logits.dtype):
+        return True
+    return logits.dtype in HALVES and torch.is_autocast_enabled(logits.device.type)
+
+
+def _call(tensors: Sequence[Tensor | None], reduction: Any, params: Sequence[Any]) -> str | None:
+    """What the reading of the arguments refuses, in csrc/torch/python_call.h."""
+    for tensor in tensors:
+        if why := _tensor(tensor):
+            return why
+    if reduction not in REDUCTIONS:
+        return "an unusual reduction"
+    if extension is not None and len(params) > extension.most_params:
+        return "more parameters than the kernels take"
+    if not all(isinstance(value, int | float | torch.SymInt | torch.SymFloat) for value in params):
+        return "a parameter that is no number"
+    return None
+
+
+def _tensor(tensor: Tensor | None) -> str | None:
+    if tensor is None:
+        return None
+    if type(tensor).__name__ not in _PLAIN:
+        return "a subclass of torch.Tensor, or no tensor"
+    if tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
+        return "a device, layout or view without kernels"
+    return None
+
+
+def _in_range(params: Sequence[Any], ranges: Sequence[tuple[float, float, bool]]) -> bool:
+    """Parameters that are not given are 0."""
+    given = (*params, *[0.0] * len(ranges))
+    return all(
+        (value > least if above_least else value >= least) and value <= most
+        for value, (least, most, above_least) in zip(given, ranges, strict=False)
+    )
+
+
+def _rows(logits: Tensor) -> torch.Size:
+    class_dim = min(logits.dim() - 1, 1)
+    return logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+
+
+def _same_or_wider(logits: Tensor) -> tuple[torch.dtype, ...]:
+    return (logits.dtype, torch.float32) if logits.dtype in HALVES else (logits.dtype,)
+
+
+# Compared one by one: `n in (1, m)` does not ask a size that the compiler keeps open.
+def broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:
+    return len(shape) <= len(full) and all(n == 1 or n == m for n, m in zip(shape[::-1], full[::-1], strict=False))
+
+
+def _broadcasts_with(shape: torch.Size, other: torch.Size) -> bool:
+    return all(n == m or n == 1 or m == 1 for n, m in zip(shape[::-1], other[::-1], strict=False))
