@@ -166,6 +166,7 @@ FUSEDLOSS_HD T lowest() {
 
 // The polynomials below are minimax fits: exp(r) = 1 + r + r^2 P(r) on |r| <= log(2)/2 and
 // log(m) = 2s + 2s^3 P(s^2) with s = (m-1)/(m+1) on [sqrt(1/2), sqrt(2)], within 0.1 of a rounding step.
+// tools/coefficients.py computes their coefficients and the long constants.
 
 template <class T>
 struct Constants;
@@ -181,23 +182,23 @@ struct Constants<float> {
   static constexpr float smallest_normal = 1.17549435e-38f, lift = 16777216.0f;  // 2^24
   static constexpr float lift_exponent = 24;
   static FUSEDLOSS_HD float exp_polynomial(float r) {
-    float p = 0.0013814595f;
-    p = p * r + 0.0083687169f;
-    p = p * r + 0.0416683881f;
-    p = p * r + 0.1666652063f;
-    return p * r + 0.4999999345f;
+    float p = 0.0013814613f;
+    p = p * r + 0.00836871f;
+    p = p * r + 0.04166839f;
+    p = p * r + 0.16666521f;
+    return p * r + 0.49999994f;
   }
   // atanh(s) = s + s^3 P(s^2) for |s| <= 1/3
   static FUSEDLOSS_HD float atanh_polynomial(float z) {
-    float p = 0.1401257010f;
-    p = p * z + 0.1399950672f;
-    p = p * z + 0.2001085307f;
-    return p * z + 0.3333320651f;
+    float p = 0.1401223f;
+    p = p * z + 0.13999571f;
+    p = p * z + 0.2001085f;
+    return p * z + 0.33333206f;
   }
   static FUSEDLOSS_HD float log_polynomial(float z) {
-    float p = 0.1493593113f;
-    p = p * z + 0.1998876849f;
-    return p * z + 0.3333338821f;
+    float p = 0.14935865f;
+    p = p * z + 0.19988771f;
+    return p * z + 0.33333388f;
   }
 };
 
@@ -212,38 +213,38 @@ struct Constants<double> {
   static constexpr double smallest_normal = 2.2250738585072014e-308, lift = 18014398509481984.0;  // 2^54
   static constexpr double lift_exponent = 54;
   static FUSEDLOSS_HD double exp_polynomial(double r) {
-    double p = 2.5000058349049134561e-8;
-    p = p * r + 2.7630248308724866173e-7;
-    p = p * r + 2.7557586382581076087e-6;
-    p = p * r + 0.000024801493099144013124;
-    p = p * r + 0.00019841269506571106111;
-    p = p * r + 0.0013888888943629841838;
-    p = p * r + 0.0083333333334944638693;
-    p = p * r + 0.04166666666653015977;
-    p = p * r + 0.16666666666666412522;
-    return p * r + 0.5000000000000010627;
+    double p = 2.5000069565431402e-8;
+    p = p * r + 2.763023395101817e-7;
+    p = p * r + 2.7557586274666723e-6;
+    p = p * r + 2.4801493136097612e-5;
+    p = p * r + 0.00019841269506770898;
+    p = p * r + 0.001388888894359778;
+    p = p * r + 0.008333333333494336;
+    p = p * r + 0.041666666666530267;
+    p = p * r + 0.16666666666666413;
+    return p * r + 0.5000000000000011;
   }
   static FUSEDLOSS_HD double atanh_polynomial(double z) {
-    double p = 0.08234372109147455841;
-    p = p * z + 0.034968005824102606134;
-    p = p * z + 0.054863643340142191403;
-    p = p * z + 0.058579639129468962308;
-    p = p * z + 0.066684039064483418798;
-    p = p * z + 0.076922259104283123132;
-    p = p * z + 0.090909116034441948061;
-    p = p * z + 0.11111111062691558268;
-    p = p * z + 0.14285714286255568356;
-    p = p * z + 0.19999999999996985328;
-    return p * z + 0.33333333333333339167;
+    double p = 0.08233819738583505;
+    p = p * z + 0.03497122333787324;
+    p = p * z + 0.05486283625866356;
+    p = p * z + 0.058579753166847;
+    p = p * z + 0.06668402909786603;
+    p = p * z + 0.07692225966116072;
+    p = p * z + 0.09090911601458501;
+    p = p * z + 0.11111111062735303;
+    p = p * z + 0.14285714286255013;
+    p = p * z + 0.1999999999999699;
+    return p * z + 0.33333333333333337;
   }
   static FUSEDLOSS_HD double log_polynomial(double z) {
-    double p = 0.073980520646088653254;
-    p = p * z + 0.07657017977820980267;
-    p = p * z + 0.090917824312501730967;
-    p = p * z + 0.11111099281776276675;
-    p = p * z + 0.14285714371237197773;
-    p = p * z + 0.19999999999707161099;
-    return p * z + 0.33333333333333672302;
+    double p = 0.07397974805341635;
+    p = p * z + 0.07657025281120682;
+    p = p * z + 0.0909178216283382;
+    p = p * z + 0.11111099286597308;
+    p = p * z + 0.14285714371193753;
+    p = p * z + 0.1999999999970734;
+    return p * z + 0.3333333333333367;
   }
 };
 
