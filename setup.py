@@ -74,7 +74,7 @@ def extensions():
         print("fusedloss: no C++ compiler, or FUSEDLOSS_NO_EXTENSION=1: installing without kernels (native PyTorch)")
         return []
     cuda = with_cuda()
-    folders = ["cpu", "torch", "torch/cpu"] + (["cuda", "torch/cuda"] if cuda else [])
+    folders = ["cpu", "cpu/isa", "torch", "torch/cpu"] + (["cuda", "torch/cuda"] if cuda else [])
     sources = [
         str(path.relative_to(HERE))
         for folder in folders

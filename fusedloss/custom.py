@@ -153,7 +153,7 @@ def pointwise_loss(
     return other
 
 
-_MOST_PARAMS = 8  # kMaxParams of csrc/kernels.h
+_MOST_PARAMS = 8  # kMaxParams of csrc/kernels/common.h
 
 
 def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> tuple[Tree, Tree, Tree]:
@@ -191,7 +191,7 @@ struct Expression {{
 
 _ON_CPU = """
 {target}
-#include "kernels.h"
+#include "kernels/custom.h"
 #include "losses/functions.h"
 #include "cpu/pointwise.inl"
 #include "cpu/one_hot.inl"
@@ -239,7 +239,7 @@ def _library(op: str, functor: str, loss: PointwiseLoss) -> int | None:
         return None
     isa = extension.cpu_isa()
     architectures = _cuda_architectures()
-    target = "" if isa == "baseline" else f'#include "cpu/target_{isa}.inl"'
+    target = "" if isa == "baseline" else f'#include "cpu/isa/target_{isa}.inl"'
     entry = "fusedloss_custom_cuda" if architectures else "nullptr"
     declared = f"int {entry}(PointwiseResult, const CudaPointwiseArgs&, CudaStream);" if architectures else ""
     source = _ON_CPU.format(target=target, functor=functor, cuda=declared, entry=entry)

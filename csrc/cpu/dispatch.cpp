@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../kernels.h"
+#include "../kernels/cpu.h"
 
 namespace fusedloss {
 

@@ -1,5 +1,6 @@
 // One instruction set's table of kernels.
 
+#include "../kernels/cpu.h"
 #include "pointwise.inl"
 #include "one_hot.inl"
 #include "pointwise_tiles.inl"

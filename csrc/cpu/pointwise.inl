@@ -1,6 +1,6 @@
 // The pointwise driver for any functor over dense arrays of one type; included once per instruction set.
 
-#include "../with_functor.h"
+#include "../kernels/functors.h"
 #include "lanes.inl"
 
 namespace fusedloss::FUSEDLOSS_ISA {

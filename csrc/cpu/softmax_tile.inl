@@ -1,7 +1,8 @@
 // A tile: neighbouring rows, what is known of them, and what is left to do once a row, as vector code across them.
 #pragma once
 
-#include "../with_functor.h"
+#include "../kernels/cpu.h"
+#include "../kernels/functors.h"
 #include "lanes.inl"
 
 namespace fusedloss::FUSEDLOSS_ISA {

@@ -3,7 +3,8 @@
 
 #define FUSEDLOSS_ISA cuda
 
-#include "../with_functor.h"
+#include "../kernels/cuda.h"
+#include "../kernels/functors.h"
 
 #ifdef __CUDACC__
 #include "device.cuh"

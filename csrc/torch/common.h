@@ -11,7 +11,8 @@
 #include <optional>
 #include <string>
 
-#include "../kernels.h"
+#include "../kernels/cpu.h"
+#include "../kernels/cuda.h"
 #include "devices.h"
 
 namespace fusedloss {

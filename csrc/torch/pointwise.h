@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../kernels/custom.h"
 #include "autograd_steps.h"
 
 namespace fusedloss {

@@ -7,7 +7,7 @@
 #include <array>
 #include <mutex>
 
-#include "../with_functor.h"
+#include "../kernels/functors.h"
 #include "pointwise.h"
 
 namespace fusedloss {

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../with_functor.h"
+#include "../kernels/functors.h"
 
 namespace fusedloss {
 

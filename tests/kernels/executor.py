@@ -116,7 +116,7 @@ def layout_of(logits: Tensor) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * 6)(rows, classes, rows if one_run else inner, batch, logits.stride(1), logits.stride(2))
 
 
-MAX_PARAMS, MAX_DIMS = 8, 6  # kMaxParams and kMaxDims of csrc/kernels.h
+MAX_PARAMS, MAX_DIMS = 8, 6  # kMaxParams and kMaxDims of csrc/kernels/
 
 
 def parameters(params: tuple[float, ...]) -> "ctypes.Array[ctypes.c_double]":
@@ -128,7 +128,7 @@ def check(kernels: ctypes.CDLL, error: int) -> None:
 
 
 class Operand(ctypes.Structure):
-    """As in csrc/kernels.h."""
+    """As in csrc/kernels/pointwise.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("dense", ctypes.c_bool),

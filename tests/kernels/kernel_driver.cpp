@@ -1,6 +1,6 @@
 // The kernels of one instruction set without torch, for tests that compile them anew: value and gradient of one loss
 // over float64 or float32 data.
-#include "cpu/isa_baseline.cpp"
+#include "cpu/isa/baseline.cpp"
 #ifdef POINTWISE_ALONE  // a quarter of the time
 namespace fusedloss::baseline {
 SoftmaxSums softmax_targets(const SoftmaxArgs&, bool, int64_t, int64_t) { return {}; }
@@ -11,9 +11,9 @@ void softmax_backward(Softmax, const SoftmaxArgs&, int64_t, int64_t) {}
 void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t, int64_t) {}
 }  // namespace fusedloss::baseline
 #else
-#include "cpu/isa_baseline_backward.cpp"
-#include "cpu/isa_baseline_forward.cpp"
-#include "cpu/isa_baseline_with_grad.cpp"
+#include "cpu/isa/baseline_backward.cpp"
+#include "cpu/isa/baseline_forward.cpp"
+#include "cpu/isa/baseline_with_grad.cpp"
 #endif
 
 #include <vector>

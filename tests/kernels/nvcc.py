@@ -115,7 +115,7 @@ def shortened(name: str) -> str:
     """`forward_rows<bf16, CrossEntropy<float>, true>`: no namespaces, no parameters, enumerators by their names."""
     name = re.sub(r"^void |\(anonymous namespace\)::|\b(fusedloss|cuda)::", "", name)
     name = re.sub(r"(?<=>) (?=>)", "", name)
-    header = (ROOT / "csrc" / "kernels.h").read_text()
+    header = (ROOT / "csrc" / "kernels" / "pointwise.h").read_text()
     for enum, enumerators in re.findall(r"enum class (\w+) \{ ([\w, ]+) \}", header):
         for number, enumerator in enumerate(enumerators.split(", ")):
             name = re.sub(rf"\({enum}\){number}\b", enumerator, name)

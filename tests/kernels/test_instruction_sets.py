@@ -60,7 +60,7 @@ def test_an_unknown_instruction_set_is_refused():
 def test_no_code_of_an_instruction_set_leaks_into_shared_symbols(isa, tmp_path):
     # A weak symbol outside the instruction set's namespace (a standard template, say) could be the one copy the linker
     # keeps for all of them. Without optimisation nothing is inlined away.
-    sources = sorted((CSRC / "cpu").glob(f"isa_{isa}*.cpp"))
+    sources = sorted((CSRC / "cpu" / "isa").glob(f"{isa}*.cpp"))
     assert len(sources) == 4
     for source in sources:
         check_symbols(isa, source, tmp_path / "isa.o")

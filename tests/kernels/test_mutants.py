@@ -121,7 +121,7 @@ def is_pointwise(file: str) -> bool:
 def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     source = planted(folder, *edit) if edit else Path(shutil.copytree(CSRC, folder / "csrc"))
     # Of the storage types the one that is run, so that a mutant compiles in seconds.
-    header = source / "with_functor.h"
+    header = source / "kernels" / "functors.h"
     text = header.read_text()
     one_type = re.sub(r"  switch \(dtype\) \{.*?\n  \}\n", "  return f(double());\n", text, flags=re.DOTALL)
     assert one_type != text

@@ -5,4 +5,4 @@
 #include <type_traits>
 
 #define FUSEDLOSS_ISA baseline
-#include "softmax_backward.inl"
+#include "../softmax_forward.inl"

@@ -5,4 +5,4 @@
 #include <type_traits>
 
 #define FUSEDLOSS_ISA baseline
-#include "isa.inl"
+#include "../isa.inl"

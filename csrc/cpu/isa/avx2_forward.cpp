@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
 #include "target_avx2.inl"
 
-#include "softmax_backward.inl"
+#include "../softmax_forward.inl"
 #endif

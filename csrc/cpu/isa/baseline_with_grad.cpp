@@ -5,4 +5,4 @@
 #include <type_traits>
 
 #define FUSEDLOSS_ISA baseline
-#include "softmax_with_grad.inl"
+#include "../softmax_with_grad.inl"

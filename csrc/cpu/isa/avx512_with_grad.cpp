@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
 #include "target_avx512.inl"
 
-#include "softmax_with_grad.inl"
+#include "../softmax_with_grad.inl"
 #endif

@@ -1,7 +1,8 @@
 // From the loss and dtype of a call to a functor and a storage type, for the drivers of both devices.
 #pragma once
 
-#include "kernels.h"
+#include "pointwise.h"
+#include "softmax.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 

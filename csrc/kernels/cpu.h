@@ -1,0 +1,53 @@
+// The CPU kernels: one table of entry points for each instruction set.
+#pragma once
+
+#include "pointwise.h"
+#include "softmax.h"
+
+namespace fusedloss {
+
+// A pass over elements [begin, end); returns the sum, or which operand lies outside.
+using CpuPointwise = double (*)(PointwiseResult, const PointwiseArgs&, int64_t begin, int64_t end);
+
+// How many rows are summed on their own: part of the result, so chosen from the shape alone.
+int64_t softmax_chunk(const SoftmaxLayout& layout);
+
+struct SoftmaxSums {
+  double loss, weight;  // weight: the divisor of a mean
+  int64_t bad_row;      // the first row whose target is out of range, or -1
+};
+
+// Where rows are few and long, each is cut into parts of kSoftmaxPart classes, whose statistics are collected apart.
+constexpr int64_t kSoftmaxPart = 16384;
+struct SoftmaxPart {
+  double max, rest, sum, mass;
+};
+
+constexpr int64_t kSoftmaxScratch = 32768;
+
+// Every function works on a range, so that the caller may split the work over threads: the ranges are chosen from the
+// shape alone, and their sums are added in order, which makes the result independent of the thread count.
+struct CpuKernels {
+  const char* isa;
+  CpuPointwise pointwise[kPointwiseLosses];
+  // Of the targets alone: a bad row, and the divisor of a mean over weights or rows.
+  SoftmaxSums (*softmax_targets)(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
+  // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
+  SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
+  void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+  // Both at once, for an upstream gradient of 1 and targets in range; false, and nothing done, where it saves nothing.
+  // In half types it needs `scratch` for kSoftmaxScratch or a row of floats, whichever is more.
+  bool (*softmax_with_grad)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, void* scratch, SoftmaxSums*);
+  // Part number `part` of a row whose classes lie side by side.
+  SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+  void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+};
+
+// The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.
+// Throws std::invalid_argument where the variable names one that is unknown or that the machine does not have.
+const CpuKernels& cpu_kernels();
+
+// The instruction sets compiled in, narrowest first, separated by spaces.
+const char* cpu_isas();
+
+}  // namespace fusedloss

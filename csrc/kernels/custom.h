@@ -1,0 +1,18 @@
+// A user's own pointwise loss, which is compiled into a library of its own.
+#pragma once
+
+#include "cpu.h"
+#include "cuda.h"
+
+namespace fusedloss {
+
+// Changes with the structs, so that a library compiled against others is refused.
+constexpr int64_t kCustomVersion = 1'000'000 + sizeof(PointwiseArgs);
+struct CustomPointwise {
+  int64_t version;
+  PointwiseTraits traits;
+  CpuPointwise cpu;
+  CudaPointwise cuda;  // null where it was compiled for the CPU alone
+};
+
+}  // namespace fusedloss
