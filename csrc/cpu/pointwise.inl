@@ -5,7 +5,7 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// What a pass reads and writes; an operand that is null is 1 everywhere, or none of the pass's.
+// What a pass reads and writes. Where an operand is null it counts as 1, or the pass has no use for it.
 template <class S>
 struct Arrays {
   const S *input, *target, *weight, *pos_weight, *upstream;
@@ -13,27 +13,23 @@ struct Arrays {
   Accumulate<S> scale;  // of gradients
 };
 
-// What the loss makes of each element.
+// The value (Losses) or a scaled slope (Grad, TargetGrad) of the loss at an element, times the element's weight.
 template <bool kWeighted, class S, class Loss>
 struct Elements {
   using T = Accumulate<S>;
   Loss loss;
-  Arrays<S> of;
+  Arrays<S> arrays;
 
-  FUSEDLOSS_HD T weighted(T number, int64_t i) const { return kWeighted ? number * load(of.weight[i]) : number; }
-  FUSEDLOSS_HD T value(int64_t i) const {
-    return weighted(value_of(loss, load(of.input[i]), load(of.target[i]), pos_weight(i)), i);
-  }
-  FUSEDLOSS_HD T grad(int64_t i) const {
-    return weighted(grad_of(loss, load(of.input[i]), load(of.target[i]), pos_weight(i)) * of.scale, i);
-  }
-  FUSEDLOSS_HD T grad_target(int64_t i) const {
-    return weighted(grad_target_of(loss, load(of.input[i]), load(of.target[i]), pos_weight(i)) * of.scale, i);
+  template <PointwiseResult kResult>
+  FUSEDLOSS_HD T at(int64_t i) const {
+    T number = evaluate<kResult>(loss, load(arrays.input[i]), load(arrays.target[i]), pos_weight(i));
+    if constexpr (kResult != PointwiseResult::Losses) number *= arrays.scale;
+    return kWeighted ? number * load(arrays.weight[i]) : number;
   }
 
  private:
   FUSEDLOSS_HD T pos_weight(int64_t i) const {
-    if constexpr (takes_pos_weight<Loss>) return load(of.pos_weight[i]);
+    if constexpr (takes_pos_weight<Loss>) return load(arrays.pos_weight[i]);
     return T(1);
   }
 };
@@ -41,10 +37,10 @@ struct Elements {
 // The sum of at(i), which may store what belongs to i.
 template <class T, class F>
 double sum_over(int64_t count, F at) {
-  constexpr int64_t kBlock = 512;  // float within a block, 16 additions a lane; double across blocks
+  constexpr int64_t kSumBlock = 512;  // float within a block, 16 additions a lane; double across blocks
   double sum = 0;
-  for (int64_t block = 0; block < count; block += kBlock) {
-    const int64_t stop = block + kBlock < count ? block + kBlock : count;
+  for (int64_t block = 0; block < count; block += kSumBlock) {
+    const int64_t stop = block + kSumBlock < count ? block + kSumBlock : count;
     T lanes[kLanes] = {};
     int64_t i = block;
     for (; i + kLanes <= stop; i += kLanes) {
@@ -71,40 +67,49 @@ double run_elements(const Loss& loss, PointwiseResult result, const Arrays<S>& a
   S* output = arrays.output;
   switch (result) {
     case PointwiseResult::Sum:
-      return sum_over<T>(count, [=](int64_t i) __attribute__((always_inline)) { return elements.value(i); });
+      return sum_over<T>(
+          count, [=](int64_t i)
+                     __attribute__((always_inline)) { return elements.template at<PointwiseResult::Losses>(i); });
     case PointwiseResult::SumAndGrad:  // in one pass, which shares what value and slope have in common
       return sum_over<T>(
           count, [=](int64_t i) __attribute__((always_inline)) {
-            const T value = elements.value(i);
-            output[i] = store<S>(elements.grad(i));
+            const T value = elements.template at<PointwiseResult::Losses>(i);
+            output[i] = store<S>(elements.template at<PointwiseResult::Grad>(i));
             return value;
           });
     case PointwiseResult::Losses:
-      store_each(output, count, [=](int64_t i) __attribute__((always_inline)) { return elements.value(i); });
+      store_each(
+          output, count, [=](int64_t i) __attribute__((always_inline)) {
+            return elements.template at<PointwiseResult::Losses>(i);
+          });
       return 0;
     case PointwiseResult::TargetGrad:
       if constexpr (has_target_slope<Loss>) {
         store_each(
             output, count, [=](int64_t i) __attribute__((always_inline)) {
-              return elements.grad_target(i) * (upstream ? load(upstream[i]) : T(1));
+              return elements.template at<PointwiseResult::TargetGrad>(i) * (upstream ? load(upstream[i]) : T(1));
             });
       }
       return 0;
     default:
       if (upstream) {
         store_each(
-            output,
-            count, [=](int64_t i) __attribute__((always_inline)) { return elements.grad(i) * load(upstream[i]); });
+            output, count, [=](int64_t i) __attribute__((always_inline)) {
+              return elements.template at<PointwiseResult::Grad>(i) * load(upstream[i]);
+            });
       } else {
-        store_each(output, count, [=](int64_t i) __attribute__((always_inline)) { return elements.grad(i); });
+        store_each(
+            output, count, [=](int64_t i) __attribute__((always_inline)) {
+              return elements.template at<PointwiseResult::Grad>(i);
+            });
       }
       return 0;
   }
 }
 
-// Of the arrays together, as PointwiseResult::Outside has it.
+// Answers PointwiseResult::CheckDomain for all elements together.
 template <class S, class Loss>
-int outside(const Arrays<S>& arrays, int64_t count) {
+int check_domain(const Arrays<S>& arrays, int64_t count) {
   int worst = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int of_input = 2 * !Loss::is_probability(load(arrays.input[i]));
@@ -117,7 +122,7 @@ int outside(const Arrays<S>& arrays, int64_t count) {
 template <class S, class Loss>
 double run_arrays(const Loss& loss, PointwiseResult result, const Arrays<S>& arrays, int64_t count) {
   if constexpr (of_probabilities<Loss>) {
-    if (result == PointwiseResult::Outside) return outside<S, Loss>(arrays, count);
+    if (result == PointwiseResult::CheckDomain) return check_domain<S, Loss>(arrays, count);
   }
   return arrays.weight ? run_elements<true>(loss, result, arrays, count)
                        : run_elements<false>(loss, result, arrays, count);

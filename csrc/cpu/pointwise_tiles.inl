@@ -1,6 +1,6 @@
-// Operands of any dtype and stride: a tile at a time is brought into dense arrays of the arithmetic type, which stay in
-// the first-level cache, and the gradient or the losses are brought back. What lies dense in that type is read in
-// place.
+// Operands of any dtype and stride. A tile at a time is converted into dense arrays of the arithmetic type, which stay
+// in the first-level cache; the losses or the gradient are converted back. An operand that is dense in that type is
+// read in place.
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
@@ -160,7 +160,7 @@ class PointwiseTile {
     return tile;
   }
 
-  // A line more than 8 kB each: at a distance of 4 kB a load waits for a store that it has nothing to do with.
+  // 8 kB and a cache line each: at a distance of a multiple of 4 kB a load would wait for an unrelated store.
   using Numbers = T[kTileElements<T> + 64 / sizeof(T)];
 
   const PointwiseArgs& args_;
@@ -172,16 +172,16 @@ template <class T, class Loss>
 double over_tiles(const Loss& loss, PointwiseResult result, const PointwiseArgs& args, int64_t begin, int64_t end) {
   PointwiseTile<T> tile(args);
   const int64_t step = tile.reads_and_writes_in_place() ? end - begin : kTileElements<T>;
-  const bool outside = result == PointwiseResult::Outside;
+  const bool checks = result == PointwiseResult::CheckDomain;
   const bool sums = result == PointwiseResult::Sum || result == PointwiseResult::SumAndGrad;
   double sum = 0;
   for (int64_t first = begin; first < end; first += step) {
     const int64_t last = first + step < end ? first + step : end;
     Arrays<T> arrays = tile.read(first, last);
-    if (tile.any_ignored() && (sums || outside)) tile.hide_ignored(arrays, last - first);
+    if (tile.any_ignored() && (sums || checks)) tile.hide_ignored(arrays, last - first);
     const double of_tile = run_arrays<T>(loss, result, arrays, last - first);
     if (tile.any_ignored()) tile.clear_ignored(arrays, last - first);
-    sum = outside ? (sum > of_tile ? sum : of_tile) : sum + of_tile;
+    sum = checks ? (sum > of_tile ? sum : of_tile) : sum + of_tile;
     tile.write(first, last);
   }
   return sum;
@@ -194,8 +194,8 @@ double pointwise_in(PointwiseResult result, const PointwiseArgs& args, int64_t b
       return over_tiles<T>(typename Functor<T>::WithPositiveWeight(), result, args, begin, end);
     }
   }
-  return with_twin<Functor<T>>(args.params, T(),
-                               [&](const auto& loss, T) { return over_tiles<T>(loss, result, args, begin, end); });
+  return with_specialised<Functor<T>>(
+      args.params, T(), [&](const auto& loss, T) { return over_tiles<T>(loss, result, args, begin, end); });
 }
 
 // A loss over elements [begin, end).

@@ -29,7 +29,7 @@ struct Factors {
   }
 };
 
-// Calls f with them; only losses that sum them know of weights there.
+// Calls f with the factors of a row; only a loss that sums them reads the weights.
 template <class P, class T, class Loss, class F>
 void with_factors(const Loss& loss, const SoftmaxArgs& args, int64_t row, F f) {
   if constexpr (Loss::sum == Sum::linear) {

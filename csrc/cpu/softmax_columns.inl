@@ -123,7 +123,7 @@ struct Columns {
   const SoftmaxArgs& args;
   ColumnBlock<S> logits, grad;
   ColumnBlock<P> probabilities;
-  // Of a block; rows beyond a tile's last are worked on too, and left out.
+  // One block. Rows beyond a tile's last are computed too, but never written.
   alignas(64) T z[kColumns * kTile] = {};
   alignas(64) T t[Loss::soft ? kColumns * kTile : 1] = {};
   alignas(64) S streamed[kColumns * kTile];
@@ -157,10 +157,10 @@ struct Columns {
   // Sums in T within a block and in double across blocks: there may be a hundred thousand classes.
   struct Totals {
     T max[kTile];
-    double rest[kTile], sum[kTile], mass[kTile];
+    double sum_without_target[kTile], sum[kTile], mass[kTile];
   };
 
-  // Of one block the exponentials may be kept, in place of z.
+  // With kKeep the exponentials take the place of z; there must be one block only.
   template <bool kKeep = false>
   void collect(Tile<T>& tile) {
     const bool one_block = args.logits_layout.classes <= kColumns;
@@ -180,7 +180,7 @@ struct Columns {
       if (!one_block) first == 0 ? set_block(tile, totals) : add_block(tile, totals);
     });
     for (int64_t j = 0; j < tile.count && !one_block; ++j) {
-      tile.set(j, {totals.max[j], T(totals.rest[j]), T(totals.sum[j]), T(totals.mass[j])});
+      tile.set(j, {totals.max[j], T(totals.sum_without_target[j]), T(totals.sum[j]), T(totals.mass[j])});
     }
   }
 
@@ -197,7 +197,7 @@ struct Columns {
   // Statistics of a block for the rows [j, j + kLanes), whose numbers stay in registers from column to column.
   template <bool kKeep>
   void add_lanes_of_block(Tile<T>& tile, int64_t first, int64_t columns, int64_t j) {
-    T max[kLanes], rest[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {}, lost[kLanes] = {};
+    T max[kLanes], sum_without_target[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {}, lost[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane) max[lane] = tile.max[j + lane];
     for (int64_t c = 0; c < columns; ++c) {
       const T* values = z + c * kTile + j;
@@ -210,7 +210,7 @@ struct Columns {
       [[maybe_unused]] const T weight = weight_of(index);
       for (int lane = 0; lane < kLanes; ++lane) {
         const T gap = values[lane] - max[lane], e = exp(gap);
-        rest[lane] += e;
+        sum_without_target[lane] += e;
         if constexpr (kKeep) values[lane] = e;
         if constexpr (Loss::sum == Sum::entropy) sum[lane] += entropy_term(e, gap);
         if constexpr (Loss::sum == Sum::linear) {
@@ -221,7 +221,9 @@ struct Columns {
         }
       }
     }
-    for (int lane = 0; lane < kLanes; ++lane) tile.set(j + lane, {max[lane], rest[lane], sum[lane], mass[lane]});
+    for (int lane = 0; lane < kLanes; ++lane) {
+      tile.set(j + lane, {max[lane], sum_without_target[lane], sum[lane], mass[lane]});
+    }
   }
 
   // The next tile's lines on their way while this one is worked on: its runs are too short for the hardware to see.
@@ -236,7 +238,7 @@ struct Columns {
   void set_block(const Tile<T>& tile, Totals& totals) {
     for (int64_t j = 0; j < tile.count; ++j) {
       totals.max[j] = tile.max[j];
-      totals.rest[j] = double(tile.rest[j]);
+      totals.sum_without_target[j] = double(tile.sum_without_target[j]);
       if constexpr (Loss::sum != Sum::none) totals.sum[j] = double(tile.sum[j]);
       if constexpr (Loss::sum == Sum::linear) totals.mass[j] = double(tile.mass[j]);
     }
@@ -251,10 +253,12 @@ struct Columns {
         totals.mass[j] += double(tile.mass[j]);
       }
       if constexpr (Loss::sum == Sum::entropy) {
-        const double moved = totals.rest[j] == 0 ? 0 : (totals.sum[j] + totals.rest[j] * double(gap)) * double(shrunk);
+        const double moved = totals.sum_without_target[j] == 0
+                                 ? 0
+                                 : (totals.sum[j] + totals.sum_without_target[j] * double(gap)) * double(shrunk);
         totals.sum[j] = moved + double(tile.sum[j]);
       }
-      totals.rest[j] = totals.rest[j] * double(shrunk) + double(tile.rest[j]);
+      totals.sum_without_target[j] = totals.sum_without_target[j] * double(shrunk) + double(tile.sum_without_target[j]);
       totals.max[j] = tile.max[j];
     }
   }
@@ -278,15 +282,16 @@ struct Columns {
     });
   }
 
-  // From exponentials kept in z.
+  // Writes the gradient from the exponentials kept in z.
   void write_kept(const Tile<T>& tile, const Gradients<T>& gradients) {
     const int64_t columns = args.logits_layout.classes;
     for (int64_t c = 0; c < columns; ++c) {
       T* values = z + c * kTile;
       [[maybe_unused]] const T weight = weight_of(c);
       for (int64_t j = 0; j < tile.padded; ++j) {
-        const T of_column = loss.factor(weight, Loss::soft ? t[c * kTile + j] : T(0));
-        values[j] = column_gradient<Loss>(gradients.factor[j], T(0), gradients.share[j], values[j], T(0), of_column);
+        const T factor = loss.factor(weight, Loss::soft ? t[c * kTile + j] : T(0));
+        values[j] = column_gradient<Loss>(gradients.exponential_coefficient[j], T(0), gradients.factor_coefficient[j],
+                                          values[j], T(0), factor);
       }
     }
     write_targets(tile, gradients, 0, columns, z, kTile);
@@ -328,11 +333,12 @@ struct Columns {
                     V* to) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < tile.count; ++j) {
-      const ZAndSlope<T> of = loss.logit(load(from[j]));
-      const T gap = of.z - tile.max[j], e = exp(gap);
-      const T of_column = loss.factor(weight, Loss::soft ? probability[j] : T(0));
-      T value = column_gradient<Loss>(gradients.factor[j], gradients.lean[j], gradients.share[j], e, gap, of_column);
-      if constexpr (decltype(loss.logit)::changes) value *= of.slope;
+      const ZAndSlope<T> logit = loss.logit(load(from[j]));
+      const T gap = logit.z - tile.max[j], e = exp(gap);
+      const T factor = loss.factor(weight, Loss::soft ? probability[j] : T(0));
+      T value = column_gradient<Loss>(gradients.exponential_coefficient[j], gradients.entropy_coefficient[j],
+                                      gradients.factor_coefficient[j], e, gap, factor);
+      if constexpr (decltype(loss.logit)::changes) value *= logit.slope;
       to[j] = store<V>(value);
     }
   }

@@ -14,8 +14,8 @@ bool by_rows(const SoftmaxArgs& args, int64_t shortest) {
          (!Loss::soft || args.probabilities_layout.class_stride == 1);
 }
 
-// A block of a row as groups of kLanes values of z: float logits that are z themselves are read where they are, all
-// else from a buffer. The column `hole`, if inside, is -infinity, and so is what fills up the last group.
+// A block of a row as groups of kLanes values of z. Float logits that are z already are read in place, all others from
+// a buffer. `skipped_column`, if it is in the block, reads as -infinity, and so does the filling of the last group.
 template <class S, class Logit>
 struct Groups {
   using T = Accumulate<S>;
@@ -26,29 +26,32 @@ struct Groups {
   alignas(64) T buffer[kReadsInPlace ? 2 * kLanes : kBlock];
 
   // A group that a row's last columns do not fill begins before them: the row has kLanes columns or more.
-  Groups(const Logit& logit_, const S* logits, int64_t count, int64_t hole)
+  Groups(const Logit& logit_, const S* logits, int64_t count, int64_t skipped_column)
       : logit(logit_), size((count + kLanes - 1) / kLanes) {
     const int64_t whole = count / kLanes, filled = count - whole * kLanes;
-    const int64_t of_hole = uint64_t(hole) < uint64_t(count) ? hole / kLanes : -1;
+    const int64_t group_of_skipped = uint64_t(skipped_column) < uint64_t(count) ? skipped_column / kLanes : -1;
     const S* last = logits + count - kLanes;
     if constexpr (kReadsInPlace) {
       for (int64_t g = 0; g < whole; ++g) place[g] = logits + g * kLanes;
-      if (of_hole >= 0 && of_hole < whole) {
-        place[of_hole] = copy(logits + of_hole * kLanes, 0, hole - of_hole * kLanes, buffer);
+      if (group_of_skipped >= 0 && group_of_skipped < whole) {
+        place[group_of_skipped] =
+            copy(logits + group_of_skipped * kLanes, 0, skipped_column - group_of_skipped * kLanes, buffer);
       }
-      if (filled) place[whole] = copy(last, kLanes - filled, hole - (count - kLanes), buffer + kLanes);
+      if (filled) place[whole] = copy(last, kLanes - filled, skipped_column - (count - kLanes), buffer + kLanes);
     } else {
 #pragma GCC ivdep
       for (int64_t i = 0; i < whole * kLanes; ++i) buffer[i] = logit(load(logits[i])).z;
       if (filled) copy(last, kLanes - filled, -1, buffer + whole * kLanes);
-      if (of_hole >= 0) buffer[of_hole < whole ? hole : size * kLanes - count + hole] = -infinity<T>();
+      if (group_of_skipped >= 0) {
+        buffer[group_of_skipped < whole ? skipped_column : size * kLanes - count + skipped_column] = -infinity<T>();
+      }
     }
   }
 
-  const T* copy(const S* from, int64_t first, int64_t hole, T* to) {
+  const T* copy(const S* from, int64_t first, int64_t skipped_lane, T* to) {
     using Int = typename Constants<T>::Int;
     for (Int lane = 0; lane < kLanes; ++lane) {
-      const bool left_out = int(lane < Int(first)) | int(lane == Int(hole));
+      const bool left_out = int(lane < Int(first)) | int(lane == Int(skipped_lane));
       to[lane] = select(left_out, -infinity<T>(), logit(load(from[lane])).z);
     }
     return to;
@@ -66,7 +69,7 @@ struct Groups {
     return max_of_lanes(lanes);
   }
 
-  // Of exp(z - max), which are left in `kept`, one for each column of the block.
+  // The sum of exp(z - max). The exponentials go to `kept`, one for each column of the block.
   T sum_kept(T max, int64_t count, T* kept) const {
     T lanes[kLanes] = {}, last[kLanes];
     for (int64_t g = 0; g < size; ++g) {
@@ -85,7 +88,7 @@ struct Groups {
     return add_lanes(lanes);
   }
 
-  // Of f(z - max).
+  // The sum of f(z - max).
   template <class F>
   T sum(T max, F f) const {
     T lanes[kLanes] = {};
@@ -125,35 +128,35 @@ struct Kept {
   T* max_of_block = nullptr;
 };
 
-// Of columns [begin, end) of a row, without the column `hole`.
+// The statistics of columns [begin, end) of a row, without `skipped_column`.
 template <class S, class P, class Loss>
 RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, int64_t row, int64_t begin, int64_t end,
-                                    int64_t hole, Kept<Accumulate<S>> kept = {}) {
+                                    int64_t skipped_column, Kept<Accumulate<S>> kept = {}) {
   using T = Accumulate<S>;
   const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, row);
   RowStatistics<double> total = {double(lowest<T>()), 0, 0, 0};  // finite: a row of -infinity masks is no inf - inf
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = least(end, block + kBlock);
-    const Groups<S, decltype(loss.logit)> groups(loss.logit, logits + block, stop - block, hole - block);
+    const Groups<S, decltype(loss.logit)> groups(loss.logit, logits + block, stop - block, skipped_column - block);
     const double max = double(groups.max());
     if (max > total.max) {
       if (block > begin) total = raised<Loss::sum>(total, max);
       total.max = max;
     }
     if (kept.exponentials) {
-      total.rest += double(groups.sum_kept(T(total.max), stop - block, kept.exponentials + block));
+      total.sum_without_target += double(groups.sum_kept(T(total.max), stop - block, kept.exponentials + block));
       kept.max_of_block[block / kBlock] = T(total.max);
     } else {
-      total.rest += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
+      total.sum_without_target += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
     }
     if constexpr (Loss::sum == Sum::entropy) {
       total.sum += double(groups.sum(T(total.max), [](T gap) { return entropy_term(exp(gap), gap); }));
     }
     if constexpr (Loss::sum == Sum::linear) {
-      const bool has_hole = hole >= block && hole < stop;
+      const bool skips = skipped_column >= block && skipped_column < stop;
       with_factors<P, T>(loss, args, row, [&](const auto& factors) {
-        add_linear(loss, logits, factors, block, has_hole ? hole : stop, total);
-        if (has_hole) add_linear(loss, logits, factors, hole + 1, stop, total);
+        add_linear(loss, logits, factors, block, skips ? skipped_column : stop, total);
+        if (skips) add_linear(loss, logits, factors, skipped_column + 1, stop, total);
       });
     }
   }
@@ -162,7 +165,7 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
 
 template <class T>
 RowStatistics<T> rounded(const RowStatistics<double>& row) {
-  return {T(row.max), T(row.rest), T(row.sum), T(row.mass)};
+  return {T(row.max), T(row.sum_without_target), T(row.sum), T(row.mass)};
 }
 
 template <class S, class P, class Loss>
@@ -182,9 +185,9 @@ template <class S, class P, class Loss>
 SoftmaxPart statistics_of_part(const Loss& loss, const SoftmaxArgs& args, int64_t row, int64_t part) {
   const int64_t begin = part * kSoftmaxPart, end = least(args.logits_layout.classes, begin + kSoftmaxPart);
   const int64_t target = args.target ? target_of(args, row) : -1;
-  const int64_t hole = args.target && target != args.ignore_index ? target : -1;
-  const auto statistics = statistics_of<S, P>(loss, args, row, begin, end, hole);
-  return {statistics.max, statistics.rest, statistics.sum, statistics.mass};
+  const int64_t skipped_column = args.target && target != args.ignore_index ? target : -1;
+  const auto statistics = statistics_of<S, P>(loss, args, row, begin, end, skipped_column);
+  return {statistics.max, statistics.sum_without_target, statistics.sum, statistics.mass};
 }
 
 template <class Loss, class T>
@@ -196,9 +199,9 @@ void merge_parts(Tile<T>& tile, const SoftmaxArgs& args, const SoftmaxPart* part
     for (int64_t i = 1; i < count; ++i) max = of_row[i].max > max ? of_row[i].max : max;
     RowStatistics<double> total = {max, 0, 0, 0};
     for (int64_t i = 0; i < count; ++i) {
-      const auto part =
-          raised<Loss::sum>(RowStatistics<double>{of_row[i].max, of_row[i].rest, of_row[i].sum, of_row[i].mass}, max);
-      total.rest += part.rest;
+      const auto part = raised<Loss::sum>(
+          RowStatistics<double>{of_row[i].max, of_row[i].sum_without_target, of_row[i].sum, of_row[i].mass}, max);
+      total.sum_without_target += part.sum_without_target;
       total.sum += part.sum;
       total.mass += part.mass;
     }
@@ -218,13 +221,16 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
       for (int64_t c = begin; c < end; ++c) grad[c] = store<S>(T(0));
       continue;
     }
-    const T factor = gradients.factor[j], max = tile.max[j], lean = gradients.lean[j], share = gradients.share[j];
+    const T max = tile.max[j], exponential_coefficient = gradients.exponential_coefficient[j];
+    const T entropy_coefficient = gradients.entropy_coefficient[j];
+    const T factor_coefficient = gradients.factor_coefficient[j];
     with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
 #pragma GCC ivdep
       for (int64_t c = begin; c < end; ++c) {
         const ZAndSlope<T> z = loss.logit(load(logits[c]));
         const T gap = z.z - max, e = exp(gap);
-        const T value = column_gradient<Loss>(factor, lean, share, e, gap, factors(c));
+        const T value =
+            column_gradient<Loss>(exponential_coefficient, entropy_coefficient, factor_coefficient, e, gap, factors(c));
         grad[c] = store<S>(decltype(loss.logit)::changes ? value * z.slope : value);
       }
     });
@@ -233,7 +239,7 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
   }
 }
 
-// Of a loss of the target's logit alone: zero elsewhere.
+// A loss that reads only the target's logit has zero gradient in all other columns.
 template <class S, class Loss, class T>
 void write_targets(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args) {
   const SoftmaxLayout& layout = args.grad_layout;

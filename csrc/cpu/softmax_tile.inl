@@ -1,4 +1,4 @@
-// A tile: neighbouring rows, what is known of them, and what is left to do once a row, as vector code across them.
+// A tile of neighbouring rows: their statistics, and the work that is done once a row, as vector code across the rows.
 #pragma once
 
 #include "../kernels/cpu.h"
@@ -46,8 +46,8 @@ auto with_targets(const SoftmaxArgs& args, F f) {
   return args.byte_target ? f(static_cast<const uint8_t*>(args.target)) : f(static_cast<const int64_t*>(args.target));
 }
 
-// Upstream gradients of `count` rows: of dtype or of its arithmetic type, one for all rows or one each, `otherwise`
-// where null.
+// Reads the upstream gradients of `count` rows: of dtype or of its arithmetic type, one for all rows or one each. Where
+// there is none, `otherwise` takes its place.
 template <class S>
 void read_upstream(const void* upstream, int64_t stride, bool wide, int64_t row, int64_t count, Accumulate<S> otherwise,
                    Accumulate<S>* to) {
@@ -72,8 +72,8 @@ void store_results(void* to, bool wide, int64_t first, const Accumulate<S>* from
   }
 }
 
-// Neighbouring rows, padded to whole vectors with rows that count nowhere.
-// y is -1 where there is no target: ignored rows, and all rows of class probabilities.
+// Neighbouring rows, padded to whole vectors with rows that count nowhere. y is -1 where there is no target: in ignored
+// rows, and in all rows of class probabilities.
 template <class T>
 struct Tile {
   using Int = typename Constants<T>::Int;
@@ -82,12 +82,12 @@ struct Tile {
   Int y[kTile];
   T counts[kTile];                              // 1 where the row counts, 0 where it is ignored
   T weight[kTile], logit[kTile], slope[kTile];  // of the target; the logit as z, -infinity where there is none
-  T max[kTile], rest[kTile], sum[kTile], mass[kTile];
+  T max[kTile], sum_without_target[kTile], sum[kTile], mass[kTile];
 
-  RowStatistics<T> statistics(int64_t j) const { return {max[j], rest[j], sum[j], mass[j]}; }
+  RowStatistics<T> statistics(int64_t j) const { return {max[j], sum_without_target[j], sum[j], mass[j]}; }
   void set(int64_t j, const RowStatistics<T>& row_statistics) {
     max[j] = row_statistics.max;
-    rest[j] = row_statistics.rest;
+    sum_without_target[j] = row_statistics.sum_without_target;
     sum[j] = row_statistics.sum;
     mass[j] = row_statistics.mass;
   }
@@ -148,18 +148,19 @@ struct Tile {
   }
 };
 
-// Per row of a tile, the coefficients of the gradient: p_c is exp(z_c - max) / total, `own` goes to the target.
+// The coefficients of the gradient for each row of a tile; `own` is the gradient of the target's logit.
 template <class T>
 struct Gradients {
-  T factor[kTile], lean[kTile], share[kTile], own[kTile];
+  T exponential_coefficient[kTile], entropy_coefficient[kTile], factor_coefficient[kTile], own[kTile];
 };
 
-// The gradient to z of a column that is not the target's: e = exp(gap), and k_c.
+// The gradient by z_c of a column that is not the target's: gap = z_c - max, e = exp(gap), factor = k_c.
 template <class Loss, class T>
-FUSEDLOSS_HD T column_gradient(T factor, T lean, T share, T e, T gap, T of_column) {
-  T value = factor * e;
-  if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
-  if constexpr (Loss::sum == Sum::linear) value -= share * of_column;
+FUSEDLOSS_HD T column_gradient(T exponential_coefficient, T entropy_coefficient, T factor_coefficient, T e, T gap,
+                               T factor) {
+  T value = exponential_coefficient * e;
+  if constexpr (Loss::sum == Sum::entropy) value += entropy_coefficient * entropy_term(e, gap);
+  if constexpr (Loss::sum == Sum::linear) value -= factor_coefficient * factor;
   return value;
 }
 
@@ -168,7 +169,7 @@ inline void add(SoftmaxSums& to, const SoftmaxSums& from) {
   to.weight += from.weight;
 }
 
-// Losses and statistics of a tile whose statistics are collected; returns its sums.
+// Finishes a tile: writes losses and statistics, returns the sums.
 template <class S, class Loss>
 SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
   using T = Accumulate<S>;
@@ -198,7 +199,7 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
     T* saved = static_cast<T*>(args.statistics) + tile.row;
     const int64_t rows = args.logits_layout.rows;
     for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
-    for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.rest[j];
+    for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.sum_without_target[j];
     if constexpr (Loss::sum != Sum::none) {
       const T* third = Loss::sum == Sum::linear ? tile.mass : tile.sum;
       for (int64_t j = 0; j < tile.count; ++j) saved[2 * rows + j] = third[j];
@@ -207,7 +208,7 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
   return {double(add_lanes(loss_lanes)), double(add_lanes(weight_lanes)), -1};
 }
 
-// The coefficients of a tile whose statistics are collected; leaves the max over all columns in the tile.
+// Turns a tile's statistics into the coefficients of its gradient, and its max into that over all columns.
 template <class S, class Loss>
 void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args,
                   Gradients<Accumulate<S>>& gradients) {
@@ -223,11 +224,11 @@ void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs
   for (int64_t j = 0; j < tile.padded; ++j) {
     const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[j] : T(0);
     const Row<T> row = complete<Loss::sum>(tile.statistics(j), tile.logit[j], factor);
-    const Coefficients<T> of = loss.gradient(row, tile.weight[j], upstream[j], upstream_second[j]);
-    gradients.factor[j] = (of.a + of.b) * row.inverse;
-    gradients.lean[j] = of.h * row.inverse;
-    gradients.share[j] = of.s;
-    gradients.own[j] = of.own(row, tile.logit[j], factor) * tile.slope[j];
+    const Coefficients<T> c = loss.gradient(row, tile.weight[j], upstream[j], upstream_second[j]);
+    gradients.exponential_coefficient[j] = (c.a + c.b) * row.inverse;
+    gradients.entropy_coefficient[j] = c.h * row.inverse;
+    gradients.factor_coefficient[j] = c.s;
+    gradients.own[j] = c.own(row, tile.logit[j], factor) * tile.slope[j];
     tile.max[j] = row.max;
   }
 }

@@ -6,7 +6,7 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// Losses whose gradient needs of a logit its exponential alone.
+// Losses whose gradient needs only the exponential of a logit.
 template <class Loss>
 constexpr bool keeps_exponentials = Loss::reads_row && Loss::sum != Sum::entropy && !decltype(Loss::logit)::changes;
 
@@ -17,21 +17,24 @@ template <class S, class P, class Loss, class T>
 void write_kept(const Loss& loss, const SoftmaxArgs& args, const Tile<T>& tile, const Gradients<T>& gradients,
                 int64_t j, const Kept<T>& kept, S* grad) {
   const int64_t classes = args.logits_layout.classes;
-  const T share = gradients.share[j];
+  const T factor_coefficient = gradients.factor_coefficient[j];
   with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
     for (int64_t block = 0; block < classes; block += kBlock) {
-      const T factor = gradients.factor[j] * exp(kept.max_of_block[block / kBlock] - tile.max[j]);
+      const T exponential_coefficient =
+          gradients.exponential_coefficient[j] * exp(kept.max_of_block[block / kBlock] - tile.max[j]);
       const int64_t last = least(classes, block + kBlock);
 #pragma GCC ivdep
       for (int64_t c = block; c < last; ++c) {
-        grad[c] = store<S>(column_gradient<Loss>(factor, T(0), share, kept.exponentials[c], T(0), factors(c)));
+        grad[c] = store<S>(column_gradient<Loss>(exponential_coefficient, T(0), factor_coefficient,
+                                                 kept.exponentials[c], T(0), factors(c)));
       }
     }
   });
   if (tile.y[j] >= 0) grad[tile.y[j]] = store<S>(gradients.own[j]);
 }
 
-// Rows whose classes lie side by side: in the gradient's own memory, or in `scratch` where that is of a half type.
+// Rows whose classes lie side by side: the exponentials stay in the gradient's own memory, or in `scratch` where the
+// gradient is of a half type.
 template <class S, class P, class Loss>
 SoftmaxSums with_grad_by_rows(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end,
                               Accumulate<S>* scratch) {
@@ -73,7 +76,7 @@ SoftmaxSums with_grad_by_rows(const Loss& loss, const SoftmaxArgs& args, int64_t
   return sums;
 }
 
-// In the block of a tile.
+// Rows whose classes lie apart, or are few: the exponentials stay in the block of a tile.
 template <class S, class P, class Loss>
 SoftmaxSums with_grad_by_columns(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
   using T = Accumulate<S>;
@@ -90,7 +93,7 @@ SoftmaxSums with_grad_by_columns(const Loss& loss, const SoftmaxArgs& args, int6
     add(sums, finish<S>(loss, tile, args));
     for (int64_t j = 0; j < tile.padded; ++j) max[j] = tile.max[j];
     coefficients<S>(loss, tile, args, gradients);
-    for (int64_t j = 0; j < tile.padded; ++j) gradients.factor[j] *= exp(max[j] - tile.max[j]);
+    for (int64_t j = 0; j < tile.padded; ++j) gradients.exponential_coefficient[j] *= exp(max[j] - tile.max[j]);
     columns.write_kept(tile, gradients);
   }
   if (args.streams) end_stream();

@@ -168,7 +168,7 @@ struct Launch {
   void* counter = nullptr;  // set to 0 first, where the grid has several blocks
 };
 
-// A grid for so much work, a part of it a thread at a time, that adds up `sums` numbers at its end.
+// A grid for `work` parts, one for a thread at a time, that adds up `sums` numbers at its end.
 inline Launch grid_for(int64_t work, int resident, int sums, void* workspace) {
   constexpr int kRounds = 8;  // a thread: up to here one block without a memset beats several with one
   const bool one_block = work <= (sums ? kRounds : 1) * kThreads;
@@ -199,7 +199,7 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
-// To the device's limit rather than this launch's: other threads launch the same kernel.
+// Raises the limit to the device's, not to this launch's, because other threads launch the same kernel.
 template <class... P>
 cudaError_t allow_shared(const Launch& how, void (*kernel)(P...)) {
   if (how.shared <= (48 << 10)) return cudaSuccess;

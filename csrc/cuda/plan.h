@@ -7,12 +7,12 @@ namespace fusedloss::FUSEDLOSS_ISA {
 
 // Vectors in flight a thread: 64 bytes, half of it in double, whose arithmetic needs the registers.
 template <class S>
-constexpr int kUnroll = sizeof(S) == 8 ? 2 : 4;
+constexpr int kRowUnroll = sizeof(S) == 8 ? 2 : 4;
 
-// Of kThreads, resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128. What a loss sums
-// beside the exponentials needs its share.
+// Blocks of kThreads that are resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128. A
+// loss that sums more than the exponentials needs more registers.
 template <class S, class Loss, bool kGrad>
-constexpr int kBlocks = sizeof(S) == 8 || Loss::sum == Sum::linear ? 2 : (kGrad || Loss::sum != Sum::none ? 3 : 4);
+constexpr int kRowBlocks = sizeof(S) == 8 || Loss::sum == Sum::linear ? 2 : (kGrad || Loss::sum != Sum::none ? 3 : 4);
 
 struct RowsPlan {
   int lanes = 1;    // threads of a row within a block: some of a warp, or all of the block
@@ -39,11 +39,11 @@ RowsPlan plan_row(int64_t classes) {
   plan.vectorised = classes >= 16 * width;
   const int64_t loads = plan.vectorised ? classes / width : classes;
   if (loads <= kMostLoadsOfWarp) {
-    const int64_t of_lane = plan.vectorised ? 2 : kUnroll<S>;
+    const int64_t of_lane = plan.vectorised ? 2 : kRowUnroll<S>;
     plan.lanes = int(least(kWarp, power_of_two_from(divide_up(loads, of_lane))));
     plan.threads = kThreads;
   } else {
-    plan.lanes = plan.threads = int(least(kThreads, power_of_two_from(divide_up(loads, 2 * kUnroll<S>))));
+    plan.lanes = plan.threads = int(least(kThreads, power_of_two_from(divide_up(loads, 2 * kRowUnroll<S>))));
   }
   return plan;
 }
@@ -57,11 +57,11 @@ int slice_of(int64_t classes, int64_t parts) {
 template <class S, class Loss>
 RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
   RowsPlan plan = plan_row<S>(layout.classes);
-  const int64_t resident = device.resident_blocks(kBlocks<S, Loss, false> * kThreads / plan.threads);
+  const int64_t resident = device.resident_blocks(kRowBlocks<S, Loss, false> * kThreads / plan.threads);
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident);
   if (plan.lanes > kWarp && layout.rows * 2 <= resident) {
     // Rows that would leave half the device idle: several blocks each, while a thread still has loads to do.
-    const int64_t most = layout.classes / (int64_t(plan.threads) * kUnroll<S> * Vector<S>::width);
+    const int64_t most = layout.classes / (int64_t(plan.threads) * kRowUnroll<S> * Vector<S>::width);
     const int64_t parts = least(resident / layout.rows, most);
     if (parts > 1) {
       plan.parts = int(parts);
@@ -91,7 +91,7 @@ RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& d
   plan.resident_vectors = plan.slice / Vector<S>::width;
   plan.resident = plan.vectorised && plan.resident_vectors * int64_t(16) * (plan.threads / plan.lanes) <= available;
   const int64_t fitting = device.shared_bytes / (other_shared_bytes + int64_t(plan.resident_bytes()));
-  const int64_t on_multiprocessor = least(fitting, kBlocks<S, Loss, true> * kThreads / plan.threads);
+  const int64_t on_multiprocessor = least(fitting, kRowBlocks<S, Loss, true> * kThreads / plan.threads);
   const int64_t resident = device.resident_blocks(int(on_multiprocessor)) / plan.parts;
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident > 0 ? resident : 1) * plan.parts;
   return plan;
@@ -104,7 +104,7 @@ RowsPlan plan_backward(const SoftmaxLayout& layout, bool in_place) {
   RowsPlan plan = plan_row<S>(layout.classes);
   if (plan.lanes > kWarp && !in_place) {
     plan.lanes = plan.threads = kThreads;
-    plan.slice = kThreads * kUnroll<S> * Vector<S>::width;
+    plan.slice = kThreads * kRowUnroll<S> * Vector<S>::width;
     plan.parts = int(divide_up(layout.classes, plan.slice));
   }
   plan.blocks = divide_up(layout.rows, plan.threads / plan.lanes) * plan.parts;

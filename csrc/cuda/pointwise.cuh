@@ -12,7 +12,7 @@ int run_pointwise(PointwiseResult result, const CudaPointwiseArgs& args, CudaStr
   if (all_dense(result, args)) {
     return with_storage(args.input.dtype, [&](auto storage) -> int {
       using S = decltype(storage);
-      return with_twin<Functor<Accumulate<S>>>(args.params, storage, [&](const auto& loss, S) -> int {
+      return with_specialised<Functor<Accumulate<S>>>(args.params, storage, [&](const auto& loss, S) -> int {
         return with_result<false, makes_gradient_in_forward<S>>(
             result, [&](auto made) -> int { return run_dense<made.value, S>(loss, args, stream); });
       });

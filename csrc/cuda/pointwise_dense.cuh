@@ -9,14 +9,14 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-// Resident on a multiprocessor: 80 registers a thread, 128 for double.
+// Blocks resident on a multiprocessor: 80 registers a thread, 128 for double.
 template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
+constexpr int kDenseBlocks = sizeof(T) == 8 ? 2 : 3;
 
-constexpr int kUnroll = 2;  // 64 bytes of input and target in flight a thread
+constexpr int kDenseUnroll = 2;  // 64 bytes of input and target in flight a thread
 
 template <PointwiseResult kResult, class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
     pointwise_dense(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run) {
   using T = Accumulate<S>;
   constexpr int width = Vector<S>::width;
@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   Sums<1> sums;  // double across a thread's vectors, T within: 256M float losses keep their digits
 
-  for (int64_t first = thread; first < run.vectors; first += kUnroll * threads) {
-    Vector<S> x[kUnroll], t[kUnroll];
+  for (int64_t first = thread; first < run.vectors; first += kDenseUnroll * threads) {
+    Vector<S> x[kDenseUnroll], t[kDenseUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kDenseUnroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
       x[u] = load_vector(input + run.vector(v));
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
     }
     T sum = 0;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kDenseUnroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
       Vector<S> weight, upstream, output;
@@ -87,8 +87,8 @@ cudaError_t run_dense(const Loss& loss, const CudaPointwiseArgs& args, CudaStrea
   const Run<S, int64_t> run(args.input.data, args.count, aligned);
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
   const int sums = Pass<kResult, Accumulate<S>, Loss>::kSums ? 1 : 0;
-  return launch(grid_for(work, kBlocks<S>, sums, args.workspace), stream, pointwise_dense<kResult, S, Loss>, loss, args,
-                run);
+  return launch(grid_for(work, kDenseBlocks<S>, sums, args.workspace), stream, pointwise_dense<kResult, S, Loss>, loss,
+                args, run);
 }
 
 }  // namespace

@@ -1,20 +1,20 @@
 // Pointwise losses over class indices: the losses, their sum or the gradient, with no one-hot in memory.
 //
 // Bytes an element moves, of size s: sum s; losses and gradient 2s; an upstream gradient of its own s more. A row's
-// index comes from a cache: its 8 bytes are read by every vector of a row, or once for kGroup classes where they lie
-// apart.
+// index comes from a cache: its 8 bytes are read by every vector of a row, or once for kClassesOfThread classes where
+// they lie apart.
 #include "common.cuh"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-// Resident on a multiprocessor: 80 registers a thread, 128 for double.
+// Blocks resident on a multiprocessor: 80 registers a thread, 128 for double.
 template <class S>
-constexpr int kBlocks = sizeof(S) == 8 ? 2 : 3;
+constexpr int kIndexedBlocks = sizeof(S) == 8 ? 2 : 3;
 // Vectors in flight a thread, where classes lie side by side.
 template <PointwiseResult kResult, class S>
-constexpr int kUnroll = sizeof(S) == 8 || kResult == PointwiseResult::Grad ? 2 : 4;
-constexpr int kGroup = 8;  // classes in flight a thread, where they lie apart
+constexpr int kIndexedUnroll = sizeof(S) == 8 || kResult == PointwiseResult::Grad ? 2 : 4;
+constexpr int kClassesOfThread = 8;  // classes in flight a thread, where they lie apart
 
 // What an index names: a class, or one of these.
 enum : int { kBackground = -1, kIgnored = -2, kOutOfRange = -3 };
@@ -85,10 +85,10 @@ struct Elements {
 // Classes side by side: vectors in the order of memory. A step from one to the next adds rows and columns, so that no
 // thread divides more than twice.
 template <PointwiseResult kResult, class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kIndexedBlocks<S>)
     indexed_rows(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run) {
   using T = Accumulate<S>;
-  constexpr int width = Vector<S>::width, unroll = kUnroll<kResult, S>;
+  constexpr int width = Vector<S>::width, unroll = kIndexedUnroll<kResult, S>;
   Elements<kResult, S, Loss> element(loss, args);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   const int classes = int(args.sizes[1]), step_columns = int(threads * width % classes);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>)
   element.finish();
 }
 
-// kGroup classes of one row.
+// kClassesOfThread classes of one row.
 struct Place {
   int64_t outer = 0, group = 0, i = 0;
 
@@ -177,24 +177,24 @@ struct Place {
 
 // Classes apart: neighbouring threads have neighbouring rows.
 template <PointwiseResult kResult, class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kIndexedBlocks<S>)
     indexed_columns(Loss loss, CudaPointwiseArgs args, int64_t places, Place step) {
   using T = Accumulate<S>;
   Elements<kResult, S, Loss> element(loss, args);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
-  const int64_t classes = args.sizes[1], inner = args.sizes[0], groups = divide_up(classes, kGroup);
+  const int64_t classes = args.sizes[1], inner = args.sizes[0], groups = divide_up(classes, kClassesOfThread);
   Place place(thread, groups, inner);
   for (int64_t number = thread; number < places; number += threads) {
     const int64_t row = place.outer * inner + place.i;
-    const int first_class = int(place.group) * kGroup;
+    const int first_class = int(place.group) * kClassesOfThread;
     const int64_t first = (place.outer * classes + first_class) * inner + place.i;
-    const int count = int(least(classes - first_class, kGroup)), named = named_by(args, row);
-    T x[kGroup], sum = 0;
+    const int count = int(least(classes - first_class, kClassesOfThread)), named = named_by(args, row);
+    T x[kClassesOfThread], sum = 0;
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) x[k] = k < count ? load(element.input()[first + k * inner]) : T(0);
+    for (int k = 0; k < kClassesOfThread; ++k) x[k] = k < count ? load(element.input()[first + k * inner]) : T(0);
     if (first_class == 0) element.note(named, row);
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
+    for (int k = 0; k < kClassesOfThread; ++k) {
       if (k >= count) break;
       const int64_t i = first + k * inner;
       const T g = element.upstream() ? load(element.upstream()[i]) : T(1);
@@ -228,11 +228,11 @@ cudaError_t run_kernel(const Loss& loss, const CudaPointwiseArgs& args, CudaStre
                          (args.one_upstream || same_alignment(args.input.data, args.upstream.data));
     const Run<S, int64_t> run(args.input.data, outer * classes, aligned);
     const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
-    return launch(grid_for(work, kBlocks<S>, sums, args.workspace), stream, indexed_rows<kResult, S, Loss>, loss, args,
-                  run);
+    return launch(grid_for(work, kIndexedBlocks<S>, sums, args.workspace), stream, indexed_rows<kResult, S, Loss>, loss,
+                  args, run);
   }
-  const int64_t groups = divide_up(classes, kGroup), places = outer * groups * inner;
-  const Launch how = grid_for(places, kBlocks<S>, sums, args.workspace);
+  const int64_t groups = divide_up(classes, kClassesOfThread), places = outer * groups * inner;
+  const Launch how = grid_for(places, kIndexedBlocks<S>, sums, args.workspace);
   const Place step(how.blocks * kThreads, groups, inner);
   return launch(how, stream, indexed_columns<kResult, S, Loss>, loss, args, places, step);
 }

@@ -6,7 +6,7 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-// What is made of an element.
+// What a pass makes of an element.
 template <PointwiseResult kResult, class T, class Loss>
 struct Pass {
   static constexpr bool kSums = kResult == PointwiseResult::Sum || kResult == PointwiseResult::SumAndGrad;
@@ -18,12 +18,13 @@ struct Pass {
 
   // Adds to the sum and returns what is stored.
   __device__ T operator()(T x, T t, T pos_weight, T weight, T upstream, T& sum) const {
-    if constexpr (kSums) sum += value_of(loss, x, t, pos_weight) * weight;
-    if constexpr (kResult == PointwiseResult::Losses) return value_of(loss, x, t, pos_weight) * weight;
+    if constexpr (kSums) sum += evaluate<PointwiseResult::Losses>(loss, x, t, pos_weight) * weight;
+    if constexpr (kResult == PointwiseResult::Losses)
+      return evaluate<PointwiseResult::Losses>(loss, x, t, pos_weight) * weight;
     if constexpr (kResult == PointwiseResult::TargetGrad)
-      return grad_target_of(loss, x, t, pos_weight) * scale * upstream * weight;
+      return evaluate<PointwiseResult::TargetGrad>(loss, x, t, pos_weight) * scale * upstream * weight;
     if constexpr (kResult == PointwiseResult::Grad || kResult == PointwiseResult::SumAndGrad)
-      return grad_of(loss, x, t, pos_weight) * scale * upstream * weight;
+      return evaluate<PointwiseResult::Grad>(loss, x, t, pos_weight) * scale * upstream * weight;
     return T(0);
   }
 };
@@ -80,7 +81,7 @@ __device__ void write_total(const Sums<1>& sums, const CudaPointwiseArgs& args) 
 
 // ---- host side
 
-// Calls f with the result as a type; of those that not every functor or dtype has, where it has them.
+// Calls f with the result as a type. SumAndGrad and TargetGrad are refused where the dtype or the functor has none.
 template <bool kHasTargetGrad, bool kMakesGradInForward, class F>
 int with_result(PointwiseResult result, F f) {
   using Result = PointwiseResult;

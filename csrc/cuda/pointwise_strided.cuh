@@ -13,9 +13,9 @@ namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
 constexpr int kGroup = 4;  // elements of a thread in flight, each side by side with those of the other threads
-// Resident on a multiprocessor: 64 registers a thread, 80 for double or one more operand.
+// Blocks resident on a multiprocessor: 64 registers a thread, 80 for double or one more operand.
 template <class T, class Loss>
-constexpr int kGroupBlocks = sizeof(T) == 8 || takes_pos_weight<Loss> ? 3 : 4;
+constexpr int kStridedBlocks = sizeof(T) == 8 || takes_pos_weight<Loss> ? 3 : 4;
 
 // How elements are numbered, and whether numbers and offsets fit in 32 bits. Division is by multiplication with what
 // the host divided.
@@ -44,7 +44,7 @@ struct Group {
   __device__ bool has(int k) const { return k * kThreads < left; }
 };
 
-// Where an operand has the elements; of those beyond the end, nonsense.
+// The offsets of a group's elements in an operand; for elements beyond the end they mean nothing.
 __device__ __forceinline__ void find_offsets(const Operand& operand, const Numbering& numbering, const Group& group,
                                              int64_t (&offsets)[kGroup]) {
   const int last = numbering.dims - 1;
@@ -82,8 +82,8 @@ __device__ __forceinline__ void find_offsets(const Operand& operand, const Numbe
   }
 }
 
-// What an operand has for a group, as it lies in memory: the loads of several are under way before the first is waited
-// for.
+// An operand's numbers for a group, as they lie in memory. The loads of several operands are under way before the first
+// is waited for.
 template <class T>
 struct Numbers {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_numbers(DType dtype, void* output, const G
 }
 
 template <PointwiseResult kResult, class T, class Loss>
-__global__ void __launch_bounds__(kThreads, kGroupBlocks<T, Loss>)
+__global__ void __launch_bounds__(kThreads, kStridedBlocks<T, Loss>)
     pointwise_strided(Loss loss, const __grid_constant__ CudaPointwiseArgs args,
                       const __grid_constant__ Numbering numbering) {
   const auto pass = pass_of<kResult, T>(loss, args);
@@ -236,7 +236,7 @@ template <class T, class Loss>
 int run_strided(const Loss& loss, PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
   return with_result<has_target_slope<Loss>, true>(result, [&](auto made) -> int {
     const int sums = Pass<made.value, T, Loss>::kSums ? 1 : 0;
-    const Launch how = grid_for(divide_up(args.count, kGroup), kGroupBlocks<T, Loss>, sums, args.workspace);
+    const Launch how = grid_for(divide_up(args.count, kGroup), kStridedBlocks<T, Loss>, sums, args.workspace);
     return launch(how, stream, pointwise_strided<made.value, T, Loss>, loss, args, numbering_of(result, args));
   });
 }
@@ -248,8 +248,8 @@ int run_strided_in(PointwiseResult result, const CudaPointwiseArgs& args, CudaSt
       return run_strided<T>(typename Functor<T>::WithPositiveWeight(), result, args, stream);
     return cudaErrorInvalidValue;
   }
-  return with_twin<Functor<T>>(args.params, T(),
-                               [&](const auto& loss, T) { return run_strided<T>(loss, result, args, stream); });
+  return with_specialised<Functor<T>>(args.params, T(),
+                                      [&](const auto& loss, T) { return run_strided<T>(loss, result, args, stream); });
 }
 
 }  // namespace

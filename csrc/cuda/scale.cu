@@ -6,32 +6,33 @@ namespace {
 
 constexpr int kVectorsOfThread = 4;
 
-// At a factor of 1, as after a plain loss.backward(), the 2 * 16 bytes a vector are left alone.
+// At a multiplier of 1, as after a plain loss.backward(), the 2 * 16 bytes a vector are left alone.
 template <class S>
-__global__ void __launch_bounds__(kThreads) scale_kernel(S* data, Run<S, int64_t> run, const void* factor_, bool wide) {
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(S* data, Run<S, int64_t> run, const void* multiplier_, bool wide) {
   using T = Accumulate<S>;
-  const T factor = wide ? *static_cast<const T*>(factor_) : load(*static_cast<const S*>(factor_));
-  if (factor == T(1)) return;
+  const T multiplier = wide ? *static_cast<const T*>(multiplier_) : load(*static_cast<const S*>(multiplier_));
+  if (multiplier == T(1)) return;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
 #pragma unroll 4
   for (int64_t v = thread; v < run.vectors; v += threads) {
     Vector<S> vector = load_vector(data + run.vector(v));
 #pragma unroll
-    for (int k = 0; k < Vector<S>::width; ++k) vector.values[k] = store<S>(load(vector.values[k]) * factor);
+    for (int k = 0; k < Vector<S>::width; ++k) vector.values[k] = store<S>(load(vector.values[k]) * multiplier);
     store_vector(data + run.vector(v), vector);
   }
   for (int64_t scalar = thread; scalar < run.scalars(); scalar += threads) {
     const int64_t i = run.scalar(scalar);
-    data[i] = store<S>(load(data[i]) * factor);
+    data[i] = store<S>(load(data[i]) * multiplier);
   }
 }
 
 template <class S>
-cudaError_t run_scale(void* data, int64_t count, const void* factor, bool wide, CudaStream stream) {
+cudaError_t run_scale(void* data, int64_t count, const void* multiplier, bool wide, CudaStream stream) {
   const Run<S, int64_t> run(data, count, true);
   const int64_t blocks = divide_up(run.vectors, kVectorsOfThread * kThreads);
   const Launch how = {least(blocks > 0 ? blocks : 1, Device().resident_blocks(8)), dim3(kThreads)};
-  return launch(how, stream, scale_kernel<S>, static_cast<S*>(data), run, factor, wide);
+  return launch(how, stream, scale_kernel<S>, static_cast<S*>(data), run, multiplier, wide);
 }
 
 }  // namespace
@@ -46,9 +47,10 @@ bool cuda_has_kernels() {
   return found;
 }
 
-int cuda_scale(DType dtype, void* data, int64_t count, const void* factor, bool wide_factor, CudaStream stream) {
+int cuda_scale(DType dtype, void* data, int64_t count, const void* multiplier, bool wide_multiplier,
+               CudaStream stream) {
   return FUSEDLOSS_ISA::with_storage(dtype, [&](auto storage) -> int {
-    return FUSEDLOSS_ISA::run_scale<decltype(storage)>(data, count, factor, wide_factor, stream);
+    return FUSEDLOSS_ISA::run_scale<decltype(storage)>(data, count, multiplier, wide_multiplier, stream);
   });
 }
 

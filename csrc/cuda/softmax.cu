@@ -35,7 +35,7 @@ bool by_rows(const CudaSoftmaxArgs& args) {
          (!args.grad || side_by_side(args.grad_layout));
 }
 
-// What the loss and its dtype say of a call.
+// What the loss and its dtype decide for a call.
 struct Kind {
   bool reads_row, makes_gradient;
 };

@@ -1,4 +1,4 @@
-// What the softmax kernels share: online statistics, the target of a row, what a finished row leaves behind, and its
+// What the softmax kernels share: online statistics, the target of a row, the results of a finished row, and its
 // gradient.
 #pragma once
 
@@ -9,14 +9,14 @@ namespace fusedloss::FUSEDLOSS_ISA {
 // RowStatistics of the logits seen so far.
 template <class T, Sum kSum>
 struct Online : RowStatistics<T> {
-  using RowStatistics<T>::max, RowStatistics<T>::rest, RowStatistics<T>::sum, RowStatistics<T>::mass;
+  using RowStatistics<T>::max, RowStatistics<T>::sum_without_target, RowStatistics<T>::sum, RowStatistics<T>::mass;
 
   // Finite, so that a row of -infinity masks is no inf - inf.
   __device__ Online() : RowStatistics<T>{lowest<T>(), T(0), T(0), T(0)} {}
 
   __device__ void raise(T to) { static_cast<RowStatistics<T>&>(*this) = raised<kSum>(*this, to); }
 
-  // One rescale for all of them: z = -infinity and factor 0 stand for no logit.
+  // Adds kCount logits with one rescale; z = -infinity with factor 0 stands for no logit.
   template <int kCount>
   __device__ void add(const T (&z)[kCount], const T (&factor)[kCount]) {
     T peak = max;
@@ -26,7 +26,7 @@ struct Online : RowStatistics<T> {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const T gap = z[i] - peak, e = exp(gap);
-      rest += e;
+      sum_without_target += e;
       if constexpr (kSum == Sum::entropy) sum += entropy_term(e, gap);
       if constexpr (kSum == Sum::linear) {
         sum += linear_term(factor[i], -gap);
@@ -39,7 +39,7 @@ struct Online : RowStatistics<T> {
     const T peak = other.max > max ? other.max : max;
     raise(peak);
     other = raised<kSum>(other, peak);
-    rest += other.rest;
+    sum_without_target += other.sum_without_target;
     if constexpr (kSum != Sum::none) sum += other.sum;
     if constexpr (kSum == Sum::linear) mass += other.mass;
   }
@@ -53,7 +53,7 @@ struct Online : RowStatistics<T> {
     }
     raise(peak);
     for (int mask = lanes / 2; mask; mask /= 2) {
-      rest += shuffle_xor(rest, mask);
+      sum_without_target += shuffle_xor(sum_without_target, mask);
       if constexpr (kSum != Sum::none) sum += shuffle_xor(sum, mask);
       if constexpr (kSum == Sum::linear) mass += shuffle_xor(mass, mask);
     }
@@ -149,7 +149,7 @@ struct Finish {
       T* saved = static_cast<T*>(args.statistics);
       const int64_t rows = args.logits_layout.rows;
       saved[row] = statistics.max;
-      saved[rows + row] = statistics.rest;
+      saved[rows + row] = statistics.sum_without_target;
       if (Loss::sum == Sum::linear) saved[2 * rows + row] = statistics.mass;
       if (Loss::sum == Sum::entropy) saved[2 * rows + row] = statistics.sum;
     } else if (target.counts) {
@@ -171,7 +171,7 @@ struct Finish {
     if (!args.grad || !args.mean) *static_cast<T*>(args.divisor) = T(divisor);
   }
 
-  // Over infinity a mean over nothing is 0, and its gradient.
+  // Divided by infinity, a mean over nothing and its gradient are 0.
   static __device__ double divisor_of(const CudaSoftmaxArgs& args, double weight) {
     if (!args.mean) return 1;
     return args.zero_for_none && weight == 0 ? double(INFINITY) : weight;
@@ -195,7 +195,7 @@ __device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t ro
 // The gradient of one row; 0 where the row is not active.
 template <class T, class Loss>
 struct RowGradient {
-  T max = 0, factor = 0, lean = 0, share = 0, own = 0;
+  T max = 0, exponential_coefficient = 0, entropy_coefficient = 0, factor_coefficient = 0, own = 0;
   int target = -1;
   bool active = false;
 
@@ -212,12 +212,12 @@ struct RowGradient {
                          : T(0);
     const ZAndSlope<T> logit = target_logit(loss, to, x);
     const Row<T> completed = complete<Loss::sum>(statistics, logit.z, factor_of<Loss>(to));
-    const Coefficients<T> of = loss.gradient(completed, to.weight, upstream, second);
-    own = of.own(completed, logit.z, factor_of<Loss>(to)) * logit.slope;
+    const Coefficients<T> c = loss.gradient(completed, to.weight, upstream, second);
+    own = c.own(completed, logit.z, factor_of<Loss>(to)) * logit.slope;
     max = completed.max;
-    factor = (of.a + of.b) * completed.inverse;
-    lean = of.h * completed.inverse;
-    share = of.s;
+    exponential_coefficient = (c.a + c.b) * completed.inverse;
+    entropy_coefficient = c.h * completed.inverse;
+    factor_coefficient = c.s;
   }
 
   __device__ T operator()(const Loss& loss, T x, int column, T factor_of_column) const {
@@ -225,9 +225,9 @@ struct RowGradient {
     if (column == target) return own;
     const ZAndSlope<T> logit = loss.logit(x);
     const T gap = logit.z - max, e = exp(gap);
-    T value = factor * e;
-    if constexpr (Loss::sum == Sum::entropy) value += lean * entropy_term(e, gap);
-    if constexpr (Loss::sum == Sum::linear) value -= share * factor_of_column;
+    T value = exponential_coefficient * e;
+    if constexpr (Loss::sum == Sum::entropy) value += entropy_coefficient * entropy_term(e, gap);
+    if constexpr (Loss::sum == Sum::linear) value -= factor_coefficient * factor_of_column;
     return decltype(loss.logit)::changes ? value * logit.slope : value;
   }
 };
@@ -249,7 +249,7 @@ int with_types(Softmax loss, const SoftmaxArgs& args, F f) {
   });
 }
 
-// The drivers; which one serves a call is the layout's matter, or the loss's: of the target's logit alone.
+// The drivers. The layout decides between rows and columns; a loss that reads only the target's logit has its own.
 int forward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int backward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int forward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);

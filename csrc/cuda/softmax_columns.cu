@@ -16,7 +16,7 @@ template <class Loss>
 constexpr int kClasses = Loss::sum != Sum::linear         ? 4
                          : decltype(Loss::logit)::changes ? 1
                                                           : 2;
-constexpr int kBlocks = 2;  // resident on a multiprocessor: up to 8 rows a thread need their registers
+constexpr int kColumnBlocks = 2;  // resident on a multiprocessor: up to 8 rows a thread need their registers
 
 // kRows neighbouring values at one class; by a vector where there are several.
 template <class P, int kRows>
@@ -127,7 +127,7 @@ __device__ void write_gradient(const Loss& loss, const SoftmaxArgs& args, const 
 }
 
 template <class S, class P, class Loss, int kRows, bool kGrad>
-__global__ void __launch_bounds__(kThreads, kBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
+__global__ void __launch_bounds__(kThreads, kColumnBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
   const int share = threadIdx.y, shares = blockDim.y;
@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) forward_columns(Loss loss, 
 }
 
 template <class S, class P, class Loss, int kRows>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_columns(Loss loss, CudaSoftmaxArgs args, int shares) {
+__global__ void __launch_bounds__(kThreads, kColumnBlocks)
+    backward_columns(Loss loss, CudaSoftmaxArgs args, int shares) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
   const int64_t row = (int64_t(blockIdx.x / shares) * blockDim.x + threadIdx.x) * kRows;
@@ -210,7 +211,7 @@ bool by_vectors(const CudaSoftmaxArgs& args) {
 // Shares of the classes, at least 8 each, until every multiprocessor has its threads.
 int64_t shares_of(int64_t threads, int64_t classes, int64_t most, const Device& device) {
   int64_t shares = 1;
-  while (shares < most && threads * shares < int64_t(device.multiprocessors) * kBlocks * kThreads &&
+  while (shares < most && threads * shares < int64_t(device.multiprocessors) * kColumnBlocks * kThreads &&
          classes >= 16 * shares) {
     shares *= 2;
   }
@@ -223,7 +224,7 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   const int64_t threads = args.logits_layout.rows / kRows;
   const int shares = int(shares_of(threads, args.logits_layout.classes, kWarps, device));
   const int64_t x = kThreads / shares;
-  const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kBlocks));
+  const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kColumnBlocks));
   Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
   how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
   how.counter = Workspace(args.workspace).counter;

@@ -41,7 +41,7 @@ struct Factors {
   }
   __device__ T operator()(int column) const { return of(column, Loss::soft ? load(probabilities[column]) : T(0)); }
 
-  // Of neighbouring columns; probabilities by vectors where they are aligned.
+  // Reads the factors of neighbouring columns; probabilities as vectors where they are aligned.
   template <int kCount>
   __device__ void read(int column, T (&factors)[kCount]) const {
     constexpr int width = Vector<P>::width;
@@ -86,15 +86,15 @@ struct Slice {
   // Statistics without the target; the vectors are kept where `resident` points.
   __device__ Online<T, Loss::sum> statistics(int target, Vector<S>* resident) const {
     Online<T, Loss::sum> online;
-    for (int first = lane; first < run.vectors; first += kUnroll<S> * lanes) {
-      Vector<S> packed[kUnroll<S>];
+    for (int first = lane; first < run.vectors; first += kRowUnroll<S> * lanes) {
+      Vector<S> packed[kRowUnroll<S>];
 #pragma unroll
-      for (int u = 0; u < kUnroll<S>; ++u) {
+      for (int u = 0; u < kRowUnroll<S>; ++u) {
         const int v = first + u * lanes;
         if (v < run.vectors) packed[u] = load_vector(logits + run.vector(v));
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll<S>; ++u) {
+      for (int u = 0; u < kRowUnroll<S>; ++u) {
         const int v = first + u * lanes;
         if (v >= run.vectors) break;
         if (resident) resident[v] = packed[u];
@@ -115,10 +115,10 @@ struct Slice {
       }
     }
 #pragma unroll 1
-    for (int first = lane; first < run.scalars(); first += kUnroll<S> * lanes) {
-      T z[kUnroll<S>], factor[kUnroll<S>];
+    for (int first = lane; first < run.scalars(); first += kRowUnroll<S> * lanes) {
+      T z[kRowUnroll<S>], factor[kRowUnroll<S>];
 #pragma unroll
-      for (int u = 0; u < kUnroll<S>; ++u) {
+      for (int u = 0; u < kRowUnroll<S>; ++u) {
         const int i = run.scalar(first + u * lanes);
         const bool taken = first + u * lanes < run.scalars() && i + first_column != target;
         z[u] = taken ? loss.logit(load(logits[i])).z : -infinity<T>();
@@ -199,7 +199,7 @@ __device__ Online<T, kSum> merge_group(Online<T, kSum> mine, const RowsPlan& pla
 }
 
 template <class S, class P, class Loss, bool kGrad>
-__global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, kGrad>)
+__global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     forward_rows(Loss loss, CudaSoftmaxArgs args, RowsPlan plan) {
   using T = Accumulate<S>;
   auto& shared = *reinterpret_cast<Shared<T>*>(shared_memory());
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, kGrad>)
 }
 
 template <class S, class P, class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, true>)
+__global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, true>)
     backward_rows(Loss loss, CudaSoftmaxArgs args, RowsPlan plan) {
   using T = Accumulate<S>;
   const int64_t rows = args.logits_layout.rows;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, true>)
   S* grad = grad_of<S>(args, row);
   const Slice<S, P, Loss> slice(loss, args, row, grad, begin, wanted < rows ? end : begin, plan);
 
-  Vector<S> packed[kUnroll<S>];  // under way while the row's few numbers are worked out
+  Vector<S> packed[kRowUnroll<S>];  // under way while the row's few numbers are worked out
   slice.read(slice.lane, nullptr, packed);
   const Target<T> target(loss, args, row);
   const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S, Loss, true>)
   const RowStatistics<T> statistics = {saved[row], saved[rows + row], third, third};
   const RowGradient<T, Loss> gradient(loss, args, row, target, statistics, logit, S());
   slice.write(gradient, grad + begin, slice.lane, packed);
-  slice.write_from(slice.lane + kUnroll<S> * slice.lanes, gradient, grad + begin, nullptr);
+  slice.write_from(slice.lane + kRowUnroll<S> * slice.lanes, gradient, grad + begin, nullptr);
 }
 
 template <class S, class P, class Loss>

@@ -1,5 +1,5 @@
-// Losses of the target's logit alone: a thread a row, which reads one logit and writes one element of a gradient that
-// is zero everywhere else.
+// Losses that read only the target's logit. One thread for each row reads one logit, and writes one element of a
+// gradient that is zero everywhere else.
 #include "softmax.cuh"
 
 namespace fusedloss::FUSEDLOSS_ISA {

@@ -20,7 +20,7 @@ struct SoftmaxSums {
 // Where rows are few and long, each is cut into parts of kSoftmaxPart classes, whose statistics are collected apart.
 constexpr int64_t kSoftmaxPart = 16384;
 struct SoftmaxPart {
-  double max, rest, sum, mass;
+  double max, sum_without_target, sum, mass;
 };
 
 constexpr int64_t kSoftmaxScratch = 32768;
@@ -30,13 +30,13 @@ constexpr int64_t kSoftmaxScratch = 32768;
 struct CpuKernels {
   const char* isa;
   CpuPointwise pointwise[kPointwiseLosses];
-  // Of the targets alone: a bad row, and the divisor of a mean over weights or rows.
+  // Reads only the targets, and returns a bad row and the divisor of a mean over weights or rows.
   SoftmaxSums (*softmax_targets)(const SoftmaxArgs&, bool by_weight, int64_t begin, int64_t end);
-  // Rows [begin, end); with parts, those of every row one after the other, their statistics are taken as known.
+  // Rows [begin, end). Where `parts` is given (those of row 0, then of row 1, ...) it holds the statistics already.
   SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
   void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
-  // Both at once, for an upstream gradient of 1 and targets in range; false, and nothing done, where it saves nothing.
-  // In half types it needs `scratch` for kSoftmaxScratch or a row of floats, whichever is more.
+  // Forward and backward at once, for an upstream gradient of 1 and targets in range; where that would save nothing it
+  // does nothing and returns false. In half types `scratch` holds kSoftmaxScratch or a row of floats, the larger one.
   bool (*softmax_with_grad)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, void* scratch, SoftmaxSums*);
   // Part number `part` of a row whose classes lie side by side.
   SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);

@@ -62,7 +62,7 @@ constexpr int64_t kCudaMaxClasses = INT32_MAX - (1 << 16);
 // Whether this build has code for the current device.
 bool cuda_has_kernels();
 
-// data *= *factor, of dtype or its arithmetic type, which is read on the device: at 1 nothing is touched.
-int cuda_scale(DType, void* data, int64_t count, const void* factor, bool wide_factor, CudaStream);
+// data *= *multiplier, of dtype or its arithmetic type, which is read on the device: at 1 nothing is touched.
+int cuda_scale(DType, void* data, int64_t count, const void* multiplier, bool wide_multiplier, CudaStream);
 
 }  // namespace fusedloss

@@ -1,4 +1,4 @@
-// From the loss and dtype of a call to a functor and a storage type, for the drivers of both devices.
+// Turns the loss and dtype of a call into a functor and a storage type, for the drivers of both devices.
 #pragma once
 
 #include "pointwise.h"
@@ -7,9 +7,9 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 template <class Functor, class = void>
-constexpr bool has_twin = false;
+constexpr bool has_specialised = false;
 template <class Functor>
-constexpr bool has_twin<Functor, std::void_t<typename Functor::Twin>> = true;
+constexpr bool has_specialised<Functor, std::void_t<typename Functor::Specialised>> = true;
 
 // What else a pointwise functor may have: a slope by its target that is not the other one's negative, a form of its own
 // for a weight of the positive term, and a domain.
@@ -58,26 +58,21 @@ constexpr PointwiseTraits pointwise_traits() {
           Params<Functor>::ranges,   Params<Functor>::count};
 }
 
-template <class Functor, class T>
-FUSEDLOSS_HD T value_of(const Functor& loss, T x, T t, T pos_weight) {
-  if constexpr (takes_pos_weight<Functor>)
-    return loss.value(x, t, pos_weight);
-  else
-    return loss.value(x, t);
+// A functor's value (Losses) or one of its slopes (Grad, TargetGrad) at the arguments it takes.
+template <PointwiseResult kResult, class Functor, class... T>
+FUSEDLOSS_HD auto call_functor(const Functor& loss, T... arguments) {
+  if constexpr (kResult == PointwiseResult::Losses) return loss.value(arguments...);
+  if constexpr (kResult == PointwiseResult::Grad) return loss.grad(arguments...);
+  if constexpr (kResult == PointwiseResult::TargetGrad) return loss.grad_target(arguments...);
 }
-template <class Functor, class T>
-FUSEDLOSS_HD T grad_of(const Functor& loss, T x, T t, T pos_weight) {
-  if constexpr (takes_pos_weight<Functor>)
-    return loss.grad(x, t, pos_weight);
-  else
-    return loss.grad(x, t);
-}
-template <class Functor, class T>
-FUSEDLOSS_HD T grad_target_of(const Functor& loss, T x, T t, T pos_weight) {
-  if constexpr (takes_pos_weight<Functor>)
-    return loss.grad_target(x, t, pos_weight);
-  else
-    return loss.grad_target(x, t);
+// The same at an element, whose pos_weight only some functors take.
+template <PointwiseResult kResult, class Functor, class T>
+FUSEDLOSS_HD T evaluate(const Functor& loss, T x, T t, T pos_weight) {
+  if constexpr (takes_pos_weight<Functor>) {
+    return call_functor<kResult>(loss, x, t, pos_weight);
+  } else {
+    return call_functor<kResult>(loss, x, t);
+  }
 }
 
 // Calls f with a value of the storage type.
@@ -95,20 +90,21 @@ auto with_storage(DType dtype, F f) {
   }
 }
 
-// Calls f with a functor, or with its faster twin where it has one that fits the parameters, and a storage type.
+// Calls f with a functor and a storage type. Where Functor::Specialised, a faster form, applies to the parameters, it
+// takes the functor's place.
 template <class Functor, class S, class F>
-auto with_twin(const double* params, S storage, F f) {
-  if constexpr (has_twin<Functor>) {
-    if (Functor::twin_fits(params)) return f(Functor::twin(params), storage);
+auto with_specialised(const double* params, S storage, F f) {
+  if constexpr (has_specialised<Functor>) {
+    if (Functor::applies(params)) return f(Functor::specialised(params), storage);
   }
   return f(Functor(params), storage);
 }
 
-// The same of a softmax loss, whose twin may have one of its own.
+// The same for a softmax loss, whose specialised form may have one of its own.
 template <class Functor, class S, class F>
-auto with_twin(const SoftmaxArgs& args, S storage, F f) {
-  if constexpr (has_twin<Functor>) {
-    if (Functor::twin_fits(args.params)) return with_twin<typename Functor::Twin>(args, storage, f);
+auto with_specialised(const SoftmaxArgs& args, S storage, F f) {
+  if constexpr (has_specialised<Functor>) {
+    if (Functor::applies(args.params)) return with_specialised<typename Functor::Specialised>(args, storage, f);
   }
   return f(Functor(args.params, args.logits_layout.classes), storage);
 }
@@ -117,12 +113,13 @@ auto with_twin(const SoftmaxArgs& args, S storage, F f) {
 template <class F>
 auto with_indexed_functor(Pointwise loss, DType dtype, const double* params, F f) {
   switch (loss) {
-#define FUSEDLOSS_CASE(name, Functor)                                                                                  \
-  case Pointwise::name:                                                                                                \
-    if constexpr (takes_class_indices<Functor<float>>) {                                                               \
-      return with_storage(                                                                                             \
-          dtype, [&](auto storage) { return with_twin<Functor<Accumulate<decltype(storage)>>>(params, storage, f); }); \
-    }                                                                                                                  \
+#define FUSEDLOSS_CASE(name, Functor)                                                        \
+  case Pointwise::name:                                                                      \
+    if constexpr (takes_class_indices<Functor<float>>) {                                     \
+      return with_storage(dtype, [&](auto storage) {                                         \
+        return with_specialised<Functor<Accumulate<decltype(storage)>>>(params, storage, f); \
+      });                                                                                    \
+    }                                                                                        \
     break;
     FUSEDLOSS_POINTWISE(FUSEDLOSS_CASE)
 #undef FUSEDLOSS_CASE
@@ -133,10 +130,10 @@ auto with_indexed_functor(Pointwise loss, DType dtype, const double* params, F f
 template <class F>
 auto with_functor(Softmax loss, const SoftmaxArgs& arguments, F f) {
   switch (loss) {
-#define FUSEDLOSS_CASE(name, Functor)                                                  \
-  case Softmax::name:                                                                  \
-    return with_storage(arguments.dtype, [&](auto storage) {                           \
-      return with_twin<Functor<Accumulate<decltype(storage)>>>(arguments, storage, f); \
+#define FUSEDLOSS_CASE(name, Functor)                                                         \
+  case Softmax::name:                                                                         \
+    return with_storage(arguments.dtype, [&](auto storage) {                                  \
+      return with_specialised<Functor<Accumulate<decltype(storage)>>>(arguments, storage, f); \
     });
     FUSEDLOSS_SOFTMAX(FUSEDLOSS_CASE)
 #undef FUSEDLOSS_CASE

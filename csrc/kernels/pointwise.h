@@ -45,9 +45,9 @@ struct PointwiseArgs {
   double scale;  // gradient only: 1 / n for a mean, negative for the gradient of a difference's target
 };
 
-// What a pass over the elements makes; SumAndGrad for an upstream gradient of 1. Outside tells whether an operand is
-// where the loss is not defined: 2 for the input, 1 for the target, 0 for none.
-enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad, TargetGrad, Outside };
+// What a pass over the elements makes; SumAndGrad for an upstream gradient of 1. CheckDomain tells which
+// operand has a value for which the loss is not defined: 2 the input, 1 the target, 0 none.
+enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad, TargetGrad, CheckDomain };
 
 // What holds for a loss whatever its parameters.
 struct PointwiseTraits {

@@ -34,9 +34,10 @@ struct SoftmaxArgs {
   const void* weight;  // [classes] in arithmetic type; null: 1
   int64_t ignore_index;
   double params[kMaxParams];
-  void* losses;      // forward: [rows], null where the reduction needs only the sums
-  void* second;      // forward: [rows], null where only the loss is wanted; also that of ignored rows
-  void* statistics;  // [2 or 3, rows] in arithmetic type: max, rest, and what else a loss sums or its mass
+  void* losses;  // forward: [rows], null where the reduction needs only the sums
+  void* second;  // forward: [rows], null where only the loss is wanted; also that of ignored rows
+  // [2 or 3, rows] in arithmetic type: max, sum_without_target, and for Sum::linear the mass, for Sum::entropy the sum
+  void* statistics;
   // Backward. Strides are 0 where one value serves all rows. A null upstream is 1, a null upstream_second 0.
   SoftmaxLayout grad_layout;
   void* grad;

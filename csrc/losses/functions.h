@@ -36,7 +36,7 @@ FUSEDLOSS_HD T integer_power(T x) {
   }
 }
 
-// As torch.sign: 0 of NaN.
+// As torch.sign: NaN gives 0.
 template <class T>
 FUSEDLOSS_HD T sign(T x) {
   return select(x > T(0), T(1), select(x < T(0), T(-1), T(0)));
@@ -96,9 +96,9 @@ struct Reduced {
   T above_one, first, second, one_over_second;
 };
 
-// Of e^(x - rest), where rest is of the size of a rounding step of x.
+// For e^(x - correction), where correction is about as large as a rounding step of x.
 template <class T>
-FUSEDLOSS_HD Reduced<T> reduce(T x, T rest = T(0)) {
+FUSEDLOSS_HD Reduced<T> reduce(T x, T correction = T(0)) {
   using C = Constants<T>;
   using Bits = std::make_unsigned_t<typename C::Int>;
   constexpr T lowest = sizeof(T) == sizeof(float) ? -104 : -746, highest = sizeof(T) == sizeof(float) ? 90 : 711;
@@ -106,7 +106,7 @@ FUSEDLOSS_HD Reduced<T> reduce(T x, T rest = T(0)) {
   x = x > highest ? highest : x;
   const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
   const T n = shifted - C::round_to_int;
-  const T r = ((x - n * C::ln2_high) - n * C::ln2_low) - rest;
+  const T r = ((x - n * C::ln2_high) - n * C::ln2_low) - correction;
   // Exponent bits: k plus twice the bias, which stays positive, is shared out evenly.
   const Bits both = bit_cast<Bits>(shifted) - bit_cast<Bits>(C::round_to_int) + Bits(2 * C::bias);
   const Bits first = both >> 1, second = both - first;
@@ -210,7 +210,7 @@ FUSEDLOSS_HD T log_cosh(T x) {
   return hyperbolic(x).log_cosh;
 }
 
-// All four of one x share one exp and one division; of -x they would not.
+// Called with the same x, all four share one exp and one division; with -x they would not.
 template <class T>
 FUSEDLOSS_HD T sigmoid(T x) {
   return FUSEDLOSS_ISA::sigmoid(x).p;

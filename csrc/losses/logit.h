@@ -1,5 +1,5 @@
-// What the softmax is taken of: the logits as they are, divided by a temperature, or capped. A functor gives z and
-// dz / dx of a logit x; x = -infinity, a mask, stays one.
+// How a softmax reads its logits: as they are, divided by a temperature, or capped. A functor turns a logit x into z
+// and dz / dx; a mask, x = -infinity, stays one.
 #pragma once
 
 #include "math.h"

@@ -9,14 +9,14 @@
 
 namespace fusedloss {
 
-// The dtype of a loss of several dtypes, as torch has it.
+// The dtype of the result where the operands' dtypes differ, as in torch.
 enum class ResultDType { Promoted, OfInput, OfTarget, Same };
 
 }  // namespace fusedloss
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// A loss of the difference x - t alone: d/dt = -d/dx, and inputs of different shapes broadcast.
+// A loss that reads only the difference x - t: d/dt = -d/dx, and inputs of different shapes broadcast.
 template <class T>
 struct OfDifference {
   static constexpr bool of_difference = true;
@@ -189,9 +189,9 @@ struct SigmoidFocalWith {
 
 template <class T>
 struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
-  using Twin = SigmoidFocalWith<T, GammaTwo<T>>;  // over twice as fast, for the gamma nearly everyone uses
-  static bool twin_fits(const double* params) { return params[1] == 2; }
-  static Twin twin(const double* params) { return Twin(params[0], {}); }
+  using Specialised = SigmoidFocalWith<T, GammaTwo<T>>;  // over twice as fast, for the gamma nearly everyone uses
+  static bool applies(const double* params) { return params[1] == 2; }
+  static Specialised specialised(const double* params) { return Specialised(params[0], {}); }
 
   static constexpr Range params[] = {{-kInfinity}, {0}};  // alpha, gamma
   explicit FUSEDLOSS_HD SigmoidFocal(const double* params)

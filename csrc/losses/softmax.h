@@ -17,11 +17,11 @@ namespace fusedloss::FUSEDLOSS_ISA {
 // What a row sums beside its exponentials: nothing, k_c (max - z_c), or e^(z_c - max) (z_c - max).
 enum class Sum { none, linear, entropy };
 
-// Of a row of logits, the target column y left out: rest = sum over j != y of exp(z_j - max), max over j != y.
-// Leaving y out is what keeps the digits of a confident row: 1 - p_y is never formed by subtraction.
+// What is known of a row. The target's column y is left out: max is over j != y, sum_without_target is the sum over
+// j != y of exp(z_j - max). That keeps the digits of a confident row: 1 - p_y is never formed by subtraction.
 template <class T>
 struct RowStatistics {
-  T max, rest, sum, mass;  // sum as above; mass: the sum of k_c
+  T max, sum_without_target, sum, mass;  // sum as above; mass: the sum of k_c
 };
 
 // A term of Sum::linear; a class of factor 0 adds nothing, even where it is masked by -infinity.
@@ -41,8 +41,10 @@ template <Sum kSum, class T>
 FUSEDLOSS_HD RowStatistics<T> raised(RowStatistics<T> row, T max) {
   const T gap = row.max - max, shrunk = exp(gap);
   if constexpr (kSum == Sum::linear) row.sum -= linear_term(row.mass, gap);
-  if constexpr (kSum == Sum::entropy) row.sum = select(row.rest == T(0), T(0), (row.sum + row.rest * gap) * shrunk);
-  return {max, row.rest * shrunk, row.sum, row.mass};
+  if constexpr (kSum == Sum::entropy) {
+    row.sum = select(row.sum_without_target == T(0), T(0), (row.sum + row.sum_without_target * gap) * shrunk);
+  }
+  return {max, row.sum_without_target * shrunk, row.sum, row.mass};
 }
 
 // The row as a functor sees it: ce = -log p, p the probability of the target, q = 1 - p, p_c = exp(z_c - max) *
@@ -60,14 +62,14 @@ FUSEDLOSS_HD Row<T> complete(RowStatistics<T> statistics, T logit, T factor_of_t
   const T max = select(target_is_max, logit, statistics.max);
   statistics = raised<kSum>(statistics, max);
   // A lone +infinity makes inf - inf = NaN here, as in torch.
-  const T rest = statistics.rest, own = exp(logit - max);
-  const T inverse = T(1) / (rest + own);
+  const T sum_without_target = statistics.sum_without_target, own = exp(logit - max);
+  const T inverse = T(1) / (sum_without_target + own);
   // total - 1, formed without ever adding and taking away the 1.
-  const T log_total = log1p(select(target_is_max, rest, (rest - T(1)) + own));
+  const T log_total = log1p(select(target_is_max, sum_without_target, (sum_without_target - T(1)) + own));
   T sum = statistics.sum;
   if constexpr (kSum == Sum::linear) sum += linear_term(factor_of_target, max - logit);
   if constexpr (kSum == Sum::entropy) sum += entropy_term(own, logit - max);
-  return {(max - logit) + log_total,         own * inverse, rest * inverse, max, inverse, log_total, sum,
+  return {(max - logit) + log_total,         own * inverse, sum_without_target * inverse, max, inverse, log_total, sum,
           statistics.mass + factor_of_target};
 }
 
@@ -75,7 +77,7 @@ template <class T>
 struct Coefficients {
   T a, b, s, h;
 
-  // That of the target's column: p_y - 1 is -q, so that nothing cancels.
+  // The gradient of the target's column: p_y - 1 is -q, so that nothing cancels.
   FUSEDLOSS_HD T own(const Row<T>& row, T logit, T factor) const {
     return a * row.p - b * row.q - s * factor + h * entropy_term(row.p, logit - row.max);
   }
@@ -87,7 +89,7 @@ struct SoftmaxLoss {
   static constexpr Sum sum = Sum::none;
   static constexpr bool soft = false;              // targets are probabilities of every class
   static constexpr bool mean_by_weight = false;    // the mean divides by the sum of weights, not the number of rows
-  static constexpr bool reads_row = true;          // false: of the logits, the target's alone
+  static constexpr bool reads_row = true;          // false: the loss reads only the target's logit
   static constexpr bool second_of_ignored = true;  // false: the second result of ignored rows is 0
   FUSEDLOSS_HD T factor(T, T) const { return T(0); }
   // The second result, on request; `upstream_second` is its upstream gradient.
@@ -101,19 +103,19 @@ struct CrossEntropyWith : SoftmaxLoss<T> {
   static constexpr Sum sum = kSmooth ? Sum::linear : Sum::none;
   static constexpr bool mean_by_weight = true;
   Logit logit;
-  T kept, share, z_loss;
+  T kept, uniform, z_loss;
 
   FUSEDLOSS_HD CrossEntropyWith(const double* params, int64_t classes)
-      : logit(params[2]), kept(T(1 - params[0])), share(T(params[0] / double(classes))), z_loss(T(params[1])) {}
+      : logit(params[2]), kept(T(1 - params[0])), uniform(T(params[0] / double(classes))), z_loss(T(params[1])) {}
 
   FUSEDLOSS_HD T factor(T weight, T) const { return weight; }
   FUSEDLOSS_HD T value(const Row<T>& row, T weight) const {
     // row.sum is infinite behind a mask
-    const T smooth = kSmooth ? linear_term(share, row.mass * row.log_total + row.sum) : T(0);
+    const T smooth = kSmooth ? linear_term(uniform, row.mass * row.log_total + row.sum) : T(0);
     return kept * weight * row.ce + smooth + z_loss * row.lse() * row.lse();
   }
   FUSEDLOSS_HD Coefficients<T> gradient(const Row<T>& row, T weight, T upstream, T upstream_second) const {
-    const T b = upstream * kept * weight, s = upstream * share;
+    const T b = upstream * kept * weight, s = upstream * uniform;
     const T smooth = kSmooth ? s * row.mass : T(0);
     return {smooth + T(2) * upstream * z_loss * row.lse() + upstream_second, b, s, T(0)};
   }
@@ -122,32 +124,32 @@ struct CrossEntropyWith : SoftmaxLoss<T> {
 template <class T>
 struct CrossEntropy : CrossEntropyWith<T, Softcap<T>, true> {
   struct Smooth : CrossEntropyWith<T, Unchanged<T>, true> {
-    using Twin = CrossEntropyWith<T, Unchanged<T>, false>;
-    static bool twin_fits(const double* params) { return params[0] == 0; }
+    using Specialised = CrossEntropyWith<T, Unchanged<T>, false>;
+    static bool applies(const double* params) { return params[0] == 0; }
     FUSEDLOSS_HD Smooth(const double* params, int64_t classes)
         : CrossEntropyWith<T, Unchanged<T>, true>(params, classes) {}
   };
-  using Twin = Smooth;  // without a softcap
-  static bool twin_fits(const double* params) { return params[2] == 0; }
+  using Specialised = Smooth;  // without a softcap
+  static bool applies(const double* params) { return params[2] == 0; }
 
   static constexpr Range params[] = {{0, 1}, {0}, {0}};  // smoothing, z-loss, softcap
   FUSEDLOSS_HD CrossEntropy(const double* params, int64_t classes)
       : CrossEntropyWith<T, Softcap<T>, true>(params, classes) {}
 };
 
-// The same with class probabilities t, of which smoothing makes t (1 - e) + e / C: sum_c k_c (lse - z_c) with
+// The same with class probabilities t, which smoothing turns into t (1 - e) + e / C: sum_c k_c (lse - z_c) with
 // k_c = w_c t_c.
 template <class T, class Logit>
 struct SoftCrossEntropyWith : SoftmaxLoss<T> {
   static constexpr Sum sum = Sum::linear;
   static constexpr bool soft = true;
   Logit logit;
-  T kept, share, z_loss;
+  T kept, uniform, z_loss;
 
   FUSEDLOSS_HD SoftCrossEntropyWith(const double* params, int64_t classes)
-      : logit(params[2]), kept(T(1 - params[0])), share(T(params[0] / double(classes))), z_loss(T(params[1])) {}
+      : logit(params[2]), kept(T(1 - params[0])), uniform(T(params[0] / double(classes))), z_loss(T(params[1])) {}
 
-  FUSEDLOSS_HD T factor(T weight, T probability) const { return weight * (probability * kept + share); }
+  FUSEDLOSS_HD T factor(T weight, T probability) const { return weight * (probability * kept + uniform); }
   FUSEDLOSS_HD T value(const Row<T>& row, T) const {
     return row.mass * row.log_total + row.sum + z_loss * row.lse() * row.lse();
   }
@@ -158,8 +160,8 @@ struct SoftCrossEntropyWith : SoftmaxLoss<T> {
 
 template <class T>
 struct SoftCrossEntropy : SoftCrossEntropyWith<T, Softcap<T>> {
-  using Twin = SoftCrossEntropyWith<T, Unchanged<T>>;
-  static bool twin_fits(const double* params) { return params[2] == 0; }
+  using Specialised = SoftCrossEntropyWith<T, Unchanged<T>>;
+  static bool applies(const double* params) { return params[2] == 0; }
   static constexpr Range params[] = {{0, 1}, {0}, {0}};  // smoothing, z-loss, softcap
   FUSEDLOSS_HD SoftCrossEntropy(const double* params, int64_t classes)
       : SoftCrossEntropyWith<T, Softcap<T>>(params, classes) {}
@@ -212,8 +214,8 @@ struct LogProbsWith : SoftmaxLoss<T> {
 
 template <class T>
 struct LogProbs : LogProbsWith<T, Sum::entropy> {
-  using Twin = LogProbsWith<T, Sum::none>;
-  static bool twin_fits(const double* params) { return params[1] == 0; }   // no entropy asked for
+  using Specialised = LogProbsWith<T, Sum::none>;
+  static bool applies(const double* params) { return params[1] == 0; }     // no entropy asked for
   static constexpr Range params[] = {{0, kInfinity, true}, {-kInfinity}};  // temperature, entropy
   FUSEDLOSS_HD LogProbs(const double* params, int64_t classes) : LogProbsWith<T, Sum::entropy>(params, classes) {}
 };

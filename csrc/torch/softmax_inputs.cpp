@@ -14,8 +14,8 @@ namespace {
 
 template <class Functor>
 int64_t saved_by(const double* params) {
-  if constexpr (baseline::has_twin<Functor>) {
-    if (Functor::twin_fits(params)) return saved_by<typename Functor::Twin>(params);
+  if constexpr (baseline::has_specialised<Functor>) {
+    if (Functor::applies(params)) return saved_by<typename Functor::Specialised>(params);
   }
   return !Functor::reads_row ? 0 : Functor::sum == baseline::Sum::none ? 2 : 3;
 }

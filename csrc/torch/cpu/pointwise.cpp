@@ -18,7 +18,7 @@ void everywhere(CpuPointwise kernel, PointwiseResult result, const PointwiseArgs
 void check_probabilities(CpuPointwise kernel, const PointwiseArgs& args, int64_t count) {
   std::atomic<bool> input{false}, target{false};
   parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
-    const double outside = kernel(PointwiseResult::Outside, args, begin, end);
+    const double outside = kernel(PointwiseResult::CheckDomain, args, begin, end);
     if (outside == 2) input = true;
     if (outside == 1) target = true;
   });
