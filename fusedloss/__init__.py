@@ -1,5 +1,7 @@
 """Fused C++ kernels for the loss functions of PyTorch: drop-in replacements for the modules of ``torch.nn``."""
 
+from typing import TYPE_CHECKING, NoReturn
+
 from . import functional
 from ._library import check
 from ._route import explain
@@ -38,3 +40,9 @@ __all__ = [
     "functional",
     "pointwise_loss",
 ]
+
+if not TYPE_CHECKING:  # which would take every name for one that exists
+
+    def __getattr__(name: str) -> NoReturn:
+        hint = f"; use fusedloss.functional.{name}" if name in functional.__all__ else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -17,7 +17,7 @@ from . import _expression, _route
 from ._dtypes import in_float, widened
 from ._expression import Tree
 from ._library import extension, why_native
-from .pointwise import _reduced, _warn_of_broadcasting
+from .losses._elementwise import reduced, warn_of_broadcasting
 
 __all__ = ["PointwiseLoss", "pointwise_loss"]
 
@@ -61,7 +61,7 @@ class PointwiseLoss:
         if unknown := params.keys() - self.params.keys():
             known = ", ".join(self.params) or "none"
             raise TypeError(f"{self.name}: unknown parameter {min(unknown)}; its parameters: {known}")
-        _warn_of_broadcasting(input, target)
+        warn_of_broadcasting(input, target)
         return self._routed(input, target, weight, reduction, *{**self.params, **params}.values())
 
     def _native(self, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: float) -> Tensor:
@@ -71,7 +71,7 @@ class PointwiseLoss:
         losses = _expression.evaluate(self._tree, {"x": x, "t": t, **dict(zip(self.params, params, strict=True))})
         if weight is not None:
             losses = losses * weight
-        return _reduced(losses, reduction).to(losses.dtype if widened(input) else dtype)
+        return reduced(losses, reduction).to(losses.dtype if widened(input) else dtype)
 
     def _told_native(self, *arguments: Any) -> Tensor:
         _route.tell_native(self.why_native)

@@ -1,0 +1,36 @@
+"""What the pointwise losses share: broadcasting with torch's warning, and the reduction."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import _route
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return losses
+    if reduction not in _route.REDUCTIONS:
+        # what torch says of a weighted loss, where it refuses even other names of the mean
+        raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one size, so that torch does not warn a second time."""
+    if input.size() == target.size():
+        return input, target
+    return torch.broadcast_tensors(input, target)  # type: ignore[return-value]
+
+
+def warn_of_broadcasting(input: Tensor, target: Tensor, stacklevel: int = 3) -> None:
+    """Warns as torch does where the sizes differ; the default stacklevel names the caller of a public loss."""
+    if target.size() != input.size() and not is_compiling():  # a warning would break the graph
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,182 @@
+"""Cross-entropy of class indices and of class probabilities.
+
+The formulas take ``wide``, ``second`` and ``zero`` as :func:`fusedloss._route.softmax` explains them.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction as _Reduction
+
+from .. import _route
+from .._dtypes import in_float, widened
+from ._rows import class_dim, class_index, reduced
+
+__all__ = ["cross_entropy"]
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """cap * tanh(logits / cap); a mask of -infinity stays one."""
+    return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap)) if softcap else logits
+
+
+@_route.softmax("cross_entropy")
+def _cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
+    *, wide: bool = False, second: bool = False, zero: bool = False,
+) -> Any:  # fmt: skip
+    target = class_index(target)
+    if not (z_loss or softcap or wide or second or zero):
+        return F.cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
+        )
+    z = _capped(in_float(logits), softcap)
+    weight = weight if weight is None else weight.to(z.dtype)
+    losses = F.cross_entropy(
+        z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
+    )  # fmt: skip
+    if reduction not in _route.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    kept = target != ignore_index
+    lse = z.logsumexp(class_dim(z))
+    if z_loss:
+        losses = losses + torch.where(kept, z_loss * lse.square(), 0.0)
+    divisor = kept.sum() if weight is None else weight[torch.where(kept, target, 0).long()].where(kept, 0.0).sum()
+    dtype = z.dtype if widened(logits, wide) else logits.dtype
+    loss = reduced(losses, divisor, reduction, zero).to(dtype)
+    return (loss, lse.to(dtype)) if second else loss
+
+
+@_route.softmax("soft_cross_entropy", soft=True)
+def _soft_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
+    *, wide: bool = False, second: bool = False, zero: bool = False,
+) -> Any:  # fmt: skip
+    if not (z_loss or softcap or wide or second):
+        return F.cross_entropy(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
+        )
+    z = _capped(in_float(logits), softcap)
+    dtype = torch.promote_types(z.dtype if widened(logits, wide) else logits.dtype, target.dtype)
+    target = target.to(torch.promote_types(z.dtype, target.dtype))
+    losses = F.cross_entropy(
+        z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
+    )  # fmt: skip
+    if reduction not in _route.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    lse = z.logsumexp(class_dim(z))
+    losses = losses + z_loss * lse.square()
+    loss = losses.mean() if reduction == "mean" else reduced(losses, losses, reduction, zero)
+    return (loss.to(dtype), lse.to(dtype)) if second else loss.to(dtype)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    out_dtype: torch.dtype | None = None,
+    all_ignored: str = "nan",
+    return_lse: bool = False,
+    grad_in_forward: bool | None = None,
+    inplace: bool = False,
+) -> Any:
+    r"""Cross-entropy of logits, as :func:`torch.nn.functional.cross_entropy`.
+
+    With :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, smoothing :math:`\epsilon` and class indices y
+
+    .. math:: \ell = (1 - \epsilon) \, w_y (\mathrm{lse} - x_y)
+              + \tfrac{\epsilon}{C} \sum_c w_c (\mathrm{lse} - x_c) + \lambda \, \mathrm{lse}^2
+
+    and with class probabilities t, smoothed to :math:`t_c (1 - \epsilon) + \epsilon / C`,
+
+    .. math:: \ell = \sum_c w_c t_c (\mathrm{lse} - x_c) + \lambda \, \mathrm{lse}^2
+
+    Args:
+        input: logits (C), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16, read in place whatever
+            their strides.
+        target: class indices (), (N) or (N, d1, ...) in int64 or uint8, or class probabilities of the input's shape, in
+            its dtype or float32.
+        weight: a factor for each of the C classes; the mean then divides by the sum of the targets' weights.
+        ignore_index: class indices of this value count nowhere and get no gradient.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: :math:`\epsilon` in [0, 1].
+        z_loss: :math:`\lambda`, what is added times lse squared in every row that is not ignored.
+        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; a logit of -infinity stays a mask, and
+            infinity caps nothing.
+        out_dtype: of the results, computed in no lesser precision: ``torch.float32`` makes a float32 loss of bfloat16
+            logits without a copy of them.
+        all_ignored: ``"zero"`` makes a mean over nothing 0, with a gradient of 0, where torch's is ``"nan"``.
+        return_lse: returns ``(loss, lse)``, the differentiable lse of every row, ignored ones too.
+        grad_in_forward: ``True`` makes the gradient while forward has the logits at hand, one read and one write of
+            them in all; backward then multiplies it by the upstream gradient, which costs nothing where that is 1 and
+            a read and a write otherwise. ``False`` leaves it to backward: two reads and one write. ``None`` takes
+            ``True`` on a CPU outside saved-tensor hooks (checkpointing, offloading), and else ``False``. A bfloat16
+            gradient is made anew where the upstream gradient is no power of two, which would round it once more. No
+            effect on float16 (an unscaled gradient would underflow), on ``reduction="none"``, beside ``return_lse``, or
+            where nothing requires a gradient.
+        inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. They hold
+            their values until backward, or only until this call returns with ``grad_in_forward=True``. The gradient
+            that backward hands on is their memory: what is written to them later changes it. Without grad mode nothing
+            is overwritten. Like ``grad_in_forward`` it is ignored where the call runs natively.
+
+    Raises:
+        IndexError: a target is out of range and not ``ignore_index``. On a GPU the loss is NaN instead, and the next
+            forward outside a replayed graph or :func:`fusedloss.check` raises.
+        RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or that overlap in memory, or a
+            backward through overwritten logits: a second one, or one with ``create_graph=True``.
+        ValueError: ``z_loss`` is negative, ``softcap`` is not positive, ``out_dtype`` or ``all_ignored`` is unknown.
+        ValueError, RuntimeError: as torch, for shapes, dtypes and reductions that do not fit.
+
+    >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, -100]))
+    tensor(0.1269)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    loss = _soft_cross_entropy if soft else _cross_entropy
+    # A negative or NaN smoothing is none, as in torch.
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0
+    if not (z_loss or softcap is not None or out_dtype or all_ignored != "nan" or return_lse):
+        if grad_in_forward is None and not inplace:
+            return loss(input, target, weight, reduction, ignore_index, smoothing, 0.0, 0.0)
+        return loss(
+            input, target, weight, reduction, ignore_index, smoothing, 0.0, 0.0,
+            grad_in_forward=grad_in_forward, inplace=inplace,
+        )  # fmt: skip
+
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if all_ignored not in ("nan", "zero"):
+        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    cap = 0.0 if softcap is None or softcap == math.inf else softcap
+    dtype = input.dtype if out_dtype is None else out_dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating point type, got {dtype}")
+    # What is wider than the arithmetic of the kernels needs wider logits; what is narrower is rounded at the end.
+    computed = torch.promote_types(input.dtype, dtype)
+    wide = computed != input.dtype and computed == torch.float32
+    if computed != input.dtype and not wide:
+        input = input.to(computed)
+        weight = weight if weight is None else weight.to(computed)
+    result = loss(
+        input, target, weight, reduction, ignore_index, smoothing, z_loss, cap,
+        wide=wide, second=return_lse, zero=all_ignored == "zero", grad_in_forward=grad_in_forward, inplace=inplace,
+    )  # fmt: skip
+    if out_dtype is None:
+        return result
+    return tuple(each.to(out_dtype) for each in result) if return_lse else result.to(out_dtype)

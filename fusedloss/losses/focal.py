@@ -1,0 +1,107 @@
+"""Softmax focal loss."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _route
+from .._dtypes import in_float, widened
+from ._rows import class_dim, class_index, reduced
+
+__all__ = ["focal_loss"]
+
+
+@_route.softmax("focal")
+def _focal(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    factor: float = 1.0, gamma: float = 2.0,
+    *, wide: bool = False, second: bool = False, zero: bool = False,
+) -> Tensor:  # fmt: skip
+    x = in_float(logits)
+    dim = class_dim(x)
+    # Picks, and rejects as torch does; its derivative knows no channels_last.
+    target = class_index(target)
+    logit = -F.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0).long()
+    # The target against all others is a problem of two classes, in which no digit of a confident row is lost. Finite in
+    # the target's place, where -infinity would leave a row of one class without a gradient.
+    others = x.scatter(dim, index.unsqueeze(dim), torch.finfo(x.dtype).min)
+    log_odds = others.logsumexp(dim) - logit
+    losses = -F.logsigmoid(-log_odds)
+    if gamma != 0:
+        losses = losses * torch.exp(gamma * F.logsigmoid(log_odds))
+    losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[index])
+    losses = torch.where(kept, losses, 0.0)
+    return reduced(losses, kept.sum(), reduction, zero).to(x.dtype if widened(logits, wide) else logits.dtype)
+
+
+def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, gamma: float, reduction: str) -> Tensor:
+    x = in_float(logits)
+    dim = class_dim(x)
+    log_p = x.log_softmax(dim)
+    losses = -target * log_p
+    if gamma != 0:
+        q = -torch.expm1(log_p)  # 1 - p, without the rounding of p
+        losses = losses * torch.exp(gamma * q.clamp_min(torch.finfo(x.dtype).tiny).log())
+    if isinstance(alpha, Tensor):
+        losses = losses * alpha.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim))
+    elif alpha is not None:
+        losses = losses * alpha
+    losses = losses.sum(dim)
+    if reduction != "none":
+        losses = losses.mean() if reduction == "mean" else losses.sum()
+    return losses.to(x.dtype if widened(logits) else logits.dtype)
+
+
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float | Tensor | None = None,
+    gamma: float = 2.0,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Softmax focal loss (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+
+    With p the softmax probability of the target,
+
+    .. math:: \ell = \alpha_y \; (1 - p)^\gamma \; (-\log p)
+
+    finite in value and gradient for every ``gamma >= 0`` and every finite logit. ``gamma=0, alpha=None`` is
+    cross-entropy. Class probabilities t give :math:`\sum_c \alpha_c t_c (1 - p_c)^\gamma (-\log p_c)`, natively.
+
+    Args:
+        input: logits (C), (N, C) or (N, C, d1, ...), as for :func:`cross_entropy`.
+        target: class indices (), (N) or (N, d1, ...) in int64 or uint8, or class probabilities of the input's shape.
+        alpha: None, one factor, or a tensor of C class weights. The mean divides by the number of targets that are not
+            ignored, never by the weights.
+        gamma: focusing exponent, at least 0.
+        ignore_index: class indices of this value count nowhere and get no gradient.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: ``gamma`` is negative or NaN, ``alpha`` has the wrong length, ``reduction`` is unknown, or
+            probabilities are not of the input's shape.
+        IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
+
+    >>> focal_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+    tensor(0.0018)
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    if reduction not in _route.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if isinstance(alpha, Tensor):
+        classes = input.shape[class_dim(input)] if input.dim() else 0
+        if alpha.shape != (classes,):
+            raise ValueError(f"alpha must hold a weight for each of {classes} classes, got shape {tuple(alpha.shape)}")
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
+        _route.tell_native("class probabilities in a focal loss")
+        return _soft_focal(input, target, alpha, gamma, reduction)
+    if isinstance(alpha, Tensor):
+        return _focal(input, target, alpha, reduction, ignore_index, 1.0, gamma)
+    return _focal(input, target, None, reduction, ignore_index, 1.0 if alpha is None else alpha, gamma)

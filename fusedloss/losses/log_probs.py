@@ -1,0 +1,77 @@
+"""Log-probability of the target, and the entropy of the distribution."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _route
+from .._dtypes import HALVES, in_float
+from ._rows import class_dim, class_index, reduced
+
+__all__ = ["log_probs"]
+
+
+@_route.softmax("log_probs")
+def _log_probs(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    temperature: float = 1.0, entropy: float = 0.0,
+    *, wide: bool = False, second: bool = False, zero: bool = False,
+) -> Any:  # fmt: skip
+    x = in_float(logits) / temperature
+    dim = class_dim(x)
+    log_p = x.log_softmax(dim)
+    target = class_index(target)
+    picked = -F.nll_loss(log_p.contiguous(), target, ignore_index=ignore_index, reduction="none")
+    dtype = x.dtype if wide else logits.dtype
+    value = reduced(picked, (target != ignore_index).sum(), reduction, zero).to(dtype)
+    if not second:
+        return value
+    # Finite, so that a masked class adds 0 * log 0 = 0.
+    finite = log_p.clamp_min(torch.finfo(x.dtype).min)
+    of_row = -(finite.exp() * finite).sum(dim)
+    return value, torch.where(target == ignore_index, 0.0, of_row).to(dtype)
+
+
+def log_probs(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+) -> Any:
+    r"""Log-probability of the target at every position, and on request the entropy of the distribution there.
+
+    With p the softmax of ``logits / temperature``,
+
+    .. math:: \log p_y, \qquad H = -\sum_c p_c \log p_c
+
+    from one read of the logits forward, and one read and one write of them backward: no log-softmax is ever in memory.
+
+    Args:
+        logits: (C), (N, C) or (N, C, d1, ...), as for :func:`cross_entropy`; a language model's (B, T, V) as
+            ``logits.flatten(0, 1)``, which copies nothing.
+        target: class indices (), (N) or (N, d1, ...) in int64 or uint8.
+        temperature: what the logits are divided by; positive.
+        ignore_index: at targets of this value both results are 0, and there is no gradient.
+        return_entropy: returns ``(log_probs, entropy)``, both differentiable.
+
+    Returns:
+        In the target's shape, float32 for bfloat16 and float16 logits: rounded to 8 bits, no ratio of two
+        probabilities would be left.
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+        IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
+
+    >>> log_probs(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), return_entropy=True)
+    (tensor([-0.1269]), tensor([0.3653]))
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return _log_probs(
+        logits, target, None, "none", ignore_index, temperature, float(return_entropy),
+        wide=logits.dtype in HALVES, second=return_entropy,
+    )  # fmt: skip

@@ -1,0 +1,19 @@
+"""Where the public names are, and what a name in the wrong place is told."""
+
+import pytest
+
+import fusedloss
+
+
+def test_functional_exports_its_functions():
+    functions = {name for name, value in vars(fusedloss.functional).items() if callable(value)}
+    assert functions == set(fusedloss.functional.__all__)
+
+
+def test_a_function_asked_of_the_package_names_its_place():
+    with pytest.raises(AttributeError, match="no attribute 'cross_entropy'; use fusedloss.functional.cross_entropy"):
+        _ = fusedloss.cross_entropy
+    with pytest.raises(AttributeError, match="no attribute 'softmax'$"):
+        _ = fusedloss.softmax
+    with pytest.raises(ImportError):
+        from fusedloss import pointwise  # noqa: F401
