@@ -162,31 +162,84 @@ class SmoothL1Loss(nn.SmoothL1Loss):
 class BCELoss(nn.BCELoss):
     """:class:`torch.nn.BCELoss`, computed by :func:`fusedloss.functional.binary_cross_entropy`.
 
+    The targets are class indices where an ``ignore_index`` is given, which torch's module does not take.
+
     >>> BCELoss()(torch.tensor([0.5]), torch.tensor([1.0]))
+    tensor(0.6931)
+    >>> BCELoss(ignore_index=-100)(torch.tensor([[0.5, 0.5], [0.1, 0.2]]), torch.tensor([1, -100]))
     tensor(0.6931)
     """
 
+    ignore_index: int | None = None  # on the class, for modules that were pickled without it
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction)
+        if ignore_index is not None:  # otherwise the module's attributes are torch's
+            self.ignore_index = ignore_index
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
+        return functional.binary_cross_entropy(
+            input, target, self.weight, reduction=self.reduction, ignore_index=self.ignore_index
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
+        _check_scriptable(self)
         return _as_native(self, nn.BCELoss)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """:class:`torch.nn.BCEWithLogitsLoss`, computed by :func:`fusedloss.functional.binary_cross_entropy_with_logits`.
 
+    The targets are class indices where an ``ignore_index`` is given, which torch's module does not take.
+
     >>> BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(torch.tensor([0.0]), torch.tensor([1.0]))
     tensor(1.3863)
+    >>> BCEWithLogitsLoss(ignore_index=-100)(torch.zeros(2, 3), torch.tensor([1, -100]))
+    tensor(0.6931)
     """
+
+    ignore_index: int | None = None  # on the class, for modules that were pickled without it
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        if ignore_index is not None:  # otherwise the module's attributes are torch's
+            self.ignore_index = ignore_index
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
-            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            ignore_index=self.ignore_index,
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
+        _check_scriptable(self)
         return _as_native(self, nn.BCEWithLogitsLoss)
+
+
+def _check_scriptable(module: BCELoss | BCEWithLogitsLoss) -> None:
+    if module.ignore_index is not None:
+        raise RuntimeError(f"TorchScript runs torch's {type(module).__name__}, which knows no ignore_index")
 
 
 def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:

@@ -34,3 +34,11 @@ def warn_of_broadcasting(input: Tensor, target: Tensor, stacklevel: int = 3) -> 
             "Please ensure they have the same size.",
             stacklevel=stacklevel,
         )
+
+
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_broadcasts(name: str, factor: Tensor | None, input: Tensor) -> None:
+    if factor is not None and not _route.broadcasts_to(factor.shape, input.shape):
+        raise ValueError(f"{name} must broadcast to the inputs' size ({input.shape}), got ({factor.shape})")

@@ -5,19 +5,19 @@ from torch import Tensor
 
 from .. import _route
 from .._dtypes import in_float, widened
-from ._elementwise import reduced
+from ._elementwise import INDEX_DTYPES, check_broadcasts, reduced
 
 __all__ = ["sigmoid_focal_loss"]
 
 
 def _focal(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
-    # From u = e^-|x| and what is exact for certain targets, so that no digit of a confident element is lost.
+    # Everything comes from u = e^-|x| and from 0 and 1, which are exact, so that a confident element loses no digit.
     positive = x >= 0
     distance = torch.where(positive, x, -x)
     u = torch.exp(-distance)
     losses = torch.where(positive, 1 - t, -t) * x + torch.log1p(u)
     if gamma != 0:
-        # log m, m = p (1 - t) + q t: its derivatives stay bounded where one of m^gamma would divide by m = 0.
+        # m = p (1 - t) + q t. The derivatives of exp(gamma log m) stay bounded where those of m^gamma divide by m = 0.
         certain = torch.where(positive, t, 1 - t)  # 1 where the target is on the side of the logit
         mixed = torch.where(certain == 1, torch.ones_like(u), (1 - certain) + certain * u)
         log_m = torch.where(certain == 1, -distance, mixed.log()) - torch.log1p(u)
@@ -39,9 +39,6 @@ def _sigmoid_focal(
     if weight is not None:
         losses = losses * weight
     return reduced(losses, reduction).to(x.dtype if widened(inputs) else inputs.dtype)
-
-
-_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sigmoid_focal_loss(
@@ -77,15 +74,15 @@ def sigmoid_focal_loss(
         gamma: focusing exponent, at least 0; 0 gives a weighted binary cross-entropy.
         reduction: ``"none"`` (the shape of the inputs), ``"sum"``, or ``"mean"`` over all elements that are not
             ignored, whatever their weight.
-        weight: a factor w that broadcasts to the inputs. Fused, in the dtype of the inputs: of their shape; for class
-            indices also one for each class, (C) or (C, 1, ...), or one for each row, (N, 1) or (N, 1, d1, ...).
+        weight: a factor w that broadcasts to the inputs, such as one for each class, (C) or (C, 1, ...), or one for
+            each row, (N, 1) or (N, 1, d1, ...). It runs fused in the dtype of the inputs.
         ignore_index: class indices of this value count nowhere and get no gradient, whatever the logits.
         normalizer: what ``"mean"`` divides the sum by in place of the number of elements, such as the number of
             positives: a number, or a tensor of one element, which a GPU never has to hand to the host.
 
     Raises:
-        ValueError: ``gamma`` is negative or NaN, ``reduction`` is unknown, ``normalizer`` stands with another than
-            ``"mean"`` or has several elements, or the shapes do not fit.
+        ValueError: ``gamma`` is negative or NaN, ``reduction`` is unknown, ``normalizer`` stands beside another
+            reduction than ``"mean"`` or has several elements, or the shapes do not fit.
         IndexError: a class index is above C and not ``ignore_index``. On a GPU the losses of its row are NaN instead,
             and the next forward outside a replayed graph or :func:`fusedloss.check` raises.
 
@@ -107,11 +104,10 @@ def sigmoid_focal_loss(
         raise ValueError(f"normalizer needs reduction='mean', whose sum it divides, got {reduction!r}")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(normalizer.shape)}")
-    if weight is not None and not _route.broadcasts_to(weight.shape, inputs.shape):
-        raise ValueError(f"weight must broadcast to the inputs' size ({inputs.shape}), got ({weight.shape})")
+    check_broadcasts("weight", weight, inputs)
 
     kind = reduction if normalizer is None else "sum"
-    if targets.dtype in _INDEX_DTYPES and targets.shape != inputs.shape:
+    if targets.dtype in INDEX_DTYPES and targets.shape != inputs.shape:
         loss = _sigmoid_focal(inputs, targets.long(), weight, kind, alpha, gamma, ignore_index=ignore_index)
     else:
         loss = _sigmoid_focal(inputs, targets, weight, kind, alpha, gamma)
