@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 
 import fusedloss
 from fusedloss import custom
+from fusedloss.custom import _build
 
 COMPILER = cpp_extension.get_cxx_compiler().split()[0]
 pytestmark = [
@@ -198,10 +199,8 @@ def test_a_wrong_gradient_is_found_when_the_loss_is_made():
 
 
 def test_what_does_not_compile_gives_the_compilers_line(monkeypatch):
-    functor = custom._functor
-    monkeypatch.setattr(
-        custom, "_functor", lambda *given: functor(*given).replace("return ", "return undeclared + ", 1)
-    )
+    functor = custom.functor
+    monkeypatch.setattr(custom, "functor", lambda *given: functor(*given).replace("return ", "return undeclared + ", 1))
     with pytest.raises(RuntimeError) as raised:
         fusedloss.pointwise_loss("wrong", "x - t + 0.125")
     assert "wrong did not compile: " in str(raised.value) and "undeclared" in str(raised.value)
@@ -259,8 +258,8 @@ def test_the_slope_of_tanh_keeps_its_digits():
 
 
 def pretend(monkeypatch, built_for="8.0;9.0", nvcc="/cuda", listed=None, gpus=()):
-    monkeypatch.setattr(custom, "extension", SimpleNamespace(cuda_architectures=built_for, cpu_isa=lambda: "baseline"))
-    custom.extension.compile_flags = ""
+    monkeypatch.setattr(_build, "extension", SimpleNamespace(cuda_architectures=built_for, cpu_isa=lambda: "baseline"))
+    _build.extension.compile_flags = ""
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", nvcc)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
@@ -285,11 +284,11 @@ def pretend(monkeypatch, built_for="8.0;9.0", nvcc="/cuda", listed=None, gpus=()
 def test_what_is_compiled_for_cuda(monkeypatch, machine, expected):
     """Without a GPU or a list torch would raise an IndexError; below 8.0 the kernels do not compile."""
     pretend(monkeypatch, **machine)
-    assert custom._cuda_architectures() == expected
+    assert _build._cuda_architectures() == expected
 
 
 def test_options_of_nvcc():
-    assert custom._for_architectures(["9.0a", "10.0+PTX"]) == [
+    assert _build._for_architectures(["9.0a", "10.0+PTX"]) == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
@@ -303,12 +302,12 @@ def test_every_gpu_has_a_library_of_its_own(monkeypatch):
     def compiled(module, source, cuda_source, options, name):
         raise Compiled(module)
 
-    monkeypatch.setattr(custom, "_compiled", compiled)
+    monkeypatch.setattr(_build, "_compiled", compiled)
     modules = []
     for gpus in ([], [(8, 0)], [(9, 0)]):
         pretend(monkeypatch, gpus=gpus)
         with pytest.raises(Compiled) as module:
-            custom._library("custom", "", SimpleNamespace(name="custom"))
+            _build.library("custom", "", "custom")
         modules.append(str(module.value))
     assert len(set(modules)) == 3
 

@@ -14,18 +14,10 @@ import torch
 from plant import COMPILER, CSRC, fingerprint
 from torch import Tensor
 
-from fusedloss._expression import (
-    FUNCTIONS,
-    cpp,
-    derivative,
-    evaluate,
-    names,
-    number,
-    of_difference,
-    parse,
-    stable,
-    text,
-)
+from fusedloss.custom._derivative import derivative
+from fusedloss.custom._expression import FUNCTIONS, evaluate, names, number, of_difference, parse
+from fusedloss.custom._printing import cpp, text
+from fusedloss.custom._stable import stable
 
 LOSSES: dict[str, tuple[str, dict[str, float]]] = {
     "squared": ("0.5 * (x - t) * (x - t)", {}),

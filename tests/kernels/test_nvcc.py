@@ -12,6 +12,7 @@ import pytest
 from plant import CSRC, fingerprint
 
 from fusedloss import custom
+from fusedloss.custom import _build
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc; tests/kernels runs the kernels without it"
@@ -116,7 +117,7 @@ def test_registers_are_those_of_the_table(nvcc_runs):
 def test_a_loss_of_ones_own_uses_no_local_memory(tmp_path):
     expression = "log_cosh(x - t) + tanh(x) * sinh(t)"
     file = tmp_path / "custom.cu"
-    file.write_text(custom._ON_CUDA.format(functor=custom._functor(custom._trees(expression, None, {}), {})))
+    file.write_text(_build._ON_CUDA.format(functor=_build.functor(custom._trees(expression, None, {}), {})))
     architecture = nvcc.supported()[0]
     functions = nvcc.functions(nvcc.compile([file], [architecture])[architecture])
     assert any("Expression" in function.name for function in functions) and not using_local_memory(functions)

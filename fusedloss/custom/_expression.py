@@ -1,7 +1,6 @@
 """Pointwise losses as expressions of x, t and parameters, in the syntax of C++.
 
-:func:`parse` reads one into a tree, :func:`stable` rewrites what loses digits or overflows, :func:`derivative` gives
-the tree of a derivative, :func:`text` and :func:`cpp` print a tree, and :func:`evaluate` computes it in PyTorch.
+:func:`parse` reads an expression into a tree, and :func:`evaluate` computes a tree in PyTorch.
 
 Every number is a real number: 1/2 is 0.5. Comparisons, ``&&``, ``||`` and ``!`` are conditions, which only
 ``c ? a : b`` and ``select(c, a, b)`` take; a condition has no derivative.
@@ -12,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Tree", "cpp", "derivative", "evaluate", "names", "of_difference", "parse", "stable", "text"]
-
 
 @dataclass(frozen=True)
 class Tree:
-    """A number, a name, or an operator or function (`op`) of other trees. `neg` is the minus of one argument, `select`
-    the ternary."""
+    """A number, a name, or an operator or function `op` applied to other trees.
+
+    `neg` is the minus of one argument, `select` the ternary operator.
+    """
 
     op: str
     args: tuple["Tree", ...] = ()
-    value: float = 0.0  # of a number
-    name: str = ""  # of a name
+    value: float = 0.0  # where op is "number"
+    name: str = ""  # where op is "name"
 
 
 def number(value: float) -> Tree:
@@ -42,12 +41,12 @@ def _softplus(u: Tensor) -> Tensor:
     return F.softplus(u, threshold=50)  # beyond the default of 20, a float64 would lose digits
 
 
-# In this form twice differentiable at 0, where one of abs(u) is not.
+# Twice differentiable at 0, unlike a form with abs(u).
 def _log_cosh(u: Tensor) -> Tensor:
     return u + _softplus(-2 * u) - math.log(2)
 
 
-# Each with its number of arguments and its formula; abs is torch's, so that its derivative at 0 is 0.
+# The number of arguments and the formula. abs is torch's, whose derivative at 0 is 0.
 FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "abs": (1, torch.abs),
     "sign": (1, torch.sign),
@@ -74,12 +73,11 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor]]] = {
 }
 _ALIASES = {"fabs": "abs", "fmin": "min", "fmax": "max"}
 
-_PRECEDENCE = {"||": 1, "&&": 2, "==": 3, "!=": 3, "<": 4, "<=": 4, ">": 4, ">=": 4, "+": 5, "-": 5, "*": 6, "/": 6}
-_UNARY, _PRIMARY = 7, 8
+PRECEDENCE = {"||": 1, "&&": 2, "==": 3, "!=": 3, "<": 4, "<=": 4, ">": 4, ">=": 4, "+": 5, "-": 5, "*": 6, "/": 6}
 _LOGICAL = ("&&", "||", "!")
-_CONDITIONS = ("==", "!=", "<", "<=", ">", ">=", *_LOGICAL)
+CONDITIONS = ("==", "!=", "<", "<=", ">", ">=", *_LOGICAL)
 
-# Names that a parameter cannot have: C++ keywords, and what stands in the code around the expression.
+# Names that a parameter cannot have: C++ keywords, and names in the code around the expression.
 _RESERVED = frozenset(
     """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class compl
@@ -115,17 +113,17 @@ _TOKEN = re.compile(
 
 
 def parse(source: str, parameters: Iterable[str] = ()) -> Tree:
-    """The tree of an expression that is a number.
+    """Reads an expression whose value is a number.
 
     Args:
-        source: the expression, in C++: numbers, x, t and parameters; ``+ - * /``; comparisons, ``&& || !`` and
+        source: the expression, in C++ syntax: numbers, x, t and parameters; ``+ - * /``; comparisons, ``&& || !`` and
             ``c ? a : b``; and the functions of ``FUNCTIONS``, also with ``std::`` before them.
         parameters: the names it may use beside x and t.
 
     Raises:
-        ValueError: a syntax error, an unknown name, a call with another number of arguments, a condition where a number
-            is needed or the reverse, each with the expression and a caret under the place; or a parameter cannot have
-            its name.
+        ValueError: a syntax error, an unknown name, a call with a wrong number of arguments, a condition in place of a
+            number or the reverse, each with the expression and a caret under the place; or a name that no parameter can
+            have.
     """
     parameters = tuple(parameters)
     check_parameters(parameters)
@@ -185,7 +183,7 @@ class _Parser:
     def operand(self, kind: str, read: Callable[[], Tree]) -> Tree:
         where = self.where
         tree = read()
-        found = "condition" if tree.op in _CONDITIONS else "number"
+        found = "condition" if tree.op in CONDITIONS else "number"
         if found != kind:
             raise self.error(f"expected a {kind}, got a {found}", where)
         return tree
@@ -195,7 +193,7 @@ class _Parser:
         condition = self.binary(1)
         if self.token != "?":
             return condition
-        if condition.op not in _CONDITIONS:
+        if condition.op not in CONDITIONS:
             raise self.error("expected a condition, got a number", where)
         self.next += 1
         then = self.operand("number", self.ternary)
@@ -205,13 +203,13 @@ class _Parser:
     def binary(self, lowest: int) -> Tree:
         where = self.where
         left = self.unary()
-        while _PRECEDENCE.get(self.token, 0) >= lowest:
+        while PRECEDENCE.get(self.token, 0) >= lowest:
             op = self.token
             kind = "condition" if op in _LOGICAL else "number"
-            if (left.op in _CONDITIONS) != (kind == "condition"):
+            if (left.op in CONDITIONS) != (kind == "condition"):
                 raise self.error(f"{op} needs a {kind} here", where)
             self.next += 1
-            left = Tree(op, (left, self.operand(kind, partial(self.binary, _PRECEDENCE[op] + 1))))
+            left = Tree(op, (left, self.operand(kind, partial(self.binary, PRECEDENCE[op] + 1))))
         return left
 
     def unary(self) -> Tree:
@@ -266,91 +264,6 @@ class _Parser:
         return Tree(function, tuple(args))
 
 
-def text(tree: Tree) -> str:
-    """The expression of a tree: what :func:`parse` reads into an equal tree."""
-    return _printed(tree, _as_text)[0]
-
-
-def cpp(tree: Tree) -> str:
-    """The same in C++ for an arithmetic type T, where csrc/losses/functions.h is: without branches, and what holds
-    neither x nor t as a value that a loop needs only once."""
-    return _printed(tree, _as_cpp)[0]
-
-
-_Printed = tuple[str, int]  # with the precedence of its operator
-
-
-def _printed(tree: Tree, special: Callable[[Tree], _Printed | None]) -> _Printed:
-    if (found := special(tree)) is not None:
-        return found
-
-    def operand(tree: Tree, lowest: int, on_right: bool = False) -> str:
-        shown, precedence = _printed(tree, special)
-        return f"({shown})" if precedence < lowest or (on_right and shown.startswith("-")) else shown
-
-    match tree:
-        case Tree("name"):
-            return tree.name, _PRIMARY
-        case Tree("neg" | "!" as op, (a,)):
-            return f"{'-' if op == 'neg' else op}{operand(a, _PRIMARY)}", _UNARY
-        case Tree(op, (a, b)) if op in _PRECEDENCE:
-            level = _PRECEDENCE[op]
-            return f"{operand(a, level)} {op} {operand(b, level + 1, op in '+-')}", level
-        case _:
-            return f"{tree.op}({', '.join(operand(a, 0) for a in tree.args)})", _PRIMARY
-
-
-def _as_text(tree: Tree) -> _Printed | None:
-    match tree:
-        case Tree("number"):
-            return _digits(tree.value), _UNARY if tree.value < 0 else _PRIMARY
-        case Tree("select", (condition, a, b)):
-            shown, precedence = _printed(condition, _as_text)
-            return f"{shown if precedence else f'({shown})'} ? {text(a)} : {text(b)}", 0
-        case _:
-            return None
-
-
-def _as_cpp(tree: Tree) -> _Printed | None:
-    match tree:
-        case Tree("number"):
-            return f"T({_digits(tree.value)})", _PRIMARY
-        case Tree("&&" | "||" as op, (a, b)):
-            return f"bool(int({cpp(a)}) {op[0]} int({cpp(b)}))", _PRIMARY
-        case Tree("/", (a, b)) if _varies(a) and not _varies(b) and b != number(1):
-            return _printed(Tree("*", (a, Tree("/", (number(1), b)))), _as_cpp)
-        case Tree("pow", (a, Tree("number", _, exponent))) if exponent.is_integer() and abs(exponent) <= 64:
-            return f"integer_power<{int(exponent)}>({cpp(a)})", _PRIMARY
-        case Tree("sigmoid" | "softplus" as op, (a,)) if _looks_negative(a):
-            return f"{op}_of_minus({cpp(_negated(a))})", _PRIMARY
-        case _:
-            return None
-
-
-def _digits(value: float) -> str:
-    return str(int(value)) if value.is_integer() and abs(value) < 1e9 else repr(value)
-
-
-def names(tree: Tree) -> frozenset[str]:
-    """x, t and the parameters that a tree depends on."""
-    return frozenset([tree.name]) if tree.op == "name" else frozenset().union(*map(names, tree.args))
-
-
-def _varies(tree: Tree) -> bool:
-    return not names(tree).isdisjoint("xt")
-
-
-_X, _T = Tree("name", name="x"), Tree("name", name="t")
-_DIFFERENCES = (Tree("-", (_X, _T)), Tree("-", (_T, _X)))
-
-
-def of_difference(tree: Tree) -> bool:
-    """Whether x and t occur only as x - t or t - x, so that d/dt = -d/dx; False where that takes algebra to see."""
-    if tree in _DIFFERENCES:
-        return True
-    return tree not in (_X, _T) and all(map(of_difference, tree.args))
-
-
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -370,15 +283,15 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(tree: Tree, values: Mapping[str, Tensor | float]) -> Tensor:
-    """The value of a tree in PyTorch, of the shape that the tensors among the values broadcast to.
+    """Computes a tree in PyTorch; the result has the shape that the tensors among the values broadcast to.
 
     It can be differentiated any number of times, transformed by torch.func and compiled. Where a derivative is not
-    unique, as that of abs at 0, it is torch's choice, which :func:`derivative` shares.
+    unique, such as that of abs at 0, it is the one that torch chooses.
 
     Args:
-        tree: best as :func:`stable` gives it.
-        values: of x, t and the parameters. Arithmetic is done in the dtype of the tensors: what is stored in bfloat16
-            or float16 should come as float32.
+        tree: the expression, best rewritten for stability.
+        values: the numbers for x, t and the parameters. The arithmetic has the dtype of the tensors, so bfloat16 and
+            float16 should be converted to float32 before.
     """
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     dtype, device = torch.float64, torch.device("cpu")
@@ -407,130 +320,17 @@ def evaluate(tree: Tree, values: Mapping[str, Tensor | float]) -> Tensor:
     return lifted(computed(tree)).expand(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
 
 
-def stable(tree: Tree) -> Tree:
-    """The same function without what overflows or loses digits: log(1 + exp(u)) is softplus(u), 1 / (1 + exp(-u)) is
-    sigmoid(u), log(cosh(u)) is log_cosh(u), and so on; numbers are computed."""
-    return _rewritten(replace(tree, args=tuple(map(stable, tree.args))))
+def names(tree: Tree) -> frozenset[str]:
+    """x, t and the parameters that a tree depends on."""
+    return frozenset([tree.name]) if tree.op == "name" else frozenset().union(*map(names, tree.args))
 
 
-def _call(op: str, *args: Tree) -> Tree:
-    return _rewritten(Tree(op, args))
+_X, _T = Tree("name", name="x"), Tree("name", name="t")
+DIFFERENCES = (Tree("-", (_X, _T)), Tree("-", (_T, _X)))
 
 
-def _rewritten(tree: Tree) -> Tree:
-    """Of a tree whose arguments are already stable."""
-    one = number(1)
-    if tree.args and tree.op not in _CONDITIONS and all(a.op == "number" for a in tree.args):
-        folded = float(evaluate(tree, {}))
-        return number(folded) if math.isfinite(folded) else tree
-    match tree:
-        case Tree("neg", (Tree("neg", (u,)),)):
-            return u
-        case Tree("*", (Tree("neg", (u,)), Tree("neg", (v,)))):
-            return _call("*", u, v)
-        case Tree("*", (u, Tree("neg", (v,)))):
-            return Tree("neg", (_call("*", u, v),))
-        case Tree("+" | "-" as op, (a, Tree("neg", (b,)))):
-            return _call("-" if op == "+" else "+", a, b)
-        case Tree("log1p", (Tree("exp", (u,)),)):
-            return _call("softplus", u)
-        case Tree("log", (Tree("+", (a, Tree("exp", (u,))) | (Tree("exp", (u,)), a)),)) if a == one:
-            return _call("softplus", u)
-        case Tree("log", (Tree("sigmoid", (u,)),)):
-            return Tree("neg", (_call("softplus", _negated(u)),))
-        case Tree("log", (Tree("cosh", (u,)),)) | Tree("log_cosh", (Tree("abs", (u,)),)):
-            return _call("log_cosh", u)
-        case Tree("abs" | "cosh" | "log_cosh" as op, (Tree("neg", (u,)),)):
-            return _call(op, u)
-        case Tree("/", (a, Tree("+", (b, Tree("exp", (u,))) | (Tree("exp", (u,)), b)))) if b == one:
-            if a == one:
-                return _call("sigmoid", _negated(u))
-            return _call("sigmoid", u) if a == Tree("exp", (u,)) else _call("*", a, _call("sigmoid", _negated(u)))
-        case Tree("/", (Tree("sinh", (u,)), Tree("cosh", (v,)))) if u == v:
-            return _call("tanh", u)
-        case Tree("-", (a, Tree("sigmoid", (u,)))) if a == one:
-            return _call("sigmoid", _negated(u))
-        case Tree("pow", (u, Tree("number", _, exponent))) if exponent in (0.5, 1, 2):
-            return u if exponent == 1 else _call("sqrt" if exponent == 0.5 else "square", u)
-        case Tree("+" | "-"):
-            return _with_log_cosh(tree)
-        case _:
-            return tree
-
-
-def _with_log_cosh(tree: Tree) -> Tree:
-    """With log_cosh(u) for u + softplus(-2 u) - log(2), in any order and among other terms."""
-    terms = _terms(tree)
-    for term in terms:
-        match term:
-            case Tree("softplus", (doubled,)):
-                u = _half(_negated(doubled))
-            case _:
-                continue
-        logs = [a for a in terms if a.op == "number" and abs(a.value + math.log(2)) < 1e-12]
-        if u is None or u not in terms or not logs:
-            continue
-        rest = list(terms)
-        for gone in (term, u, logs[0]):
-            rest.remove(gone)
-        tree = _call("log_cosh", u)
-        for other in rest:
-            tree = Tree("-", (tree, _negated(other))) if _looks_negative(other) else Tree("+", (tree, other))
-        return tree
-    return tree
-
-
-def _terms(tree: Tree) -> list[Tree]:
-    match tree:
-        case Tree("+", (a, b)):
-            return _terms(a) + _terms(b)
-        case Tree("-", (a, b)) if tree not in _DIFFERENCES:
-            return _terms(a) + [_negated(term) for term in _terms(b)]
-        case _:
-            return [tree]
-
-
-def _half(tree: Tree) -> Tree | None:
-    match tree:
-        case Tree("*", (a, u) | (u, a)) if a == number(2):
-            return u
-        case _:
-            return None
-
-
-def _looks_negative(tree: Tree) -> bool:
-    match tree:
-        case Tree("number"):
-            return tree.value < 0
-        case Tree("*" | "/", (a, _)):
-            return _looks_negative(a)
-        case _:
-            return tree.op == "neg" or tree == _DIFFERENCES[1]
-
-
-def _negated(tree: Tree) -> Tree:
-    match tree:
-        case Tree("number"):
-            return number(-tree.value)
-        case Tree("neg", (u,)):
-            return u
-        case Tree("-", (a, b)):
-            return Tree("-", (b, a))
-        case Tree("*" | "/" as op, (a, b)) if _looks_negative(a) or a.op == "number":
-            return Tree(op, (_negated(a), b))
-        case _:
-            return Tree("neg", (tree,))
-
-
-def derivative(tree: Tree, name: str) -> Tree:
-    """The derivative with respect to a name, by SymPy, in a :func:`stable` form that shares the terms of the tree.
-
-    Where it is not unique it is what torch gives: 0 for abs at 0, the mean for min and max of equals. SymPy is imported
-    here, on the first call.
-
-    Raises:
-        ValueError: the expression divides by a constant that is 0.
-    """
-    from . import _derivative
-
-    return _derivative.derivative(stable(tree), name)
+def of_difference(tree: Tree) -> bool:
+    """Whether x and t occur only as x - t or t - x, so that d/dt = -d/dx; False where that takes algebra to see."""
+    if tree in DIFFERENCES:
+        return True
+    return tree not in (_X, _T) and all(map(of_difference, tree.args))

@@ -1,4 +1,4 @@
-"""The derivatives of expressions, by SymPy: imported where the first one is asked for, because SymPy takes a while."""
+"""The derivatives of expressions, by SymPy, whose import takes half a second: import this module where it is needed."""
 
 import sys
 from collections.abc import Callable
@@ -7,11 +7,12 @@ from typing import Any
 import sympy
 from sympy.core.parameters import distribute
 
-from ._expression import Tree, number, stable
+from ._expression import Tree, number
+from ._stable import stable
 
-# A function of the language is opaque to SymPy, which would else rewrite it: it knows its derivative and nothing more.
-# Of a difference x - t, likewise, SymPy would multiply out the product with a number. From the arguments, then their
-# derivatives; conditions have none.
+# SymPy would rewrite functions that it knows, so ours are opaque to it: it knows their derivatives and nothing more.
+# The difference x - t is opaque too, because SymPy would multiply out its product with a number. A rule takes the
+# arguments and then their derivatives; conditions have none.
 _RULES: dict[str, Callable[..., Any]] = {
     "minus": lambda a, b, da, db: da - db,
     "abs": lambda u, du: _of("sign", u) * du,
@@ -29,7 +30,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "sin": lambda u, du: _of("cos", u) * du,
     "cos": lambda u, du: -_of("sin", u) * du,
     "atan": lambda u, du: du / (1 + u**2),
-    # torch's 0 for the slope by an exponent of a base of 0
+    # where the base is 0, the slope by the exponent is 0, as in torch
     "pow": lambda a, b, da, db: (
         b * _of("pow", a, b - 1) * da + _of("pow", a, b) * _select(_of(">", a, 0), _of("log", a), 0) * db
     ),
@@ -62,7 +63,7 @@ def _select(condition: sympy.Expr, a: Any, b: Any) -> sympy.Expr:
 
 
 def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
-    """a / b, as k - k c / b where b is c + a / k with constants c and k: the slopes of a and b would nearly cancel."""
+    """a / b; if b = c + a / k with constants c and k, as k - k c / b, because the slopes of a and b nearly cancel."""
     constant, varying = a.as_independent(*(s for s in a.free_symbols if s.name in ("x", "t")), as_Add=False)
     for k, term in ((1, a), (constant, varying)):
         c = b - term
@@ -72,6 +73,14 @@ def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
 
 
 def derivative(tree: Tree, name: str) -> Tree:
+    """The derivative with respect to a name, in a stable form that shares the terms of the tree.
+
+    Where it is not unique it is what torch gives: 0 for abs at 0, the mean for min and max of equal arguments.
+
+    Raises:
+        ValueError: the expression divides by a constant that is 0.
+    """
+    tree = stable(tree)
     with distribute(False):  # 2 * (a + b) stays a product
         spelling = _Spelling()
         slope = spelling.to_sympy(tree).diff(sympy.Symbol(name, real=True))
@@ -79,8 +88,11 @@ def derivative(tree: Tree, name: str) -> Tree:
 
 
 class _Spelling:
-    """Between trees and SymPy: what the tree already has comes back as it was written there, so that a compiler sees
-    equal terms of value and gradient as equal."""
+    """Converts between trees and SymPy's expressions.
+
+    A term that the tree already has comes back as it is written there, so that a compiler sees that value and gradient
+    share it.
+    """
 
     def __init__(self) -> None:
         self.trees: dict[sympy.Expr, Tree] = {}
@@ -151,7 +163,7 @@ class _Spelling:
         return tree
 
     def _product(self, expression: sympy.Expr) -> Tree:
-        """Parameters before x and t, and one division by each: a compiler computes the first part once."""
+        """Multiplies parameters before x and t, and divides once by each kind: a loop computes their part once."""
         coefficient, factors = expression.as_coeff_mul()
         over: dict[bool, list[Tree]] = {False: [], True: []}
         under: dict[bool, list[Tree]] = {False: [], True: []}
@@ -164,7 +176,7 @@ class _Spelling:
                 under[varies].append(self._power(base, -exponent))
             else:
                 over[varies].append(self._power(base, exponent))
-        # With nothing else before them, divide x and t by the parameters.
+        # If no parameter is multiplied, the parameters divide x and t directly.
         first = over[False] or over[True] or [number(1)]
         tree = _chain("*", first)
         if under[False]:
@@ -189,7 +201,7 @@ def _chain(op: str, trees: list[Tree]) -> Tree:
 
 
 def _minus(tree: Tree) -> Tree:
-    """The sign at the first factor."""
+    """Negates the first factor."""
     if tree.op == "number":
         return number(-tree.value)
     if tree.op in ("*", "/"):

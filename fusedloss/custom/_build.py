@@ -1,0 +1,160 @@
+"""The C++ of a custom loss: its source, the compiler's call, and the address of the result."""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._library import extension, why_native
+from ._expression import Tree, of_difference
+from ._printing import cpp
+
+
+def functor(trees: tuple[Tree, Tree, Tree], params: Mapping[str, float]) -> str:
+    """The functor of a loss with these expressions for the value and its slopes by x and t."""
+    value, grad, grad_target = map(cpp, trees)
+    declared = f"T {', '.join(params)};" if params else ""
+    members = ", ".join(f"{name}(T(given[{i}]))" for i, name in enumerate(params))
+    arguments = "([[maybe_unused]] T x, [[maybe_unused]] T t) const"
+    return f"""
+namespace fusedloss::FUSEDLOSS_ISA::functions {{
+
+template <class T>
+struct Expression {{
+  static constexpr bool of_difference = {str(of_difference(trees[0])).lower()};
+  static constexpr ResultDType result = ResultDType::Promoted;
+  {declared}
+  explicit FUSEDLOSS_HD Expression([[maybe_unused]] const double* given) {": " + members if members else ""} {{}}
+  FUSEDLOSS_HD T value{arguments} {{ return {value}; }}
+  FUSEDLOSS_HD T grad{arguments} {{ return {grad}; }}
+  FUSEDLOSS_HD T grad_target{arguments} {{ return {grad_target}; }}
+}};
+
+}}
+"""
+
+
+_ON_CPU = """
+{target}
+#include "kernels/custom.h"
+#include "losses/functions.h"
+#include "cpu/pointwise.inl"
+#include "cpu/one_hot.inl"
+#include "cpu/pointwise_tiles.inl"
+{functor}
+namespace fusedloss {{
+{cuda}
+extern "C" __attribute__((visibility("default"))) const CustomPointwise* fusedloss_custom() {{
+  using namespace FUSEDLOSS_ISA;
+  static const CustomPointwise custom = {{kCustomVersion, pointwise_traits<functions::Expression<double>>(),
+                                         pointwise<functions::Expression>, {entry}}};
+  return &custom;
+}}
+}}
+"""
+
+_ON_CUDA = """
+#include "cuda/pointwise.cuh"
+#include "losses/functions.h"
+{functor}
+namespace fusedloss {{
+int fusedloss_custom_cuda(PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {{
+  return FUSEDLOSS_ISA::run_pointwise<FUSEDLOSS_ISA::functions::Expression>(result, args, stream);
+}}
+}}
+"""
+
+
+def _sources() -> Path:
+    """The folder of the C++ sources: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent.parent
+    return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
+
+
+def library(op: str, functor: str, name: str) -> tuple[int | None, str]:
+    """The address of the compiled loss, or None and why it cannot be compiled here.
+
+    Raises:
+        RuntimeError: the compiler refuses it.
+    """
+    from torch.utils import cpp_extension
+
+    if extension is None:
+        return None, why_native
+    if shutil.which(cpp_extension.get_cxx_compiler().split()[0]) is None:
+        warnings.warn(f"{name} runs natively: no C++ compiler", stacklevel=3)
+        return None, "no C++ compiler"
+    isa = extension.cpu_isa()
+    architectures = _cuda_architectures()
+    target = "" if isa == "baseline" else f'#include "cpu/isa/target_{isa}.inl"'
+    entry = "fusedloss_custom_cuda" if architectures else "nullptr"
+    declared = f"int {entry}(PointwiseResult, const CudaPointwiseArgs&, CudaStream);" if architectures else ""
+    source = _ON_CPU.format(target=target, functor=functor, cuda=declared, entry=entry)
+    # The name changes with all that the result depends on: sources, flags, this machine's instruction set and GPUs.
+    digest = hashlib.sha256(repr((source, extension.compile_flags, architectures)).encode())
+    for header in sorted(_sources().rglob("*.*")):
+        if header.suffix in (".h", ".inl", ".cuh"):
+            digest.update(header.read_bytes())
+    module = f"{op}_{digest.hexdigest()[:12]}"
+    cuda_source = _ON_CUDA.format(functor=functor) if architectures else None
+    path = _compiled(module, source, cuda_source, _for_architectures(architectures), name)
+    entry_point: Any = ctypes.CDLL(path).fusedloss_custom
+    entry_point.restype = ctypes.c_void_p
+    address: int = entry_point()
+    return address, ""
+
+
+def _cuda_architectures() -> list[str]:
+    """The architectures listed in TORCH_CUDA_ARCH_LIST, otherwise those of the GPUs here; none without nvcc.
+
+    Those below 8.0 are left out, because the kernels do not compile for them.
+    """
+    from torch.utils import cpp_extension
+
+    if extension.cuda_architectures == "none" or cpp_extension.CUDA_HOME is None:  # type: ignore[union-attr]
+        return []
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed or listed == ["native"]:
+        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        listed = [f"{major}.{minor}" for major, minor in sorted(gpus)]
+    return [entry for entry in listed if re.match(r"([89]|\d\d)\.\d", entry)]
+
+
+def _for_architectures(architectures: list[str]) -> list[str]:
+    """nvcc's options for entries such as 9.0a or 10.0+PTX, where PTX serves later GPUs."""
+    options = []
+    for entry in architectures:
+        number, _, ptx = entry.replace(".", "").partition("+")
+        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in ["sm"] + ["compute"] * bool(ptx)]
+    return options
+
+
+def _compiled(module: str, source: str, cuda_source: str | None, cuda_options: list[str], name: str) -> str:
+    """Compiles a library, or finds it in torch's extension cache; returns its path."""
+    from torch.utils import cpp_extension
+
+    try:
+        cpp_extension.load_inline(
+            module,
+            cpp_sources=[source],
+            cuda_sources=[] if cuda_source is None else [cuda_source],
+            extra_cflags=extension.compile_flags.split(),  # type: ignore[union-attr]
+            extra_cuda_cflags=["-O3", *cuda_options],
+            extra_include_paths=[str(_sources())],
+            with_cuda=cuda_source is not None,
+            is_python_module=False,
+            no_implicit_headers=True,
+        )
+    except RuntimeError as error:
+        # The first line of the compiler's errors, without the page of templates that follows.
+        found = re.search(r"^.*\berror: .*$", str(error), re.MULTILINE)
+        raise RuntimeError(f"{name} did not compile: {found[0] if found else error}") from None
+    folder = cpp_extension._get_build_directory(module, verbose=False)
+    return str(Path(folder) / f"{module}{cpp_extension.LIB_EXT}")
