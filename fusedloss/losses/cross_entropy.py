@@ -4,7 +4,7 @@ The formulas take ``wide``, ``second`` and ``zero`` as :func:`fusedloss._route.s
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,33 @@ def _soft_cross_entropy(
     losses = losses + z_loss * lse.square()
     loss = losses.mean() if reduction == "mean" else reduced(losses, losses, reduction, zero)
     return (loss.to(dtype), lse.to(dtype)) if second else loss.to(dtype)
+
+
+# fmt: off
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
+    return_lse: Literal[False] = ..., grad_in_forward: bool | None = ..., inplace: bool = ...,
+) -> Tensor: ...
+
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
+    return_lse: Literal[True], grad_in_forward: bool | None = ..., inplace: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
+    return_lse: bool, grad_in_forward: bool | None = ..., inplace: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 
 
 def cross_entropy(

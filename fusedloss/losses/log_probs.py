@@ -1,6 +1,6 @@
 """Log-probability of the target, and the entropy of the distribution."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,27 @@ def _log_probs(
     finite = log_p.clamp_min(torch.finfo(x.dtype).min)
     of_row = -(finite.exp() * finite).sum(dim)
     return value, torch.where(target == ignore_index, 0.0, of_row).to(dtype)
+
+
+# fmt: off
+@overload
+def log_probs(
+    logits: Tensor, target: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
+
+@overload
+def log_probs(
+    logits: Tensor, target: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+@overload
+def log_probs(
+    logits: Tensor, target: Tensor, *, temperature: float = ..., ignore_index: int = ...,
+    return_entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 
 
 def log_probs(
