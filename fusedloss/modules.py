@@ -1,4 +1,4 @@
-"""The losses as modules: where torch.nn has them, subclasses with nothing but ``forward`` changed."""
+"""The losses as modules: subclasses of torch.nn's where it has them, with ``forward`` replaced."""
 
 import warnings
 from typing import Any
@@ -13,14 +13,14 @@ from . import functional
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss`, computed by :func:`fusedloss.functional.cross_entropy`.
 
-    Constructor, buffers, ``state_dict`` and derivatives are torch's; the keywords beyond torch's are those of the
-    function.
+    Constructor, buffers, ``state_dict`` and derivatives are torch's. The function explains the keywords that torch does
+    not have.
 
     >>> CrossEntropyLoss(ignore_index=0)(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
 
-    # On the class too, for modules that were pickled without them.
+    # On the class too, for modules that were pickled without these attributes.
     z_loss: float = 0.0
     softcap: float | None = None
     out_dtype: torch.dtype | None = None
@@ -93,7 +93,7 @@ class NLLLoss(nn.NLLLoss):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # torch warns of its deprecated class where it is derived from
+    warnings.simplefilter("ignore", FutureWarning)  # torch warns where its deprecated class is subclassed
 
     @deprecated("`NLLLoss2d` has been deprecated. Please use `NLLLoss` instead.", category=FutureWarning)
     class NLLLoss2d(NLLLoss, nn.NLLLoss2d):
@@ -243,19 +243,19 @@ def _check_scriptable(module: BCELoss | BCEWithLogitsLoss) -> None:
 
 
 def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
-    """The same module under torch's own class, because TorchScript cannot look into the extension."""
+    """The module with torch's class in place of ours, because TorchScript cannot compile calls of the extension."""
     native = native_class.__new__(native_class)
     native.__dict__.update(module.__dict__)
     return native
 
 
 class FocalLoss(nn.Module):
-    """Softmax focal loss over class indices; see :func:`fusedloss.functional.focal_loss`.
+    """Softmax focal loss; see :func:`fusedloss.functional.focal_loss`.
 
     Args:
         alpha: None, one factor, or C class weights; a tensor becomes the buffer ``alpha``.
         gamma: focusing exponent, at least 0.
-        ignore_index: targets of this value count nowhere.
+        ignore_index: class indices of this value count nowhere and get no gradient.
         reduction: ``"mean"`` (over targets not ignored), ``"sum"`` or ``"none"``.
 
     >>> FocalLoss(gamma=0.0)(torch.zeros(2, 4), torch.tensor([0, 3]))
@@ -297,10 +297,10 @@ class SigmoidFocalLoss(nn.Module):
         gamma: focusing exponent, at least 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: a factor that broadcasts to the inputs, such as one for each class; it becomes the buffer ``weight``.
-        ignore_index: class indices of this value count nowhere.
+        ignore_index: class indices of this value count nowhere and get no gradient.
 
-    The targets of a call are of the inputs' shape or class indices; ``normalizer``, which changes from step to step, is
-    what the mean of that call divides by.
+    A call takes targets of the inputs' shape or class indices. It also takes a ``normalizer``, which the mean divides
+    by, because that number changes from step to step.
 
     >>> SigmoidFocalLoss(reduction="sum")(torch.zeros(2), torch.tensor([1.0, 0.0]))
     tensor(0.1733)

@@ -13,7 +13,7 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     if reduction not in _route.REDUCTIONS:
-        # what torch says of a weighted loss, where it refuses even other names of the mean
+        # torch's message for weighted losses, which refuse "elementwise_mean" too
         raise ValueError(f"Invalid reduction mode: {reduction}. Expected one of 'none', 'mean', 'sum'.")
     return losses.mean() if reduction == "mean" else losses.sum()
 

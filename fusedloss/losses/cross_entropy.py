@@ -1,6 +1,6 @@
 """Cross-entropy of class indices and of class probabilities.
 
-The formulas take ``wide``, ``second`` and ``zero`` as :func:`fusedloss._route.softmax` explains them.
+:func:`fusedloss._route.softmax` explains the formulas' options ``wide``, ``second`` and ``zero``.
 """
 
 import math
@@ -19,7 +19,7 @@ __all__ = ["cross_entropy"]
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
-    """cap * tanh(logits / cap); a mask of -infinity stays one."""
+    """softcap * tanh(logits / softcap), but a logit of -infinity, which masks its class, stays. 0 caps nothing."""
     return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap)) if softcap else logits
 
 
@@ -140,23 +140,23 @@ def cross_entropy(
         ignore_index: class indices of this value count nowhere and get no gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: :math:`\epsilon` in [0, 1].
-        z_loss: :math:`\lambda`, what is added times lse squared in every row that is not ignored.
-        softcap: takes ``softcap * tanh(input / softcap)`` for the logits; a logit of -infinity stays a mask, and
-            infinity caps nothing.
-        out_dtype: of the results, computed in no lesser precision: ``torch.float32`` makes a float32 loss of bfloat16
-            logits without a copy of them.
-        all_ignored: ``"zero"`` makes a mean over nothing 0, with a gradient of 0, where torch's is ``"nan"``.
+        z_loss: :math:`\lambda`, at least 0: a row that is not ignored adds :math:`\lambda \, \mathrm{lse}^2`.
+        softcap: takes ``softcap * tanh(input / softcap)`` for the logits. A logit of -infinity stays -infinity, so that
+            it still masks its class; a softcap of infinity caps nothing.
+        out_dtype: the dtype of the results; the arithmetic is at least as precise. ``torch.float32`` gives a float32
+            loss of bfloat16 logits without a copy of them.
+        all_ignored: the mean where every row is ignored: ``"nan"``, as in torch, or ``"zero"``, with a gradient of 0.
         return_lse: returns ``(loss, lse)``, the differentiable lse of every row, ignored ones too.
-        grad_in_forward: ``True`` makes the gradient while forward has the logits at hand, one read and one write of
-            them in all; backward then multiplies it by the upstream gradient, which costs nothing where that is 1 and
-            a read and a write otherwise. ``False`` leaves it to backward: two reads and one write. ``None`` takes
-            ``True`` on a CPU outside saved-tensor hooks (checkpointing, offloading), and else ``False``. A bfloat16
-            gradient is made anew where the upstream gradient is no power of two, which would round it once more. No
-            effect on float16 (an unscaled gradient would underflow), on ``reduction="none"``, beside ``return_lse``, or
-            where nothing requires a gradient.
-        inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. They hold
-            their values until backward, or only until this call returns with ``grad_in_forward=True``. The gradient
-            that backward hands on is their memory: what is written to them later changes it. Without grad mode nothing
+        grad_in_forward: ``True`` computes the gradient in the forward pass, while it reads the logits: one read and one
+            write of them in all. Backward multiplies it by the upstream gradient, which costs nothing where that is 1
+            and a read and a write otherwise. ``False`` computes it in backward: two reads and one write. ``None`` is
+            ``True`` on a CPU outside saved-tensor hooks (checkpointing, offloading), and otherwise ``False``. Where the
+            upstream gradient is no power of two, a bfloat16 gradient is computed again, because the product would round
+            it a second time. Ignored for float16 (an unscaled gradient would underflow), for ``reduction="none"``,
+            with ``return_lse``, and where nothing requires a gradient.
+        inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. The logits keep
+            their values until backward, or, with ``grad_in_forward=True``, only until this call returns. Their memory
+            is the gradient that backward returns: what is written to them later changes it. Without grad mode nothing
             is overwritten. Like ``grad_in_forward`` it is ignored where the call runs natively.
 
     Raises:
@@ -174,7 +174,7 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     loss = _soft_cross_entropy if soft else _cross_entropy
-    # A negative or NaN smoothing is none, as in torch.
+    # As in torch, a negative or NaN smoothing is 0.
     smoothing = label_smoothing if label_smoothing > 0 else 0.0
     if not (z_loss or softcap is not None or out_dtype or all_ignored != "nan" or return_lse):
         if grad_in_forward is None and not inplace:
@@ -194,7 +194,7 @@ def cross_entropy(
     dtype = input.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating point type, got {dtype}")
-    # What is wider than the arithmetic of the kernels needs wider logits; what is narrower is rounded at the end.
+    # A result wider than the kernels' arithmetic needs wider logits; a narrower one is rounded at the end.
     computed = torch.promote_types(input.dtype, dtype)
     wide = computed != input.dtype and computed == torch.float32
     if computed != input.dtype and not wide:

@@ -19,13 +19,13 @@ def _focal(
 ) -> Tensor:  # fmt: skip
     x = in_float(logits)
     dim = class_dim(x)
-    # Picks, and rejects as torch does; its derivative knows no channels_last.
     target = class_index(target)
+    # nll_loss picks the target's logit and rejects what torch rejects; its derivative does not take channels_last.
     logit = -F.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
     kept = target != ignore_index
     index = torch.where(kept, target, 0).long()
-    # The target against all others is a problem of two classes, in which no digit of a confident row is lost. Finite in
-    # the target's place, where -infinity would leave a row of one class without a gradient.
+    # The target against all other classes is a problem of two classes, whose formula loses no digits in a confident
+    # row. The target's place gets a finite number, because -infinity would leave a row of one class without a gradient.
     others = x.scatter(dim, index.unsqueeze(dim), torch.finfo(x.dtype).min)
     log_odds = others.logsumexp(dim) - logit
     losses = -F.logsigmoid(-log_odds)
@@ -70,7 +70,8 @@ def focal_loss(
     .. math:: \ell = \alpha_y \; (1 - p)^\gamma \; (-\log p)
 
     finite in value and gradient for every ``gamma >= 0`` and every finite logit. ``gamma=0, alpha=None`` is
-    cross-entropy. Class probabilities t give :math:`\sum_c \alpha_c t_c (1 - p_c)^\gamma (-\log p_c)`, natively.
+    cross-entropy. With class probabilities t the loss is :math:`\sum_c \alpha_c t_c (1 - p_c)^\gamma (-\log p_c)`, and
+    runs natively.
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...), as for :func:`cross_entropy`.

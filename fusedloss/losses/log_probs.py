@@ -28,10 +28,10 @@ def _log_probs(
     value = reduced(picked, (target != ignore_index).sum(), reduction, zero).to(dtype)
     if not second:
         return value
-    # Finite, so that a masked class adds 0 * log 0 = 0.
+    # Finite, because a masked class would add 0 * -infinity = NaN.
     finite = log_p.clamp_min(torch.finfo(x.dtype).min)
-    of_row = -(finite.exp() * finite).sum(dim)
-    return value, torch.where(target == ignore_index, 0.0, of_row).to(dtype)
+    entropies = -(finite.exp() * finite).sum(dim)
+    return value, torch.where(target == ignore_index, 0.0, entropies).to(dtype)
 
 
 # fmt: off
@@ -63,25 +63,25 @@ def log_probs(
     ignore_index: int = -100,
     return_entropy: bool = False,
 ) -> Any:
-    r"""Log-probability of the target at every position, and on request the entropy of the distribution there.
+    r"""Log-probability of the target of every row, and on request the entropy of the row's distribution.
 
     With p the softmax of ``logits / temperature``,
 
     .. math:: \log p_y, \qquad H = -\sum_c p_c \log p_c
 
-    from one read of the logits forward, and one read and one write of them backward: no log-softmax is ever in memory.
+    Forward reads the logits once; backward reads them once and writes their gradient. No log-softmax is ever in memory.
 
     Args:
         logits: (C), (N, C) or (N, C, d1, ...), as for :func:`cross_entropy`; a language model's (B, T, V) as
             ``logits.flatten(0, 1)``, which copies nothing.
         target: class indices (), (N) or (N, d1, ...) in int64 or uint8.
-        temperature: what the logits are divided by; positive.
-        ignore_index: at targets of this value both results are 0, and there is no gradient.
+        temperature: divides the logits; positive.
+        ignore_index: where a target has this value, both results are 0 and give no gradient.
         return_entropy: returns ``(log_probs, entropy)``, both differentiable.
 
     Returns:
-        In the target's shape, float32 for bfloat16 and float16 logits: rounded to 8 bits, no ratio of two
-        probabilities would be left.
+        In the target's shape; in float32 for bfloat16 and float16 logits, because log-probabilities rounded to 8 bits
+        are too coarse for the ratio of two probabilities.
 
     Raises:
         ValueError: ``temperature`` is not positive.

@@ -18,7 +18,7 @@ def _nll(
 ) -> Tensor:  # fmt: skip
     if wide:
         logits, weight = in_float(logits), weight if weight is None else in_float(weight)
-    # torch's derivative refuses other strides
+    # torch's derivative takes no other strides
     return F.nll_loss(
         logits.contiguous(), class_index(target), weight, ignore_index=ignore_index, reduction=reduction
     )  # fmt: skip
