@@ -97,8 +97,8 @@ RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& d
   return plan;
 }
 
-// No reduction, so every block has its own slice, one round of loads a thread; in place, a row belongs to one
-// block, which reads the target's logit before anything is overwritten.
+// Nothing is reduced, so every block takes a slice of its own, one round of loads a thread. In place, one block takes
+// the whole row, so that it reads the target's logit before anything is overwritten.
 template <class S>
 RowsPlan plan_backward(const SoftmaxLayout& layout, bool in_place) {
   RowsPlan plan = plan_row<S>(layout.classes);

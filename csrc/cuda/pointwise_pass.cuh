@@ -99,7 +99,7 @@ int with_result(PointwiseResult result, F f) {
       if constexpr (kHasTargetGrad) return f(std::integral_constant<Result, Result::TargetGrad>());
       return cudaErrorInvalidValue;
     default:
-      return cudaErrorInvalidValue;  // Outside is asked of the CPU alone
+      return cudaErrorInvalidValue;  // CheckDomain runs on the CPU only
   }
 }
 

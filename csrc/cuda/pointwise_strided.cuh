@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocks<T, Loss>)
   const bool weighted = args.weight.data, positive = takes_pos_weight<Loss>;
   const bool upstreams = pass.kTakesUpstream && !args.one_upstream && args.upstream.data;
   constexpr int kOfBlock = kGroup * kThreads;
-  Sums<1> sums;  // as above
+  Sums<1> sums;  // double across a thread's groups, T within
 
   for (int64_t first = int64_t(blockIdx.x) * kOfBlock + threadIdx.x; first < args.count;
        first += int64_t(gridDim.x) * kOfBlock) {

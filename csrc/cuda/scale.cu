@@ -1,4 +1,4 @@
-// A gradient that was made for an upstream gradient of 1, times the real one.
+// Multiplies a gradient that was made for an upstream gradient of 1 by the real one.
 #include "common.cuh"
 
 namespace fusedloss::FUSEDLOSS_ISA {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kVectorsOfThread = 4;
 
-// At a multiplier of 1, as after a plain loss.backward(), the 2 * 16 bytes a vector are left alone.
+// A multiplier of 1, as after a plain loss.backward(), moves none of the 2 * 16 bytes a vector.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(S* data, Run<S, int64_t> run, const void* multiplier_, bool wide) {

@@ -84,7 +84,7 @@ struct Rows {
     }
   }
 
-  // From the shares of the classes to the whole, in every thread; class c was collected by share c % shares.
+  // Merges the shares of the classes, in every thread; share c % shares has collected class c.
   __device__ void merge_shares(const Target<T> (&target)[kRows]) {
     Rows* shared = reinterpret_cast<Rows*>(shared_memory());
     __syncthreads();

@@ -23,7 +23,7 @@ __device__ Vector<S>* resident_rows() {
   return reinterpret_cast<Vector<S>*>(shared_memory() + sizeof(Shared<Accumulate<S>>));
 }
 
-// k_c along a row, as the loss makes it of class weights and probabilities; 0 where it knows none.
+// k_c along a row, which the loss makes from class weights and probabilities; 0 where it sums no k_c.
 template <class P, class Loss, class T>
 struct Factors {
   const Loss& loss;
@@ -173,7 +173,7 @@ struct Slice {
   }
 };
 
-// The statistics of a row from those of its threads, in all of them.
+// Merges the statistics of a row's threads; every one of them gets the result.
 template <class T, Sum kSum>
 __device__ Online<T, kSum> merge_group(Online<T, kSum> mine, const RowsPlan& plan, Shared<T>& shared, int turn) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
