@@ -53,7 +53,7 @@ cuda:
 # On a machine with a GPU, in the current environment: every test on it, then its speed, into benchmarks/results.
 gpu:
 	FUSEDLOSS_CUDA=1 $(MAKE) build VENV=none
-	bash benchmarks/gpu/run.sh
+	bash benchmarks/run_gpu.sh
 
 lint: build
 	$(PYTHON) -m ruff check .

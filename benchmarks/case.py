@@ -1,64 +1,81 @@
-"""What a benchmark is: one loss at one size, as it is written today and fused, with the goals it is held to."""
+"""What a benchmark is: one loss at one size, written by several providers, with the goals the kernels are held to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from .results import EAGER, Goal
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # (input, target) to the mean
+Target = Callable[[Tensor, torch.Generator], Tensor]  # makes the target for an input, on the input's device
+
+FORWARD, BACKWARD, BOTH, IN_FORWARD = "forward", "backward", "forward + backward", "forward + backward, grad_in_forward"
+CALL = "a call, forward + backward"
+
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call, and what is to be done untimed before each."""
+
+    call: Call
+    before: Call | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How one pass of a case is counted and judged."""
+
+    passes: int  # over the input's elements, read or written once each; 0 where the cost of a call is what counts
+    goals: list[Goal]
+    count_target: bool = False  # the target's bytes count too
+    fused: Loss | None = None  # used in place of the case's own fused loss
 
 
 @dataclass(frozen=True)
 class Case:
-    """One loss at one size. A goal is a least speed-up, or a most memory in multiples of the input's bytes."""
+    """One loss at one size."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    target: Callable[[Tensor, torch.Generator], Tensor]
-    eager: Loss
-    fused: Loss
-    native: Loss | None = None  # the formula fusedloss falls back to, where it is not `eager` itself
-    peer: tuple[str, Loss] | None = None  # another loss to compare with
-    speedup: float | None = None
-    over: str = "eager"
-    over_compile: float | None = None
-    memory: float | None = None
+    target: Target
+    losses: dict[str, Loss]  # by provider; "eager" and "fused" are always there
+    timed: dict[str, Timing]  # by what is timed: forward, backward, ...
+    device: str = "cpu"
     channels_last: bool = False
-    probabilities: bool = False  # as inputs
+    probabilities: bool = False  # the input holds probabilities
     compiled: bool = True  # torch.compile is measured too
+    by_rows: bool = False  # (N, C) cross-entropy, which other packages have too
+    different: tuple[str, ...] = ()  # providers of another loss, whose gradient is not compared
+    tensors: int = 0  # of the input's size that the greediest provider holds, to know what fits
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def most_bytes(self) -> int:
+        return self.tensors * self.elements * self.dtype.itemsize
 
     def data(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        input = torch.randn(self.shape, generator=generator).to(self.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+        input = torch.randn(self.shape, generator=generator, device=self.device)
         if self.probabilities:
-            input = input.float().sigmoid().to(self.dtype)
+            input.div_(2).sigmoid_()  # without the 2, bfloat16 would round some to 1, where a slope may be 1e12
+        input = input.to(self.dtype)
         if self.channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
         return input.requires_grad_(), self.target(input, generator)
 
-    def losses(self) -> dict[str, Loss]:
-        """The loss of every provider that needs no compiler."""
-        losses = {"eager": self.eager, "fused": self.fused}
-        if self.native is not None:
-            losses["native"] = self.native
-        if self.peer is not None:
-            losses[self.peer[0]] = self.peer[1]
-        return losses
-
-
-def minimum_traffic(input: Tensor, target: Tensor) -> int:
-    """Bytes that forward and backward must move: input and target read once, the gradient written once."""
-    return 2 * input.nbytes + target.nbytes
-
-
-def values(input: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(input.shape, generator=generator).to(input.dtype)
-
-
-def zeros_and_ones(input: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(2, input.shape, generator=generator).to(input.dtype)
+    def providers(self, compile: bool) -> list[str]:
+        rest = [name for name in self.losses if name != EAGER]
+        return [EAGER, *(["compile"] if compile and self.compiled else []), *rest]
 
 
 def name_of(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:

@@ -1,150 +1,130 @@
-"""What is measured: the softmax family and class indices here, the pointwise family beside it."""
+"""What is measured on each device, and the goals it is held to."""
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
-import pointwise
 import torch
-import torch.nn.functional as F
-from case import Case, name_of
-from pointwise import ALPHA, GAMMA
-from torch import Tensor
 
+import fusedloss
 import fusedloss.functional as L
-from fusedloss._route import LOSSES
 
-SMOOTHING = 0.1
-
-
-def class_indices(input: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(input.shape[1], input.shape[:1] + input.shape[2:], generator=generator)
+from . import losses
+from .case import BACKWARD, BOTH, CALL, FORWARD, IN_FORWARD, Case, Loss, Timing, name_of
+from .losses import POINTWISE, class_indices, class_or_background, class_probabilities, values
+from .results import COPY, EAGER, INPUT, OURS, Goal
 
 
-def eager_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(input, target)
-
-
-def fused_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
-    return L.cross_entropy(input, target)
-
-
-def probabilities(input: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(input.shape, generator=generator).softmax(1).to(input.dtype)
-
-
-def eager_smoothed(input: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
-
-
-def fused_smoothed(input: Tensor, target: Tensor) -> Tensor:
-    return L.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
-
-
-@functools.cache
-def _class_weights(classes: int) -> Tensor:
-    return torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.5
-
-
-def class_weights(input: Tensor) -> Tensor:
-    return _class_weights(input.shape[1])
-
-
-def eager_focal(input: Tensor, target: Tensor) -> Tensor:
-    ce = F.cross_entropy(input, target, reduction="none")
-    p = torch.exp(-ce)
-    return ((1 - p) ** GAMMA * ce).mean()
-
-
-def fused_focal(input: Tensor, target: Tensor) -> Tensor:
-    return L.focal_loss(input, target, gamma=GAMMA)
-
-
-def native_focal(input: Tensor, target: Tensor) -> Tensor:
-    return LOSSES["focal"].native(input, target, None, "mean", -100, 1.0, GAMMA)
-
-
-def class_or_background(input: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(input.shape[1] + 1, input.shape[:1] + input.shape[2:], generator=generator)
-
-
-def eager_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
-    """As detectors write it: the one-hot is built in every step."""
-    one_hot = F.one_hot(target, input.shape[1] + 1)[..., :-1].movedim(-1, 1)
-    return pointwise.sigmoid_focal(F, input, one_hot.to(input.dtype))
-
-
-def fused_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
-    return L.sigmoid_focal_loss(input, target, ALPHA, GAMMA, "mean")
-
-
-def native_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
-    return LOSSES["sigmoid_focal"].native(input, target, None, "mean", ALPHA, GAMMA, ignore_index=-100)
+def cpu_timed(
+    speedup: float, over: str = EAGER, over_compile: float | None = None, memory: float | None = None
+) -> dict[str, Timing]:
+    """Input and target are read once and the gradient written once: bytes that forward and backward must move."""
+    goals = [Goal(over, speedup)]
+    if over_compile is not None:
+        goals.append(Goal("compile", over_compile))
+    if memory is not None:
+        goals.append(Goal(INPUT, most=memory))
+    return {BOTH: Timing(2, goals, count_target=True)}
 
 
 def cross_entropy(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
-    speedup: float | None = None,
+    speedup: float = 1.0,
     memory: float | None = 1.05,
     channels_last: bool = False,
 ) -> Case:
     name = name_of("cross_entropy", shape, dtype) + "-channels_last" * channels_last
-    return Case(
-        name, shape, dtype, class_indices, eager_cross_entropy, fused_cross_entropy,
-        speedup=speedup, memory=memory, channels_last=channels_last,
-    )  # fmt: skip
+    timed = cpu_timed(speedup, memory=memory)
+    return Case(name, shape, dtype, class_indices, losses.CROSS_ENTROPY, timed, channels_last=channels_last)
 
 
 def smoothed_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
     """Label smoothing with class weights."""
     name = name_of("smoothed_cross_entropy", shape, torch.float32)
-    return Case(name, shape, torch.float32, class_indices, eager_smoothed, fused_smoothed, speedup=speedup, memory=1.05)
+    return Case(name, shape, torch.float32, class_indices, losses.SMOOTHED, cpu_timed(speedup, memory=1.05))
 
 
 def soft_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
     name = name_of("soft_cross_entropy", shape, torch.float32)
-    return Case(
-        name,
-        shape,
-        torch.float32,
-        probabilities,
-        eager_cross_entropy,
-        fused_cross_entropy,
-        speedup=speedup,
-        memory=1.05,
-    )
+    return Case(name, shape, torch.float32, class_probabilities, losses.CROSS_ENTROPY, cpu_timed(speedup, memory=1.05))
 
 
 def focal(shape: tuple[int, ...], speedup: float) -> Case:
     name = name_of("focal", shape, torch.float32)
-    return Case(
-        name,
-        shape,
-        torch.float32,
-        class_indices,
-        eager_focal,
-        fused_focal,
-        native_focal,
-        speedup=speedup,
-        over="native",
-    )
+    return Case(name, shape, torch.float32, class_indices, losses.FOCAL_AND_NATIVE, cpu_timed(speedup, "native"))
 
 
 def sigmoid_focal_indexed(shape: tuple[int, ...], speedup: float, memory: float | None = 1.05) -> Case:
+    name = name_of("sigmoid_focal_indexed", shape, torch.float32)
+    timed = cpu_timed(speedup, memory=memory)
+    return Case(name, shape, torch.float32, class_or_background, losses.SIGMOID_FOCAL_INDEXED, timed)
+
+
+# The least speed-up over eager for 4M elements of float32.
+CPU_POINTWISE = {
+    "huber": 2.0,
+    "smooth_l1": 2.0,
+    "mse": 2.0,
+    "l1": 3.0,
+    "bce": 4.0,
+    "bce_with_logits": 4.0,
+    "bce_with_logits_and_weights": 4.0,
+    "sigmoid_focal": 12.0,
+}
+LARGE = 1 << 22  # 50.3 MB of float32, 25.2 MB of bfloat16: input and target read, gradient written
+SMALL = (1, 64, 1000, 10_000)  # 12 bytes to 120 kB: the cost of a call
+
+
+def pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, Timing], **options: Any) -> Case:
     return Case(
-        name_of("sigmoid_focal_indexed", shape, torch.float32),
-        shape,
-        torch.float32,
-        class_or_background,
-        eager_sigmoid_focal_indexed,
-        fused_sigmoid_focal_indexed,
-        native_sigmoid_focal_indexed,
-        speedup=speedup,
-        memory=memory,
+        name_of(name, (elements,), dtype),
+        (elements,),
+        dtype,
+        POINTWISE[name][1],
+        losses.pointwise(name),
+        timed,
+        probabilities=name == "bce",
+        **options,
     )
 
 
+PSEUDO_HUBER = "delta * delta * (sqrt(1 + square((x - t) / delta)) - 1)"
+LOG_COSH = "log(cosh(x - t))"
+
+
+def custom(name: str, value: str, params: dict[str, float], eager: Loss) -> Case:
+    """A loss compiled at its first call must be as fast as the built-in Huber within a fifth."""
+
+    @functools.cache
+    def loss() -> Loss:
+        return fusedloss.pointwise_loss(name, value, params=params)
+
+    return Case(
+        f"custom_{name}-fp32-{LARGE}",
+        (LARGE,),
+        torch.float32,
+        values,
+        {EAGER: eager, OURS: lambda x, t: loss()(x, t), "huber": L.huber_loss},
+        cpu_timed(1 / 1.2, "huber"),
+        different=("huber",),
+    )
+
+
+def cpu_pointwise() -> Iterator[Case]:
+    for name, speedup in CPU_POINTWISE.items():
+        yield pointwise(name, LARGE, torch.float32, cpu_timed(speedup, over_compile=1.2, memory=1.05))
+    for name in CPU_POINTWISE:
+        yield pointwise(name, LARGE, torch.bfloat16, cpu_timed(2.0, over_compile=1.2, memory=1.05))
+    for name in CPU_POINTWISE:
+        for elements in SMALL:
+            yield pointwise(name, elements, torch.float32, cpu_timed(0.95), compiled=False)
+    yield custom("pseudo_huber", PSEUDO_HUBER, {"delta": 1.0}, lambda x, t: (torch.sqrt(1 + (x - t) ** 2) - 1).mean())
+    yield custom("log_cosh", LOG_COSH, {}, lambda x, t: torch.log(torch.cosh(x - t)).mean())
+
+
 # Beside each case its minimum traffic. A few hundred bytes are no measure of memory, so the smallest have no such goal.
-CASES = [
+CPU_CASES = [
     cross_entropy((512, 32000), speedup=2.5),  # 131 MB
     cross_entropy((257, 50257), speedup=2.5),  # 103 MB; odd rows, none but the first on a cache line
     cross_entropy((64, 128256), speedup=2.5),  # 65.7 MB
@@ -166,5 +146,77 @@ CASES = [
     sigmoid_focal_indexed((100_000, 80), speedup=15.0),  # 64.8 MB; a detector's anchors
     sigmoid_focal_indexed((4, 21, 256, 256), speedup=10.0, memory=None),  # 46.1 MB; classes 256 kB apart
     sigmoid_focal_indexed((100, 8), speedup=1.0, memory=None),  # 7.2 kB
-    *pointwise.cases(),
+    *cpu_pointwise(),
 ]
+
+# The least speed-up over eager, and the tensors that eager or its compilation holds.
+CUDA_POINTWISE = {
+    "huber": (2, 8),
+    "sigmoid_focal": (20, 24),
+    "smooth_l1": (2, 8),
+    "mse": (2, 8),
+    "l1": (2, 8),
+    "bce": (2, 8),
+    "bce_with_logits": (4, 16),
+    "bce_with_logits_and_pos_weight": (4, 16),
+}
+QUICK = ("huber", "sigmoid_focal")
+
+# Bytes count as passes x elements x size. What a row has besides, a target of 8 bytes and statistics of 8, does not
+# count: at 10 classes in bfloat16 it is as much as a pass.
+# For rows of logits: one read; one read and one write; their sum; and both in one where the logits stay on the chip.
+ROWS = {
+    FORWARD: Timing(1, [Goal(COPY, 0.9)]),
+    BACKWARD: Timing(2, [Goal(COPY, 0.9)]),
+    BOTH: Timing(
+        3,
+        [
+            Goal(COPY, 0.9),
+            Goal(EAGER, 3),
+            Goal("compile", 1.2),
+            Goal("Liger", 1),
+            Goal("QuACK", 1),
+            Goal("flash-attn", 1),
+        ],
+    ),
+    IN_FORWARD: Timing(2, [Goal(COPY, 0.85)], fused=losses.cross_entropy_in_forward),
+}
+
+
+def cuda_cross_entropy(
+    shape: tuple[int, ...], dtype: torch.dtype, timed: dict[str, Timing], by_rows: bool = False
+) -> Case:
+    name = name_of("cross_entropy", shape, dtype)
+    return Case(
+        name, shape, dtype, class_indices, losses.CROSS_ENTROPY, timed, device="cuda", by_rows=by_rows, tensors=7
+    )
+
+
+def cuda_pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, Timing]) -> Case:
+    return pointwise(name, elements, dtype, timed, device="cuda", tensors=CUDA_POINTWISE[name][1])
+
+
+def cuda_cases(quick: bool) -> Iterator[Case]:
+    """Quick leaves one or two of each kind."""
+    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32)
+    long = ((32768, 32000), (32768, 50257)) if quick else tuple((32768, c) for c in (1024, 4096, 32000, 50257))
+    for dtype in dtypes:
+        for shape in (*long, (8192, 128256)):  # a pass is 67 MB to 6.6 GB
+            yield cuda_cross_entropy(shape, dtype, ROWS, by_rows=True)
+    images = {BOTH: Timing(3, [Goal(COPY, 0.8), Goal(EAGER, 4)])}
+    yield cuda_cross_entropy((8, 21, 1024, 1024), torch.bfloat16, images)  # a pass is 352 MB
+    for dtype in dtypes:
+        for classes in (100,) if quick else (10, 32, 100, 1000):  # a pass is 20 MB to 4 GB
+            yield cuda_cross_entropy((1_000_000, classes), dtype, {BOTH: Timing(3, [Goal(COPY, 0.75)])})
+    for dtype in dtypes:
+        for name in QUICK if quick else CUDA_POINTWISE:  # a pass is 0.5 or 1 GB
+            goals = [Goal(COPY, 0.9), Goal(EAGER, CUDA_POINTWISE[name][0])]
+            yield cuda_pointwise(name, 1 << 28, dtype, {BOTH: Timing(3, goals)})
+    # The cost of a call. tests/test_gpu.py counts the launches.
+    call = {CALL: Timing(0, [Goal(EAGER, 1)])}
+    for rows in (4, 32):
+        yield cuda_cross_entropy((rows, 10), torch.float32, call)
+    name = name_of("focal", (32, 10), torch.float32)
+    yield Case(name, (32, 10), torch.float32, class_indices, losses.FOCAL, call, device="cuda", tensors=8)
+    for name in QUICK if quick else CUDA_POINTWISE:
+        yield cuda_pointwise(name, 64, torch.float32, call)

@@ -2,18 +2,21 @@
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
 
 import pytest
-import report
 import torch
-from case import Case
-from cases import CASES
-from measure import Measured, Result, measure, providers
 
-from fusedloss._library import extension
+from fusedloss._library import extension, why_native
 
-RESULTS = pytest.StashKey[dict[str, Result]]()
+from .case import Case
+from .cases import CPU_CASES
+from .measure import measure
+from .results import Row, Times
+from .table import BUSY, table
+from .timing_cpu import clock
+
+Measured = tuple[Row, Times]
+MEASURED = pytest.StashKey[dict[str, Measured]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
+    config.stash[MEASURED] = {}
     if not config.getoption("benchmark_columns"):
         config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
 
@@ -38,30 +41,31 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "provider" in metafunc.fixturenames:
         compile = not metafunc.config.getoption("--no-compile")
-        pairs = [(case, provider) for case in CASES for provider in providers(case, compile)]
+        pairs = [(case, provider) for case in CPU_CASES for provider in case.providers(compile)]
         names = [f"{case.name}-{provider}" for case, provider in pairs]
         metafunc.parametrize(("case", "provider"), pairs, ids=names)
 
 
 @pytest.fixture(scope="session")
 def measured(pytestconfig: pytest.Config) -> Callable[[Case], Measured]:
-    """Measures a case at its first test; keeps the tensors of the latest case only, up to 131 MB."""
+    """Measures a case, with all its providers, at its first test."""
     if extension is None:
-        pytest.skip("fusedloss runs without its extension here: there is nothing to measure")
+        pytest.exit(f"there is nothing to measure without fusedloss's extension: {why_native}", returncode=1)
     torch.set_num_threads(pytestconfig.getoption("--threads"))
+    found = pytestconfig.stash[MEASURED]
 
-    @lru_cache(maxsize=1)
     def once(case: Case) -> Measured:
-        measured = measure(case, not pytestconfig.getoption("--no-compile"))
-        pytestconfig.stash[RESULTS][case.name] = measured.result
-        return measured
+        if case.name not in found:
+            (found[case.name],) = measure(case, clock, not pytestconfig.getoption("--no-compile"))
+        return found[case.name]
 
     return once
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    results = config.stash[RESULTS]
-    if results:
+    rows = [row for row, _ in config.stash[MEASURED].values()]
+    if rows:
         terminalreporter.section(f"forward + backward, {config.getoption('--threads')} threads")
-        for line in report.lines(results.values()):
-            terminalreporter.write_line(line)
+        terminalreporter.write_line(table(rows, None))
+        if not all(row.quiet for row in rows):
+            terminalreporter.write_line(BUSY)

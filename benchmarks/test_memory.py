@@ -1,7 +1,8 @@
 """The measure of memory itself, on functions whose peak is known."""
 
 import torch
-from memory import peak_bytes
+
+from .memory import peak_bytes
 
 
 def test_result_counts_in_full() -> None:

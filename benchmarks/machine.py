@@ -1,5 +1,6 @@
 """What a figure depends on besides the code: device, driver, clocks, versions, date and revision."""
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -13,10 +14,37 @@ PACKAGES = {"Liger": "liger-kernel", "QuACK": "quack-kernels", "flash-attn": "fl
 UNKNOWN = "unknown"
 
 
-def facts() -> dict[str, str]:
+def facts(device: str) -> dict[str, str]:
+    found = {
+        **(_cuda() if device == "cuda" else _cpu()),
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "revision": _revision(),
+    }
+    for name, package in PACKAGES.items() if device == "cuda" else ():
+        try:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu() -> dict[str, str]:
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else UNKNOWN
+    return {
+        "device": platform.processor() or platform.machine() or UNKNOWN,
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "cores": str(os.cpu_count()),
+        "load": load,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _cuda() -> dict[str, str]:
     device = torch.cuda.get_device_properties(0)
     smi = _under_load()
-    found = {
+    return {
         "device": device.name,
         "multiprocessors": str(device.multi_processor_count),
         "L2": f"{device.L2_cache_size >> 20} MiB",
@@ -24,18 +52,8 @@ def facts() -> dict[str, str]:
         "SM clock under load": f"{smi['clocks.sm']} MHz of {smi['clocks.max.sm']}",
         "memory clock under load": f"{smi['clocks.mem']} MHz of {smi['clocks.max.mem']}",
         "power limit": f"{smi['power.limit']} W",
-        "torch": torch.__version__,
         "CUDA": torch.version.cuda or UNKNOWN,
-        "Python": platform.python_version(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "revision": _revision(),
     }
-    for name, package in PACKAGES.items():
-        try:
-            found[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _under_load() -> dict[str, str]:

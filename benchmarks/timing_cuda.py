@@ -1,22 +1,12 @@
-"""Times on a GPU: of the device with a cold cache, by events, or of a whole call, by the host's clock."""
+"""Times on a GPU: the device's own with a cold cache, by events, or a whole call's, by the host's clock."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 
 import torch
 
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A call, and what is to be done untimed before each."""
-
-    call: Call
-    before: Call | None = None
-
+from .case import CALL, Timed
+from .results import Times
 
 WARM_UPS = 3
 SPIN_CYCLES = 2_000_000  # about 1 ms: by then the host has submitted what is timed, and its own time is not in it
@@ -34,6 +24,17 @@ class ColdCache:
 
     def __call__(self) -> None:
         self._data.amax()
+
+
+class CudaClock:
+    """Times a whole call by the host's clock where its cost is what counts, all else by the device's events."""
+
+    def __init__(self, rounds: int, cold: ColdCache) -> None:
+        self._rounds, self._cold = rounds, cold
+
+    def __call__(self, calls: dict[str, Timed], timed: str) -> Times:
+        host = timed == CALL
+        return Times(on_host(calls, self._rounds) if host else on_device(calls, self._rounds, self._cold))
 
 
 def on_device(calls: dict[str, Timed], rounds: int, cold: ColdCache) -> dict[str, list[float]]:
@@ -68,12 +69,6 @@ def on_host(calls: dict[str, Timed], rounds: int, loops: int = 500) -> dict[str,
             if number >= WARM_UPS:
                 seconds[name].append((perf_counter() - begin) / loops)
     return seconds
-
-
-def spread(samples: list[float]) -> float:
-    """The width of the middle half."""
-    first, _, third = quantiles(samples, n=4)
-    return third - first
 
 
 def copy_bandwidth(rounds: int, cold: ColdCache) -> float:

@@ -2,7 +2,7 @@
 # Everything that only a GPU can tell, in the current environment; stops at the first failure.
 # FUSEDLOSS_CONFORMANCE names a script that takes --device; PYTHON another python3.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
 echo "== the whole suite, its tensors on the GPU"
@@ -35,4 +35,4 @@ else
 fi
 
 echo "== speed"
-"$python" -m benchmarks.gpu "$@"
+"$python" -m benchmarks --device cuda "$@"

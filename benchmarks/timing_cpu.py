@@ -1,36 +1,18 @@
-"""Times of several functions that can be compared although the machine is shared."""
+"""Times on a CPU of several functions that can be compared although the machine is shared."""
 
-import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from timeit import Timer
 
-from load import Load
+import psutil  # type: ignore[import-untyped]
+import torch
 
-Call = Callable[[], object]
+from .case import Call, Timed
+from .results import Times
 
 SAMPLE_SECONDS = 2e-3  # a shorter sample would measure the clock and the scheduler
 BLOCK_SECONDS = 0.25  # the operating system counts processor time in steps of 10 ms
 LEAST_ROUNDS = 9
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds for one call of each function: entry i of every list was taken in round i."""
-
-    loops: dict[str, int]
-    rounds: dict[str, list[float]]
-    quiet: bool  # whether the functions had all their threads' cores to themselves
-
-    def seconds(self, name: str) -> float:
-        return median(self.rounds[name])
-
-    def speedup(self, name: str, over: str) -> float:
-        """The median of the ratios within the rounds: what slows a whole round cancels out."""
-        return median(base / own for base, own in zip(self.rounds[over], self.rounds[name], strict=True))
 
 
 def in_turn(calls: dict[str, Call], threads: int, seconds: float = 2.0, patience: float = 8.0) -> Times:
@@ -61,11 +43,7 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = 2.0, patience
             disturbed += block
     enough = len(quiet) >= LEAST_ROUNDS
     rounds = quiet if enough else quiet + disturbed
-    return Times(loops, {name: [times[name] for times in rounds] for name in calls}, enough)
-
-
-def rounds_within(seconds: float, round_seconds: float, least: int, most: int) -> int:
-    return min(most, max(least, math.ceil(seconds / round_seconds)))
+    return Times({name: [times[name] for times in rounds] for name in calls}, enough)
 
 
 def _sample(call: Call, loops: int) -> float:
@@ -81,3 +59,27 @@ def _loops(call: Call) -> int:
     while timer.timeit(loops) < SAMPLE_SECONDS:
         loops *= 2
     return loops
+
+
+def clock(calls: dict[str, Timed], timed: str) -> Times:
+    return in_turn({name: one.call for name, one in calls.items()}, torch.get_num_threads())
+
+
+class Load:
+    """What other processes leave of the machine, counted from where this is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._own, self._idle = perf_counter(), process_time(), _idle()
+
+    def seconds(self) -> float:
+        return perf_counter() - self._wall
+
+    def cores_left(self) -> float:
+        """The cores that this process used or could have used since."""
+        own, idle = process_time() - self._own, _idle() - self._idle
+        return (own + idle) / self.seconds()
+
+
+def _idle() -> float:
+    times = psutil.cpu_times()
+    return times.idle + getattr(times, "iowait", 0.0)

@@ -1,10 +1,11 @@
 """The cross-entropies of other packages, where they are installed."""
 
+from functools import cache
 from importlib import import_module
 
 from torch import Tensor
 
-from .cases import Loss
+from .case import Loss
 
 # Liger writes the gradient over the logits, in forward.
 OVERWRITES = ("Liger",)
@@ -32,8 +33,9 @@ def flash_attention() -> Loss:
 PEERS = {"Liger": liger, "QuACK": quack, "flash-attn": flash_attention}
 
 
+@cache
 def installed() -> tuple[dict[str, Loss], dict[str, str]]:
-    """The losses that can be imported, and of the others why not."""
+    """The losses that can be imported, and for the others why not."""
     found: dict[str, Loss] = {}
     missing: dict[str, str] = {}
     for name, load in PEERS.items():
@@ -41,7 +43,7 @@ def installed() -> tuple[dict[str, Loss], dict[str, str]]:
             found[name] = load()
         except ModuleNotFoundError as error:
             missing[name] = f"not installed ({error.name})"
-        except Exception as error:  # what a package raises at import is its own affair
+        except Exception as error:  # a package may raise anything at import
             missing[name] = describe(error)
     return found, missing
 

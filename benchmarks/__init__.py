@@ -1,0 +1,1 @@
+"""The speed of the kernels against torch and other packages: ``python -m benchmarks [--device cuda]``."""

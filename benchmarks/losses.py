@@ -1,0 +1,163 @@
+"""The losses that are measured: as torch's users write them, and fused; with the targets they take."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedloss.functional as L
+from fusedloss._route import LOSSES
+
+from .case import Loss, Target
+from .results import EAGER, OURS
+
+GAMMA, ALPHA, SMOOTHING = 2.0, 0.25, 0.1
+
+
+def values(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(input.shape, generator=generator, device=input.device).to(input.dtype)
+
+
+def zeros_and_ones(input: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(2, input.shape, generator=generator, device=input.device, dtype=torch.int8)
+    return bits.to(input.dtype)
+
+
+def class_indices(input: Tensor, generator: torch.Generator) -> Tensor:
+    shape = input.shape[:1] + input.shape[2:]
+    return torch.randint(input.shape[1], shape, generator=generator, device=input.device)
+
+
+def class_or_background(input: Tensor, generator: torch.Generator) -> Tensor:
+    shape = input.shape[:1] + input.shape[2:]
+    return torch.randint(input.shape[1] + 1, shape, generator=generator, device=input.device)
+
+
+def class_probabilities(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(input.shape, generator=generator, device=input.device).softmax(1).to(input.dtype)
+
+
+def eager_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(input, target)
+
+
+def fused_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    return L.cross_entropy(input, target)
+
+
+def cross_entropy_in_forward(input: Tensor, target: Tensor) -> Tensor:
+    return L.cross_entropy(input, target, grad_in_forward=True)
+
+
+def eager_smoothed(input: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
+
+
+def fused_smoothed(input: Tensor, target: Tensor) -> Tensor:
+    return L.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
+
+
+@functools.cache
+def _class_weights(classes: int) -> Tensor:
+    return torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+def class_weights(input: Tensor) -> Tensor:
+    return _class_weights(input.shape[1])
+
+
+def eager_focal(input: Tensor, target: Tensor) -> Tensor:
+    ce = F.cross_entropy(input, target, reduction="none")
+    p = torch.exp(-ce)
+    return ((1 - p) ** GAMMA * ce).mean()
+
+
+def fused_focal(input: Tensor, target: Tensor) -> Tensor:
+    return L.focal_loss(input, target, gamma=GAMMA)
+
+
+def native_focal(input: Tensor, target: Tensor) -> Tensor:
+    return LOSSES["focal"].native(input, target, None, "mean", -100, 1.0, GAMMA)
+
+
+def eager_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
+    """As detectors write it: the one-hot target is built in every step."""
+    one_hot = F.one_hot(target, input.shape[1] + 1)[..., :-1].movedim(-1, 1)
+    return sigmoid_focal(F, input, one_hot.to(input.dtype))
+
+
+def fused_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
+    return L.sigmoid_focal_loss(input, target, ALPHA, GAMMA, "mean")
+
+
+def native_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
+    return LOSSES["sigmoid_focal"].native(input, target, None, "mean", ALPHA, GAMMA, ignore_index=-100)
+
+
+# A call of a pointwise loss through a namespace of functions, torch's or this package's.
+Call = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def with_both_weights(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    columns = math.gcd(x.numel(), 64)
+    x, t = x.view(-1, columns), t.view(-1, columns)
+    weight, pos_weight = _weights(tuple(x.shape), x.dtype), _weights((columns,), x.dtype)
+    loss: Tensor = f.binary_cross_entropy_with_logits(x, t, weight, pos_weight=pos_weight)
+    return loss
+
+
+@functools.cache
+def _weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
+
+
+def with_pos_weight(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    """One factor for each of 64 classes, read through its strides; the first targets serve as factors."""
+    x, t = x.view(-1, 64), t.view(-1, 64)
+    loss: Tensor = f.binary_cross_entropy_with_logits(x, t, pos_weight=t[0])
+    return loss
+
+
+def sigmoid_focal(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    """For torch, the formula of ``torchvision.ops.sigmoid_focal_loss``."""
+    if f is L:
+        return L.sigmoid_focal_loss(x, t, ALPHA, GAMMA, "mean")
+    p = torch.sigmoid(x)
+    ce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    p_t = p * t + (1 - p) * (1 - t)
+    alpha_t = ALPHA * t + (1 - ALPHA) * (1 - t)
+    return (alpha_t * (ce * ((1 - p_t) ** GAMMA))).mean()
+
+
+POINTWISE: dict[str, tuple[Call, Target]] = {
+    "huber": (lambda f, x, t: f.huber_loss(x, t), values),
+    "smooth_l1": (lambda f, x, t: f.smooth_l1_loss(x, t), values),
+    "mse": (lambda f, x, t: f.mse_loss(x, t), values),
+    "l1": (lambda f, x, t: f.l1_loss(x, t), values),
+    "bce": (lambda f, x, t: f.binary_cross_entropy(x, t), zeros_and_ones),
+    "bce_with_logits": (lambda f, x, t: f.binary_cross_entropy_with_logits(x, t), zeros_and_ones),
+    "bce_with_logits_and_weights": (with_both_weights, zeros_and_ones),
+    "bce_with_logits_and_pos_weight": (with_pos_weight, zeros_and_ones),
+    "sigmoid_focal": (sigmoid_focal, zeros_and_ones),
+}
+
+
+def pointwise(name: str) -> dict[str, Loss]:
+    call, _ = POINTWISE[name]
+    return {EAGER: functools.partial(call, F), OURS: functools.partial(call, L)}
+
+
+CROSS_ENTROPY: dict[str, Loss] = {EAGER: eager_cross_entropy, OURS: fused_cross_entropy}
+SMOOTHED: dict[str, Loss] = {EAGER: eager_smoothed, OURS: fused_smoothed}
+FOCAL: dict[str, Loss] = {EAGER: eager_focal, OURS: fused_focal}
+# "native" is the formula that fusedloss falls back to, where it differs from what users write.
+FOCAL_AND_NATIVE: dict[str, Loss] = {**FOCAL, "native": native_focal}
+SIGMOID_FOCAL_INDEXED: dict[str, Loss] = {
+    EAGER: eager_sigmoid_focal_indexed,
+    OURS: fused_sigmoid_focal_indexed,
+    "native": native_sigmoid_focal_indexed,
+}

@@ -1,0 +1,117 @@
+"""Rewrites the tables in docs/performance.md from benchmarks/results: ``python -m benchmarks.table``."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tabulate import tabulate  # type: ignore[import-untyped]
+
+from .results import OURS, Results, Row
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NOTHING = "No results yet."
+BUSY = "BUSY: other processes held a core throughout; such times mean little. Try again, or with fewer --threads."
+PEERS = ("eager", "compile", "native", "huber", "Liger", "QuACK", "flash-attn")
+
+
+def render(all_results: Iterable[Results]) -> str:
+    text = "\n\n".join("\n".join(lines(results)) for results in all_results)
+    return text or NOTHING
+
+
+def lines(results: Results) -> Iterator[str]:
+    machine = results.machine
+    yield f"### {machine['device']}"
+    yield ""
+    bandwidth = f"B = {results.copy_bandwidth / 1e9:.0f} GB/s. " if results.copy_bandwidth else ""
+    yield bandwidth + ", ".join(f"{name} {value}" for name, value in machine.items() if name != "device")
+    yield ""
+    yield table(results.rows, results.copy_bandwidth)
+    notes = [f"{case}: {why}" for case, why in results.skipped.items()]
+    reasons: dict[str, list[str]] = {}
+    for row in results.rows:
+        for peer, why in row.missing.items():
+            reasons.setdefault(f"{peer}: {why}", []).append(f"{row.case} {row.timed}")
+    for reason, cases in reasons.items():
+        notes.append(f"{reason} ({cases[0]}" + (f" and {len(cases) - 1} more)" if len(cases) > 1 else ")"))
+    if not all(row.quiet for row in results.rows):
+        notes.append(BUSY)
+    if notes:
+        yield ""
+        yield from (f"- {note}" for note in notes)
+
+
+def table(rows: list[Row], copy_bandwidth: float | None) -> str:
+    """One line a row; a peer has a column where any row has its figure or says why there is none."""
+    named = [peer for peer in PEERS if any(peer in row.seconds or peer in row.missing for row in rows)]
+    cells = [_cells(row, copy_bandwidth, named) for row in rows]
+    empty = [name for name in ("of B", "peak memory") if all(line[name] == "-" for line in cells)]
+    cells = [{name: cell for name, cell in line.items() if name not in empty} for line in cells]
+    return tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _cells(row: Row, copy_bandwidth: float | None, peers: list[str]) -> dict[str, str]:
+    verdicts = [f"{goal} {verdict}" for goal, verdict in row.verdicts(copy_bandwidth)]
+    memory = row.memory()
+    cells = {
+        "case": row.case,
+        "timed": row.timed,
+        "bytes counted": _counted(row) if row.bytes else "-",
+        "time": duration(row.seconds[OURS]) + ("" if row.quiet else " BUSY"),
+        "GB/s": _number(row.bandwidth() / 1e9) if row.bytes else "-",
+        "of B": f"{100 * row.bandwidth() / copy_bandwidth:.0f} %" if row.bytes and copy_bandwidth else "-",
+        "peak memory": "-" if memory is None else f"{_size(row.peak[OURS])} = {memory:.2f}x input",
+    }
+    for peer in peers:
+        speedup = row.speedup(peer)
+        cells[f"over {peer}"] = "-" if speedup is None else f"{speedup:.2f}x"
+    cells["goals"] = ", ".join(verdicts).replace("MISSED", "**MISSED**") or "-"
+    return cells
+
+
+def _counted(row: Row) -> str:
+    target = f" + {row.target_bytes}" if row.target_bytes else ""
+    return f"{row.passes} x {row.elements} x {row.element_bytes}{target} = {_size(row.bytes)}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 5e6 else f"{size / 1e3:.3g} kB"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def rewritten(document: str, text: str) -> str:
+    """The document with the text between its markers, which must be there once, in order."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"expected {BEGIN} and then {END}, once each")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def update(document: Path = DOCUMENT, results: Path = RESULTS) -> None:
+    text = render(Results.read(path) for path in sorted(results.glob("*.json")))
+    document.write_text(rewritten(document.read_text(), text))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of .json files, one for each GPU")
+    options = parser.parse_args(arguments)
+    update(options.document, options.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
