@@ -64,7 +64,7 @@ def _cells(row: Row, copy_bandwidth: float | None, peers: list[str]) -> dict[str
         "time": duration(row.seconds[OURS]) + ("" if row.quiet else " BUSY"),
         "GB/s": _number(row.bandwidth() / 1e9) if row.bytes else "-",
         "of B": f"{100 * row.bandwidth() / copy_bandwidth:.0f} %" if row.bytes and copy_bandwidth else "-",
-        "peak memory": "-" if memory is None else f"{_size(row.peak[OURS])} = {memory:.2f}x input",
+        "peak memory": "-" if memory is None else f"{row.peak[OURS] / 1e6:.3g} MB = {memory:.2f}x input",
     }
     for peer in peers:
         speedup = row.speedup(peer)

@@ -1,0 +1,40 @@
+"""Ratios, verdicts and what fails a run, from figures made up."""
+
+from dataclasses import replace
+
+from .results import EAGER, INPUT, OURS, Goal, Row, Times
+
+ROW = Row(
+    "mse-fp32-10",
+    "forward + backward",
+    passes=2,
+    elements=10,
+    element_bytes=4,
+    seconds={EAGER: 2.0, OURS: 1.0},
+    goals=[Goal(EAGER, 3), Goal(INPUT, most=1.05), Goal("compile", 1.2)],
+    target_bytes=40,
+    peak={EAGER: 80, OURS: 40},
+)
+
+
+def test_a_slow_round_cancels_out_of_a_ratio() -> None:
+    times = Times({EAGER: [2.0, 20.0, 4.0], OURS: [1.0, 10.0, 1.0]})
+    assert times.speedup(OURS, EAGER) == 2.0 and times.speedup(OURS, "compile") is None
+
+
+def test_verdicts() -> None:
+    assert [verdict for _, verdict in ROW.verdicts(None)] == ["MISSED", "met", "not measured"]
+    assert ROW.unmet(None) == ["mse-fp32-10, forward + backward: 3x eager MISSED, reached 2.00"]
+    assert replace(ROW, speedups={EAGER: 3.1}).unmet(None) == []  # the ratio by round is the one that counts
+    greedy = replace(ROW, peak={OURS: 43})
+    assert [verdict for _, verdict in greedy.verdicts(None)] == ["MISSED", "MISSED", "not measured"]
+
+
+def test_a_busy_machine_is_not_judged_by_times() -> None:
+    busy = replace(ROW, quiet=False)
+    assert [verdict for _, verdict in busy.verdicts(None)] == ["not judged", "met", "not measured"]
+    assert len(busy.unmet(None)) == 1
+
+
+def test_bytes_count_the_target() -> None:
+    assert ROW.bytes == 120 and ROW.bandwidth() == 120 and ROW.bandwidth(EAGER) == 60
