@@ -212,7 +212,7 @@ def cuda_cases(quick: bool) -> Iterator[Case]:
         for name in QUICK if quick else CUDA_POINTWISE:  # a pass is 0.5 or 1 GB
             goals = [Goal(COPY, 0.9), Goal(EAGER, CUDA_POINTWISE[name][0])]
             yield cuda_pointwise(name, 1 << 28, dtype, {BOTH: Timing(3, goals)})
-    # The cost of a call. tests/test_gpu.py counts the launches.
+    # The cost of a call. tests/gpu/test_gpu.py counts the launches.
     call = {CALL: Timing(0, [Goal(EAGER, 1)])}
     for rows in (4, 32):
         yield cuda_cross_entropy((rows, 10), torch.float32, call)

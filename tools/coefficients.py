@@ -9,7 +9,7 @@ To add a polynomial:
    to become a relative error of the function.
 3. Run this script. Raise the degree until the error is a tenth of a rounding step or less (6e-9 in float, 1e-17 in
    double). More gains nothing, because the arithmetic itself rounds.
-4. Copy the printed numbers into the header, in the printed order. tests/test_coefficients.py compares the two.
+4. Copy the printed numbers into the header, in the printed order. tests/accuracy/test_coefficients.py compares the two.
 5. Add the function to tools/accuracy.py and run that: it measures the compiled function, all roundings included.
 
 For each fit it prints the largest error in exact arithmetic, of the exact coefficients and of the rounded ones.

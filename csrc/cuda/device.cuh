@@ -1,4 +1,4 @@
-// What only a GPU does, each behind a name. tests/cuda_on_cpu gives the same names to an executor on the CPU.
+// What only a GPU does, each behind a name. tests/kernels/cuda_on_cpu gives the same names to an executor on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

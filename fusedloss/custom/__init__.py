@@ -159,7 +159,7 @@ def pointwise_loss(
     return other
 
 
-_MOST_PARAMS = 8  # kMaxParams of csrc/kernels.h
+_MOST_PARAMS = 8  # the kernels' own number, which tests/contract/test_custom.py compares with this one
 
 
 def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> tuple[Tree, Tree, Tree]:

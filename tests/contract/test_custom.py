@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 
 import fusedloss
 from fusedloss import custom
+from fusedloss._library import extension
 from fusedloss.custom import _build
 
 COMPILER = cpp_extension.get_cxx_compiler().split()[0]
@@ -316,3 +317,7 @@ def test_a_model_with_one_can_be_pickled(losses):
     loss = pickle.loads(pickle.dumps(losses["pseudo_huber"]))
     x, t = data(torch.float32, 9)
     assert torch.equal(loss(x, t), losses["pseudo_huber"](x, t)) and fusedloss.explain(loss, x, t).startswith("fused")
+
+
+def test_the_most_parameters_are_the_kernels():
+    assert custom._MOST_PARAMS == extension.most_params
