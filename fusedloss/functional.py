@@ -1,23 +1,18 @@
 """The losses as functions, with the names and positional arguments of ``torch.nn.functional``."""
 
-from .losses.binary import binary_cross_entropy, binary_cross_entropy_with_logits
-from .losses.cross_entropy import cross_entropy
-from .losses.difference import huber_loss, l1_loss, mse_loss, smooth_l1_loss
-from .losses.focal import focal_loss
-from .losses.log_probs import log_probs
-from .losses.nll import nll_loss
-from .losses.sigmoid_focal import sigmoid_focal_loss
+from .losses.binary import *  # noqa: F403
+from .losses.binary import __all__ as _binary
+from .losses.cross_entropy import *  # noqa: F403
+from .losses.cross_entropy import __all__ as _cross_entropy
+from .losses.difference import *  # noqa: F403
+from .losses.difference import __all__ as _difference
+from .losses.focal import *  # noqa: F403
+from .losses.focal import __all__ as _focal
+from .losses.log_probs import *  # noqa: F403
+from .losses.log_probs import __all__ as _log_probs
+from .losses.nll import *  # noqa: F403
+from .losses.nll import __all__ as _nll
+from .losses.sigmoid_focal import *  # noqa: F403
+from .losses.sigmoid_focal import __all__ as _sigmoid_focal
 
-__all__ = [
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "cross_entropy",
-    "focal_loss",
-    "huber_loss",
-    "l1_loss",
-    "log_probs",
-    "mse_loss",
-    "nll_loss",
-    "sigmoid_focal_loss",
-    "smooth_l1_loss",
-]
+__all__ = [*_binary, *_cross_entropy, *_difference, *_focal, *_log_probs, *_nll, *_sigmoid_focal]

@@ -320,4 +320,4 @@ def test_a_model_with_one_can_be_pickled(losses):
 
 
 def test_the_most_parameters_are_the_kernels():
-    assert custom._MOST_PARAMS == extension.most_params
+    assert extension.most_params == custom._MOST_PARAMS
