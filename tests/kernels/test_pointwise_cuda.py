@@ -338,26 +338,35 @@ def broadcast(shape: tuple[int, ...], of_target: tuple[int, ...], dtype: torch.d
     return run
 
 
-# name: (what stands there, what is put in its place, what must fail)
+# name: (file, what stands there, what is put in its place, what must fail)
 PLANTED = {
     "a tail left out": (
+        "pointwise_dense.cuh",
         "scalar < run.scalars(); scalar += threads",
         "scalar < run.head; scalar += threads",
         elements(1001),
     ),
-    "a block's sum left out": ("sums.values[0] += double(sum);\n  }\n\n  for", "}\n\n  for", elements(9000)),
+    "a block's sum left out": (
+        "pointwise_dense.cuh",
+        "sums.values[0] += double(sum);\n  }\n\n  for",
+        "}\n\n  for",
+        elements(9000),
+    ),
     "an element beyond the end": (
+        "pointwise_strided.cuh",
         "k * kThreads < left; }",
         "k * kThreads <= left; }",
         broadcast((2, 128), (128,)),
     ),
-    "a dimension overlooked": ("rest[k] = quotient;", "", broadcast((6, 5, 7), (5, 1))),
+    "a dimension overlooked": ("pointwise_strided.cuh", "rest[k] = quotient;", "", broadcast((6, 5, 7), (5, 1))),
     "an inverse rounded down": (
+        "pointwise_strided.cuh",
         "uint64_t(divide_up(int64_t(1) << shift, size))",
         "(1ull << shift) / size",
         broadcast((6, 7), (7,)),
     ),
     "a type taken for another": (
+        "pointwise_strided.cuh",
         "targets.decode(args.target.dtype",
         "targets.decode(args.input.dtype",
         broadcast((6, 7), (6, 7), torch.bfloat16),
@@ -369,13 +378,13 @@ PLANTED = {
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
-    old, new, run = PLANTED[bug]
-    source = planted(tmp_path, "cuda/pointwise.cuh", old, new)
+    file, old, new, run = PLANTED[bug]
+    source = planted(tmp_path, f"cuda/{file}", old, new)
     # Few losses, so that a bug is compiled in seconds.
     header = source / "losses" / "pointwise.h"
-    head, listed = header.read_text().split("#define FUSEDLOSS_POINTWISE(X)")
+    head, _ = header.read_text().split("#define FUSEDLOSS_POINTWISE(X)")
     few = "X(mse, Mse) X(sigmoid_focal, SigmoidFocal)"  # the second has class indices
-    header.write_text(f"{head}#define FUSEDLOSS_POINTWISE(X) {few}\n\n" + listed.split("\n\n", 1)[1])
+    header.write_text(f"{head}#define FUSEDLOSS_POINTWISE(X) {few}\n")
     library = rebuilt(kernels, source, "pointwise.cu")
     for each in (kernels, library):
         pretend(each)
