@@ -159,10 +159,9 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
                 " is not differentiable with respect to its target");
     // With a reduction, a gradient in forward costs hardly more than the sum alone on a CPU. On a GPU it moves 3
     // elements where forward and backward apart move 5, and as many as they do where the upstream gradient is not 1.
-    const bool pays = !call.ignore_index || device_for(input).row_gradient_in_forward_pays;
-    return PointwiseFunction::apply(
-        input, target, loss, call,
-        grad_in_forward && pays && input.requires_grad() && gradient_in_forward_pays(input, call.reduction));
+    const bool pays = grad_in_forward && input.requires_grad() && gradient_in_forward_pays(input, call.reduction) &&
+                      (!call.ignore_index || device_for(input).row_gradient_in_forward_pays);
+    return PointwiseFunction::apply(input, target, loss, call, pays);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
