@@ -458,11 +458,11 @@ def excesses(loss: Loss, recipe: Recipe) -> list[float]:
     smallest *= max(1.0, upstream.abs().max().item())
     broadcast = call.input.shape != call.target.shape
     for got, of_torch, expected in zip(grads, grads_of_torch, of_grads, strict=False):
-        below = torch.tensor(smallest)
+        below = torch.tensor(smallest, dtype=torch.float64)  # in float32 it would be 0
         if broadcast:  # Each term of the sum is rounded by itself, below the normal range by half of a fixed step.
             finfo = torch.finfo(got.dtype)
             terms = torch.broadcast_shapes(call.input.shape, call.target.shape).numel() // got.numel()
-            step = torch.where(expected.size < terms * finfo.smallest_normal, terms * finfo.eps / 2, 0)
+            step = (expected.size < terms * finfo.smallest_normal) * torch.tensor(terms * finfo.eps / 2).double()
             below = smallest * LARGEST + step * finfo.smallest_normal
         found.append(excess(got, of_torch, expected, below, broadcast))
     return found
