@@ -10,6 +10,7 @@ from layouts import other_memory
 from losses import (
     CROSS_ENTROPY,
     DTYPES,
+    INDEXED,
     LOSSES,
     NATIVE,
     ON_GPU,
@@ -369,7 +370,7 @@ def test_more_elements_than_32_bits_count():
 
 @pytest.mark.parametrize("bad", [-1, 50, 1 << 40])
 @pytest.mark.parametrize("shape", [(64, 50), (2, 50, 32)])
-@each_of(SOFTMAX)
+@each_of(INDEXED)
 def test_a_bad_target_in_mid_training(loss, shape, bad):
     """Of the 64 rows, number 37 gets a target that is none of 50 classes."""
     torch.manual_seed(0)
