@@ -150,7 +150,7 @@ def test_every_path_on_few_rows(loss, dtype):
         x, target = loss.data(shape, dtype)
         exact_target = target.cpu().double() if target.is_floating_point() else target.cpu()
         calls = [loss.fused]
-        if loss.op == "cross_entropy":
+        if loss is CROSS_ENTROPY:
             calls += [
                 lambda x, y, r, o=options: L.cross_entropy(x * 1, y, reduction=r, **o) for options in CLASS_OPTIONS[1:]
             ]
