@@ -32,7 +32,7 @@ struct Factors {
 // Calls f with the factors of a row; only a loss that sums them reads the weights.
 template <class P, class T, class Loss, class F>
 void with_factors(const Loss& loss, const SoftmaxArgs& args, int64_t row, F f) {
-  if constexpr (Loss::sum == Sum::linear) {
+  if constexpr (Loss::Sum::has_factors) {
     if (args.weight) return f(Factors<P, true, Loss, T>(loss, args, row));
   }
   f(Factors<P, false, Loss, T>(loss, args, row));

@@ -10,10 +10,7 @@ void read_statistics(Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
   using T = Accumulate<S>;
   const T* saved = static_cast<const T*>(args.statistics) + tile.row;
   const int64_t rows = args.logits_layout.rows;
-  for (int64_t j = 0; j < tile.count; ++j) {
-    const T third = Loss::sum == Sum::none ? T(0) : saved[2 * rows + j];
-    tile.set(j, {saved[j], saved[rows + j], third, third});
-  }
+  for (int64_t j = 0; j < tile.count; ++j) tile.set(j, read_saved<typename Loss::Sum>(saved, rows, j));
 }
 
 template <class S, class P, class Loss>

@@ -212,13 +212,13 @@ struct Columns {
         const T gap = values[lane] - max[lane], e = exp(gap);
         sum_without_target[lane] += e;
         if constexpr (kKeep) values[lane] = e;
-        if constexpr (Loss::sum == Sum::entropy) sum[lane] += entropy_term(e, gap);
-        if constexpr (Loss::sum == Sum::linear) {
-          const T factor =
+        T factor = 0;
+        if constexpr (Loss::Sum::has_factors) {
+          factor =
               Loss::soft ? loss.factor(weight, probability[lane]) : select(tile.y[j + lane] == index, T(0), weight);
-          sum[lane] += linear_term(factor, -gap);
           add_with_loss(factor, mass[lane], lost[lane]);
         }
+        Loss::Sum::add(sum[lane], Column<T>{e, gap, factor});
       }
     }
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -239,20 +239,21 @@ struct Columns {
     for (int64_t j = 0; j < tile.count; ++j) {
       totals.max[j] = tile.max[j];
       totals.sum_without_target[j] = double(tile.sum_without_target[j]);
-      if constexpr (Loss::sum != Sum::none) totals.sum[j] = double(tile.sum[j]);
-      if constexpr (Loss::sum == Sum::linear) totals.mass[j] = double(tile.mass[j]);
+      if constexpr (Loss::Sum::has_sum) totals.sum[j] = double(tile.sum[j]);
+      if constexpr (Loss::Sum::has_factors) totals.mass[j] = double(tile.mass[j]);
     }
   }
 
+  // What Sum::raise does, as ?: instead of select, which in double between floats would be no vector code in SSE2.
   void add_block(const Tile<T>& tile, Totals& totals) {
     for (int64_t j = 0; j < tile.count; ++j) {
       const T gap = totals.max[j] - tile.max[j], shrunk = exp(gap);
-      if constexpr (Loss::sum == Sum::linear) {
+      if constexpr (Loss::Sum::has_factors) {
         const double moved = totals.mass[j] == 0 ? 0 : totals.mass[j] * double(gap);
         totals.sum[j] += double(tile.sum[j]) - moved;
         totals.mass[j] += double(tile.mass[j]);
       }
-      if constexpr (Loss::sum == Sum::entropy) {
+      if constexpr (Loss::Sum::has_entropy) {
         const double moved = totals.sum_without_target[j] == 0
                                  ? 0
                                  : (totals.sum[j] + totals.sum_without_target[j] * double(gap)) * double(shrunk);
@@ -290,8 +291,7 @@ struct Columns {
       [[maybe_unused]] const T weight = weight_of(c);
       for (int64_t j = 0; j < tile.padded; ++j) {
         const T factor = loss.factor(weight, Loss::soft ? t[c * kTile + j] : T(0));
-        values[j] = column_gradient<Loss>(gradients.exponential_coefficient[j], T(0), gradients.factor_coefficient[j],
-                                          values[j], T(0), factor);
+        values[j] = column_gradient<typename Loss::Sum>(gradients.of_columns(j), Column<T>{values[j], T(0), factor});
       }
     }
     write_targets(tile, gradients, 0, columns, z, kTile);
@@ -336,8 +336,7 @@ struct Columns {
       const ZAndSlope<T> logit = loss.logit(load(from[j]));
       const T gap = logit.z - tile.max[j], e = exp(gap);
       const T factor = loss.factor(weight, Loss::soft ? probability[j] : T(0));
-      T value = column_gradient<Loss>(gradients.exponential_coefficient[j], gradients.entropy_coefficient[j],
-                                      gradients.factor_coefficient[j], e, gap, factor);
+      T value = column_gradient<typename Loss::Sum>(gradients.of_columns(j), Column<T>{e, gap, factor});
       if constexpr (decltype(loss.logit)::changes) value *= logit.slope;
       to[j] = store<V>(value);
     }

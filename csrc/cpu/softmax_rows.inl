@@ -140,7 +140,7 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
     const Groups<S, decltype(loss.logit)> groups(loss.logit, logits + block, stop - block, skipped_column - block);
     const double max = double(groups.max());
     if (max > total.max) {
-      if (block > begin) total = raised<Loss::sum>(total, max);
+      if (block > begin) total = raised<typename Loss::Sum>(total, max);
       total.max = max;
     }
     if (kept.exponentials) {
@@ -149,10 +149,10 @@ RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, i
     } else {
       total.sum_without_target += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
     }
-    if constexpr (Loss::sum == Sum::entropy) {
+    if constexpr (Loss::Sum::has_entropy) {
       total.sum += double(groups.sum(T(total.max), [](T gap) { return entropy_term(exp(gap), gap); }));
     }
-    if constexpr (Loss::sum == Sum::linear) {
+    if constexpr (Loss::Sum::has_factors) {
       const bool skips = skipped_column >= block && skipped_column < stop;
       with_factors<P, T>(loss, args, row, [&](const auto& factors) {
         add_linear(loss, logits, factors, block, skips ? skipped_column : stop, total);
@@ -199,7 +199,7 @@ void merge_parts(Tile<T>& tile, const SoftmaxArgs& args, const SoftmaxPart* part
     for (int64_t i = 1; i < count; ++i) max = of_row[i].max > max ? of_row[i].max : max;
     RowStatistics<double> total = {max, 0, 0, 0};
     for (int64_t i = 0; i < count; ++i) {
-      const auto part = raised<Loss::sum>(
+      const auto part = raised<typename Loss::Sum>(
           RowStatistics<double>{of_row[i].max, of_row[i].sum_without_target, of_row[i].sum, of_row[i].mass}, max);
       total.sum_without_target += part.sum_without_target;
       total.sum += part.sum;
@@ -221,16 +221,14 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
       for (int64_t c = begin; c < end; ++c) grad[c] = store<S>(T(0));
       continue;
     }
-    const T max = tile.max[j], exponential_coefficient = gradients.exponential_coefficient[j];
-    const T entropy_coefficient = gradients.entropy_coefficient[j];
-    const T factor_coefficient = gradients.factor_coefficient[j];
+    const T max = tile.max[j];
+    const ColumnCoefficients<T> coefficients = gradients.of_columns(j);
     with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
 #pragma GCC ivdep
       for (int64_t c = begin; c < end; ++c) {
         const ZAndSlope<T> z = loss.logit(load(logits[c]));
         const T gap = z.z - max, e = exp(gap);
-        const T value =
-            column_gradient<Loss>(exponential_coefficient, entropy_coefficient, factor_coefficient, e, gap, factors(c));
+        const T value = column_gradient<typename Loss::Sum>(coefficients, Column<T>{e, gap, factors(c)});
         grad[c] = store<S>(decltype(loss.logit)::changes ? value * z.slope : value);
       }
     });

@@ -148,21 +148,21 @@ struct Tile {
   }
 };
 
-// The coefficients of the gradient for each row of a tile; `own` is the gradient of the target's logit.
+// GradientOfRow for each row of a tile.
 template <class T>
 struct Gradients {
   T exponential_coefficient[kTile], entropy_coefficient[kTile], factor_coefficient[kTile], own[kTile];
-};
 
-// The gradient by z_c of a column that is not the target's: gap = z_c - max, e = exp(gap), factor = k_c.
-template <class Loss, class T>
-FUSEDLOSS_HD T column_gradient(T exponential_coefficient, T entropy_coefficient, T factor_coefficient, T e, T gap,
-                               T factor) {
-  T value = exponential_coefficient * e;
-  if constexpr (Loss::sum == Sum::entropy) value += entropy_coefficient * entropy_term(e, gap);
-  if constexpr (Loss::sum == Sum::linear) value -= factor_coefficient * factor;
-  return value;
-}
+  ColumnCoefficients<T> of_columns(int64_t j) const {
+    return {exponential_coefficient[j], entropy_coefficient[j], factor_coefficient[j]};
+  }
+  void set(int64_t j, const GradientOfRow<T>& gradient) {
+    exponential_coefficient[j] = gradient.columns.exponential;
+    entropy_coefficient[j] = gradient.columns.entropy;
+    factor_coefficient[j] = gradient.columns.factor;
+    own[j] = gradient.own;
+  }
+};
 
 inline void add(SoftmaxSums& to, const SoftmaxSums& from) {
   to.loss += from.loss;
@@ -180,8 +180,7 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
       const int64_t i = j + lane;
       T value;
       if constexpr (Loss::reads_row) {
-        const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[i] : T(0);
-        const Row<T> row = complete<Loss::sum>(tile.statistics(i), tile.logit[i], factor);
+        const Row<T> row = complete<Loss>(tile.statistics(i), tile.logit[i], tile.weight[i]);
         value = loss.value(row, tile.weight[i]);
         second[i] = select(tile.counts[i] + all_active == T(0), T(0), loss.second(row));
       } else {
@@ -190,7 +189,7 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
       const bool ignored = tile.counts[i] == T(0);
       losses[i] = select(ignored, T(0), value);
       loss_lanes[lane] += losses[i];
-      weight_lanes[lane] += Loss::mean_by_weight ? tile.counts[i] * tile.weight[i] : tile.counts[i];
+      weight_lanes[lane] += tile.counts[i] * weight_in_mean<Loss>(tile.weight[i]);
     }
   }
   if (args.losses) store_results<S>(args.losses, args.wide, tile.row, losses, tile.count);
@@ -200,9 +199,8 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
     const int64_t rows = args.logits_layout.rows;
     for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
     for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.sum_without_target[j];
-    if constexpr (Loss::sum != Sum::none) {
-      const T* third = Loss::sum == Sum::linear ? tile.mass : tile.sum;
-      for (int64_t j = 0; j < tile.count; ++j) saved[2 * rows + j] = third[j];
+    for (int64_t j = 0; j < tile.count && Loss::Sum::saved == 3; ++j) {
+      saved[2 * rows + j] = Loss::Sum::third(tile.statistics(j));
     }
   }
   return {double(add_lanes(loss_lanes)), double(add_lanes(weight_lanes)), -1};
@@ -222,13 +220,9 @@ void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs
   }
   for (int64_t j = tile.count; j < tile.padded; ++j) upstream[j] = upstream_second[j] = 0;
   for (int64_t j = 0; j < tile.padded; ++j) {
-    const T factor = Loss::sum == Sum::linear && !Loss::soft ? tile.weight[j] : T(0);
-    const Row<T> row = complete<Loss::sum>(tile.statistics(j), tile.logit[j], factor);
-    const Coefficients<T> c = loss.gradient(row, tile.weight[j], upstream[j], upstream_second[j]);
-    gradients.exponential_coefficient[j] = (c.a + c.b) * row.inverse;
-    gradients.entropy_coefficient[j] = c.h * row.inverse;
-    gradients.factor_coefficient[j] = c.s;
-    gradients.own[j] = c.own(row, tile.logit[j], factor) * tile.slope[j];
+    const Row<T> row = complete<Loss>(tile.statistics(j), tile.logit[j], tile.weight[j]);
+    const ZAndSlope<T> target = {tile.logit[j], tile.slope[j]};
+    gradients.set(j, gradient_of_row(loss, row, target, tile.weight[j], upstream[j], upstream_second[j]));
     tile.max[j] = row.max;
   }
 }

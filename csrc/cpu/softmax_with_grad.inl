@@ -8,7 +8,7 @@ namespace fusedloss::FUSEDLOSS_ISA {
 
 // Losses whose gradient needs only the exponential of a logit.
 template <class Loss>
-constexpr bool keeps_exponentials = Loss::reads_row && Loss::sum != Sum::entropy && !decltype(Loss::logit)::changes;
+constexpr bool keeps_exponentials = Loss::reads_row && !Loss::Sum::has_entropy && !decltype(Loss::logit)::changes;
 
 // Shorter ones cost more in tails and lane sums than exponentials do.
 constexpr int64_t kShortestRowKept = 64;
@@ -17,16 +17,15 @@ template <class S, class P, class Loss, class T>
 void write_kept(const Loss& loss, const SoftmaxArgs& args, const Tile<T>& tile, const Gradients<T>& gradients,
                 int64_t j, const Kept<T>& kept, S* grad) {
   const int64_t classes = args.logits_layout.classes;
-  const T factor_coefficient = gradients.factor_coefficient[j];
   with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
     for (int64_t block = 0; block < classes; block += kBlock) {
-      const T exponential_coefficient =
-          gradients.exponential_coefficient[j] * exp(kept.max_of_block[block / kBlock] - tile.max[j]);
+      ColumnCoefficients<T> coefficients = gradients.of_columns(j);
+      coefficients.exponential *= exp(kept.max_of_block[block / kBlock] - tile.max[j]);
       const int64_t last = least(classes, block + kBlock);
 #pragma GCC ivdep
       for (int64_t c = block; c < last; ++c) {
-        grad[c] = store<S>(column_gradient<Loss>(exponential_coefficient, T(0), factor_coefficient,
-                                                 kept.exponentials[c], T(0), factors(c)));
+        const Column<T> column = {kept.exponentials[c], T(0), factors(c)};
+        grad[c] = store<S>(column_gradient<typename Loss::Sum>(coefficients, column));
       }
     }
   });

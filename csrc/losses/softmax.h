@@ -1,92 +1,17 @@
-// The softmax losses: what a loss makes of a row of logits.
-//
-// A row is known by its statistics, collected in one pass. A loss turns them into its value and into the coefficients
-// of its gradient, which for every one of them is
-//
-//     d value / d z_c = p_c (a + b + h (z_c - max)) - b [c == y] - s k_c
-//
-// where z = logit(x) is what the softmax p is taken of, y is the target, and k_c = factor(weight, probability) belongs
-// to the column. To add a loss, write its functor and its line in the list.
+// The softmax losses: what a loss makes of a row of logits. row.h has what they share: what is known of a row, and the
+// formula whose coefficients `gradient` returns. To add a loss, write its functor and its line in the list.
 #pragma once
 
-#include "logit.h"
 #include "range.h"
+#include "row.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// What a row sums beside its exponentials: nothing, k_c (max - z_c), or e^(z_c - max) (z_c - max).
-enum class Sum { none, linear, entropy };
-
-// What is known of a row. The target's column y is left out: max is over j != y, sum_without_target is the sum over
-// j != y of exp(z_j - max). That keeps the digits of a confident row: 1 - p_y is never formed by subtraction.
-template <class T>
-struct RowStatistics {
-  T max, sum_without_target, sum, mass;  // sum as above; mass: the sum of k_c
-};
-
-// A term of Sum::linear; a class of factor 0 adds nothing, even where it is masked by -infinity.
-template <class T>
-FUSEDLOSS_HD T linear_term(T factor, T below_max) {
-  return select(factor == T(0), T(0), factor * below_max);
-}
-
-// A term of Sum::entropy: 0 where the exponential is.
-template <class T>
-FUSEDLOSS_HD T entropy_term(T exponential, T gap) {
-  return exponential * (gap < Constants<T>::exp_lowest ? Constants<T>::exp_lowest : gap);
-}
-
-// The same statistics seen from a higher max.
-template <Sum kSum, class T>
-FUSEDLOSS_HD RowStatistics<T> raised(RowStatistics<T> row, T max) {
-  const T gap = row.max - max, shrunk = exp(gap);
-  if constexpr (kSum == Sum::linear) row.sum -= linear_term(row.mass, gap);
-  if constexpr (kSum == Sum::entropy) {
-    row.sum = select(row.sum_without_target == T(0), T(0), (row.sum + row.sum_without_target * gap) * shrunk);
-  }
-  return {max, row.sum_without_target * shrunk, row.sum, row.mass};
-}
-
-// The row as a functor sees it: ce = -log p, p the probability of the target, q = 1 - p, p_c = exp(z_c - max) *
-// inverse, log_total = lse - max, and sum and mass over all columns. Without a target (logit -infinity) p = 0 and q
-// = 1.
-template <class T>
-struct Row {
-  T ce, p, q, max, inverse, log_total, sum, mass;
-  FUSEDLOSS_HD T lse() const { return max + log_total; }
-};
-
-template <Sum kSum, class T>
-FUSEDLOSS_HD Row<T> complete(RowStatistics<T> statistics, T logit, T factor_of_target) {
-  const bool target_is_max = logit >= statistics.max;
-  const T max = select(target_is_max, logit, statistics.max);
-  statistics = raised<kSum>(statistics, max);
-  // A lone +infinity makes inf - inf = NaN here, as in torch.
-  const T sum_without_target = statistics.sum_without_target, own = exp(logit - max);
-  const T inverse = T(1) / (sum_without_target + own);
-  // total - 1, formed without ever adding and taking away the 1.
-  const T log_total = log1p(select(target_is_max, sum_without_target, (sum_without_target - T(1)) + own));
-  T sum = statistics.sum;
-  if constexpr (kSum == Sum::linear) sum += linear_term(factor_of_target, max - logit);
-  if constexpr (kSum == Sum::entropy) sum += entropy_term(own, logit - max);
-  return {(max - logit) + log_total,         own * inverse, sum_without_target * inverse, max, inverse, log_total, sum,
-          statistics.mass + factor_of_target};
-}
-
-template <class T>
-struct Coefficients {
-  T a, b, s, h;
-
-  // The gradient of the target's column: p_y - 1 is -q, so that nothing cancels.
-  FUSEDLOSS_HD T own(const Row<T>& row, T logit, T factor) const {
-    return a * row.p - b * row.q - s * factor + h * entropy_term(row.p, logit - row.max);
-  }
-};
-
 // What most losses have in common; they say otherwise where they differ.
 template <class T>
-struct SoftmaxLoss {
-  static constexpr Sum sum = Sum::none;
+struct OfRow {
+  using Sum = SumNone;  // what the row sums beside its exponentials
+  static constexpr auto sum = Sum::kind;
   static constexpr bool soft = false;              // targets are probabilities of every class
   static constexpr bool mean_by_weight = false;    // the mean divides by the sum of weights, not the number of rows
   static constexpr bool reads_row = true;          // false: the loss reads only the target's logit
@@ -99,8 +24,9 @@ struct SoftmaxLoss {
 // torch.nn.functional.cross_entropy with class indices, smoothing e over C classes and z-loss lambda:
 // w_y (1 - e) ce + e / C * sum_c w_c (lse - z_c) + lambda lse^2.
 template <class T, class Logit, bool kSmooth>
-struct CrossEntropyWith : SoftmaxLoss<T> {
-  static constexpr Sum sum = kSmooth ? Sum::linear : Sum::none;
+struct CrossEntropyWith : OfRow<T> {
+  using Sum = std::conditional_t<kSmooth, SumLinear, SumNone>;
+  static constexpr auto sum = Sum::kind;
   static constexpr bool mean_by_weight = true;
   Logit logit;
   T kept, uniform, z_loss;
@@ -140,8 +66,9 @@ struct CrossEntropy : CrossEntropyWith<T, Softcap<T>, true> {
 // The same with class probabilities t, which smoothing turns into t (1 - e) + e / C: sum_c k_c (lse - z_c) with
 // k_c = w_c t_c.
 template <class T, class Logit>
-struct SoftCrossEntropyWith : SoftmaxLoss<T> {
-  static constexpr Sum sum = Sum::linear;
+struct SoftCrossEntropyWith : OfRow<T> {
+  using Sum = SumLinear;
+  static constexpr auto sum = Sum::kind;
   static constexpr bool soft = true;
   Logit logit;
   T kept, uniform, z_loss;
@@ -169,7 +96,7 @@ struct SoftCrossEntropy : SoftCrossEntropyWith<T, Softcap<T>> {
 
 // torch.nn.functional.nll_loss: the logits are log-probabilities already.
 template <class T>
-struct Nll : SoftmaxLoss<T> {
+struct Nll : OfRow<T> {
   static constexpr bool mean_by_weight = true, reads_row = false;
   Unchanged<T> logit;
 
@@ -181,7 +108,7 @@ struct Nll : SoftmaxLoss<T> {
 // q^gamma ce, times a factor alpha. With rho = ce p / q -> 1 as q -> 0 the gradient is q^gamma (1 + gamma rho), which
 // has no singularity left for any gamma >= 0.
 template <class T>
-struct Focal : SoftmaxLoss<T> {
+struct Focal : OfRow<T> {
   Unchanged<T> logit;
   T alpha, gamma;
 
@@ -198,9 +125,10 @@ struct Focal : SoftmaxLoss<T> {
 };
 
 // log p of the target at a temperature, and as second result the entropy -sum_c p_c log p_c of the row.
-template <class T, Sum kSum>
-struct LogProbsWith : SoftmaxLoss<T> {
-  static constexpr Sum sum = kSum;
+template <class T, class SumOfRow>
+struct LogProbsWith : OfRow<T> {
+  using Sum = SumOfRow;
+  static constexpr auto sum = Sum::kind;
   static constexpr bool second_of_ignored = false;
   Scaled<T> logit;
 
@@ -213,11 +141,11 @@ struct LogProbsWith : SoftmaxLoss<T> {
 };
 
 template <class T>
-struct LogProbs : LogProbsWith<T, Sum::entropy> {
-  using Specialised = LogProbsWith<T, Sum::none>;
+struct LogProbs : LogProbsWith<T, SumEntropy> {
+  using Specialised = LogProbsWith<T, SumNone>;
   static bool applies(const double* params) { return params[1] == 0; }     // no entropy asked for
   static constexpr Range params[] = {{0, kInfinity, true}, {-kInfinity}};  // temperature, entropy
-  FUSEDLOSS_HD LogProbs(const double* params, int64_t classes) : LogProbsWith<T, Sum::entropy>(params, classes) {}
+  FUSEDLOSS_HD LogProbs(const double* params, int64_t classes) : LogProbsWith<T, SumEntropy>(params, classes) {}
 };
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -17,7 +17,7 @@ int64_t saved_by(const double* params) {
   if constexpr (baseline::has_specialised<Functor>) {
     if (Functor::applies(params)) return saved_by<typename Functor::Specialised>(params);
   }
-  return !Functor::reads_row ? 0 : Functor::sum == baseline::Sum::none ? 2 : 3;
+  return Functor::reads_row ? Functor::Sum::saved : 0;
 }
 
 template <class Functor>

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "../softmax.h"
@@ -60,10 +59,8 @@ double divisor_of(const Tensor& statistics) {
                                                  : double(statistics.const_data_ptr<float>()[last]);
 }
 
-// What a mean divides by; infinity makes a mean over nothing 0, and its gradient.
 double divisor_from(double weight, int64_t reduction) {
-  if (!is_mean(reduction)) return 1;
-  return reduction == kMeanOrZero && weight == 0 ? std::numeric_limits<double>::infinity() : weight;
+  return baseline::reduction_divisor(is_mean(reduction), reduction == kMeanOrZero, weight);
 }
 
 void check_bad_row(const SoftmaxArgs& args, int64_t row) {
