@@ -12,7 +12,7 @@ constexpr int kRowUnroll = sizeof(S) == 8 ? 2 : 4;
 // Blocks of kThreads that are resident on a multiprocessor: 4 leave a thread 64 registers, 3 leave 80, 2 leave 128. A
 // loss that sums more than the exponentials needs more registers.
 template <class S, class Loss, bool kGrad>
-constexpr int kRowBlocks = sizeof(S) == 8 || Loss::sum == Sum::linear ? 2 : (kGrad || Loss::sum != Sum::none ? 3 : 4);
+constexpr int kRowBlocks = sizeof(S) == 8 || Loss::Sum::has_factors ? 2 : (kGrad || Loss::Sum::has_sum ? 3 : 4);
 
 struct RowsPlan {
   int lanes = 1;    // threads of a row within a block: some of a warp, or all of the block

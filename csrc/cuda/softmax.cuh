@@ -7,14 +7,14 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 // RowStatistics of the logits seen so far.
-template <class T, Sum kSum>
+template <class T, class Sum>
 struct Online : RowStatistics<T> {
   using RowStatistics<T>::max, RowStatistics<T>::sum_without_target, RowStatistics<T>::sum, RowStatistics<T>::mass;
 
   // Finite, so that a row of -infinity masks is no inf - inf.
   __device__ Online() : RowStatistics<T>{lowest<T>(), T(0), T(0), T(0)} {}
 
-  __device__ void raise(T to) { static_cast<RowStatistics<T>&>(*this) = raised<kSum>(*this, to); }
+  __device__ void raise(T to) { static_cast<RowStatistics<T>&>(*this) = raised<Sum>(*this, to); }
 
   // Adds kCount logits with one rescale; z = -infinity with factor 0 stands for no logit.
   template <int kCount>
@@ -27,21 +27,18 @@ struct Online : RowStatistics<T> {
     for (int i = 0; i < kCount; ++i) {
       const T gap = z[i] - peak, e = exp(gap);
       sum_without_target += e;
-      if constexpr (kSum == Sum::entropy) sum += entropy_term(e, gap);
-      if constexpr (kSum == Sum::linear) {
-        sum += linear_term(factor[i], -gap);
-        mass += factor[i];
-      }
+      Sum::add(sum, Column<T>{e, gap, factor[i]});
+      if constexpr (Sum::has_factors) mass += factor[i];
     }
   }
 
   __device__ void merge(RowStatistics<T> other) {
     const T peak = other.max > max ? other.max : max;
     raise(peak);
-    other = raised<kSum>(other, peak);
+    other = raised<Sum>(other, peak);
     sum_without_target += other.sum_without_target;
-    if constexpr (kSum != Sum::none) sum += other.sum;
-    if constexpr (kSum == Sum::linear) mass += other.mass;
+    if constexpr (Sum::has_sum) sum += other.sum;
+    if constexpr (Sum::has_factors) mass += other.mass;
   }
 
   // Over 2, 4, .. 32 neighbouring lanes; every lane gets the same bits.
@@ -54,8 +51,8 @@ struct Online : RowStatistics<T> {
     raise(peak);
     for (int mask = lanes / 2; mask; mask /= 2) {
       sum_without_target += shuffle_xor(sum_without_target, mask);
-      if constexpr (kSum != Sum::none) sum += shuffle_xor(sum, mask);
-      if constexpr (kSum == Sum::linear) mass += shuffle_xor(mass, mask);
+      if constexpr (Sum::has_sum) sum += shuffle_xor(sum, mask);
+      if constexpr (Sum::has_factors) mass += shuffle_xor(mass, mask);
     }
   }
 };
@@ -119,12 +116,6 @@ __device__ Accumulate<S> upstream_of(const void* from, int64_t i, bool wide) {
   return wide ? static_cast<const Accumulate<S>*>(from)[i] : load(static_cast<const S*>(from)[i]);
 }
 
-// k_c of the target, which the statistics leave out.
-template <class Loss, class T>
-__device__ T factor_of(const Target<T>& target) {
-  return Loss::sum == Sum::linear && !Loss::soft ? target.weight : T(0);
-}
-
 // Adds up losses and the divisor of a mean over the rows that a thread finishes.
 template <class S, class Loss, bool kSecond = true>
 struct Finish {
@@ -140,7 +131,7 @@ struct Finish {
     T value = 0;
     if constexpr (Loss::reads_row) {
       if (target.active) {
-        const Row<T> completed = complete<Loss::sum>(statistics, logit, factor_of<Loss>(target));
+        const Row<T> completed = complete<Loss>(statistics, logit, target.weight);
         if (target.counts) value = loss.value(completed, target.weight);
         if (kSecond && args.second) store_result<S>(args.second, row, loss.second(completed), args.wide);
       } else if (kSecond && args.second) {
@@ -150,12 +141,11 @@ struct Finish {
       const int64_t rows = args.logits_layout.rows;
       saved[row] = statistics.max;
       saved[rows + row] = statistics.sum_without_target;
-      if (Loss::sum == Sum::linear) saved[2 * rows + row] = statistics.mass;
-      if (Loss::sum == Sum::entropy) saved[2 * rows + row] = statistics.sum;
+      if (Loss::Sum::saved == 3) saved[2 * rows + row] = Loss::Sum::third(statistics);
     } else if (target.counts) {
       value = loss.value(logit, target.weight);
     }
-    if (target.counts) sums.values[1] += Loss::mean_by_weight ? double(target.weight) : 1.0;
+    if (target.counts) sums.values[1] += double(weight_in_mean<Loss>(target.weight));
     if (target.out_of_range) {
       value = T(NAN);
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
@@ -171,10 +161,8 @@ struct Finish {
     if (!args.grad || !args.mean) *static_cast<T*>(args.divisor) = T(divisor);
   }
 
-  // Divided by infinity, a mean over nothing and its gradient are 0.
   static __device__ double divisor_of(const CudaSoftmaxArgs& args, double weight) {
-    if (!args.mean) return 1;
-    return args.zero_for_none && weight == 0 ? double(INFINITY) : weight;
+    return reduction_divisor(args.mean, args.zero_for_none, weight);
   }
 };
 
@@ -195,7 +183,8 @@ __device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t ro
 // The gradient of one row; 0 where the row is not active.
 template <class T, class Loss>
 struct RowGradient {
-  T max = 0, exponential_coefficient = 0, entropy_coefficient = 0, factor_coefficient = 0, own = 0;
+  T max = 0, own = 0;
+  ColumnCoefficients<T> columns = {};
   int target = -1;
   bool active = false;
 
@@ -211,13 +200,11 @@ struct RowGradient {
                          ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide)
                          : T(0);
     const ZAndSlope<T> logit = target_logit(loss, to, x);
-    const Row<T> completed = complete<Loss::sum>(statistics, logit.z, factor_of<Loss>(to));
-    const Coefficients<T> c = loss.gradient(completed, to.weight, upstream, second);
-    own = c.own(completed, logit.z, factor_of<Loss>(to)) * logit.slope;
+    const Row<T> completed = complete<Loss>(statistics, logit.z, to.weight);
+    const GradientOfRow<T> gradient = gradient_of_row(loss, completed, logit, to.weight, upstream, second);
     max = completed.max;
-    exponential_coefficient = (c.a + c.b) * completed.inverse;
-    entropy_coefficient = c.h * completed.inverse;
-    factor_coefficient = c.s;
+    own = gradient.own;
+    columns = gradient.columns;
   }
 
   __device__ T operator()(const Loss& loss, T x, int column, T factor_of_column) const {
@@ -225,16 +212,14 @@ struct RowGradient {
     if (column == target) return own;
     const ZAndSlope<T> logit = loss.logit(x);
     const T gap = logit.z - max, e = exp(gap);
-    T value = exponential_coefficient * e;
-    if constexpr (Loss::sum == Sum::entropy) value += entropy_coefficient * entropy_term(e, gap);
-    if constexpr (Loss::sum == Sum::linear) value -= factor_coefficient * factor_of_column;
+    const T value = column_gradient<typename Loss::Sum>(columns, Column<T>{e, gap, factor_of_column});
     return decltype(loss.logit)::changes ? value * logit.slope : value;
   }
 };
 
 // Whether a loss makes its gradient in the forward kernel; the others launch both.
 template <class S, class Loss>
-constexpr bool makes_gradient_of = makes_gradient_in_forward<S> && Loss::sum == Sum::none && Loss::reads_row;
+constexpr bool makes_gradient_of = makes_gradient_in_forward<S> && !Loss::Sum::has_sum && Loss::reads_row;
 
 // Calls f with a functor, a storage type and that of the probabilities.
 template <class F>

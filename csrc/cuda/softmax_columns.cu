@@ -13,7 +13,7 @@ namespace {
 
 // Loads in flight a thread, as many as the registers of 8 rows leave room for.
 template <class Loss>
-constexpr int kClasses = Loss::sum != Sum::linear         ? 4
+constexpr int kClasses = !Loss::Sum::has_factors          ? 4
                          : decltype(Loss::logit)::changes ? 1
                                                           : 2;
 constexpr int kColumnBlocks = 2;  // resident on a multiprocessor: up to 8 rows a thread need their registers
@@ -42,11 +42,11 @@ __device__ void read_factors(const Loss& loss, const SoftmaxArgs& args, const P*
   if constexpr (Loss::soft) {
     read_values<P, kRows>(probabilities + c * args.probabilities_layout.class_stride, probability);
   }
-  const T weight = Loss::sum == Sum::linear && args.weight ? static_cast<const T*>(args.weight)[c] : T(1);
+  const T weight = Loss::Sum::has_factors && args.weight ? static_cast<const T*>(args.weight)[c] : T(1);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     factors[r] = T(0);
-    if constexpr (Loss::sum == Sum::linear) factors[r] = loss.factor(weight, probability[r]);
+    if constexpr (Loss::Sum::has_factors) factors[r] = loss.factor(weight, probability[r]);
   }
 }
 
@@ -54,7 +54,7 @@ __device__ void read_factors(const Loss& loss, const SoftmaxArgs& args, const P*
 template <class S, class P, class Loss, int kRows>
 struct Rows {
   using T = Accumulate<S>;
-  Online<T, Loss::sum> statistics[kRows];
+  Online<T, typename Loss::Sum> statistics[kRows];
   T logit[kRows] = {};
 
   // Classes first, first + step, ... of the rows that begin at `logits`.
@@ -92,7 +92,7 @@ struct Rows {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      statistics[r] = Online<T, Loss::sum>();
+      statistics[r] = Online<T, typename Loss::Sum>();
       for (int share = 0; share < int(blockDim.y); ++share) {
         statistics[r].merge(shared[share * blockDim.x + threadIdx.x].statistics[r]);
       }
@@ -182,8 +182,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const Target<T> target(loss, args, row + r);
-    const T third = Loss::sum == Sum::none ? T(0) : saved[2 * layout.rows + row + r];
-    const RowStatistics<T> statistics = {saved[row + r], saved[layout.rows + row + r], third, third};
+    const RowStatistics<T> statistics = read_saved<typename Loss::Sum>(saved, layout.rows, row + r);
     // kRows > 1 only where neighbouring rows are neighbours in memory
     const T logit = target.index < 0 ? T(0) : load(logits[target.index * layout.class_stride + r]);
     gradient[r] = RowGradient<T, Loss>(loss, args, row + r, target, statistics, logit, S());

@@ -36,7 +36,7 @@ struct Factors {
         probabilities(Loss::soft ? probabilities_of<P>(args, row) : nullptr) {}
 
   __device__ T of(int column, T probability) const {
-    if constexpr (Loss::sum != Sum::linear) return T(0);
+    if constexpr (!Loss::Sum::has_factors) return T(0);
     return loss.factor(weights ? weights[column] : T(1), probability);
   }
   __device__ T operator()(int column) const { return of(column, Loss::soft ? load(probabilities[column]) : T(0)); }
@@ -84,8 +84,8 @@ struct Slice {
         lanes(plan.lanes) {}
 
   // Statistics without the target; the vectors are kept where `resident` points.
-  __device__ Online<T, Loss::sum> statistics(int target, Vector<S>* resident) const {
-    Online<T, Loss::sum> online;
+  __device__ Online<T, typename Loss::Sum> statistics(int target, Vector<S>* resident) const {
+    Online<T, typename Loss::Sum> online;
     for (int first = lane; first < run.vectors; first += kRowUnroll<S> * lanes) {
       Vector<S> packed[kRowUnroll<S>];
 #pragma unroll
@@ -174,12 +174,12 @@ struct Slice {
 };
 
 // Merges the statistics of a row's threads; every one of them gets the result.
-template <class T, Sum kSum>
-__device__ Online<T, kSum> merge_group(Online<T, kSum> mine, const RowsPlan& plan, Shared<T>& shared, int turn) {
+template <class T, class Sum>
+__device__ Online<T, Sum> merge_group(Online<T, Sum> mine, const RowsPlan& plan, Shared<T>& shared, int turn) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   mine.merge_lanes(plan.lanes < kWarp ? plan.lanes : kWarp);
   const auto merge_stored = [&](int count, auto stored) {
-    mine = Online<T, kSum>();
+    mine = Online<T, Sum>();
     if (lane < count) mine.merge(*stored(lane));
     mine.merge_lanes(kWarp);
   };
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     const int64_t inside = row < rows ? row : 0;
     S* grad = kGrad ? grad_of<S>(args, inside) : nullptr;
     const Slice<S, P, Loss> slice(loss, args, inside, grad, begin, row < rows ? end : begin, plan);
-    Online<T, Loss::sum> statistics;
+    Online<T, typename Loss::Sum> statistics;
     const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, inside)[target.index]);
     if (target.active) statistics = slice.statistics(target.index, resident);
     statistics = merge_group(statistics, plan, shared, turn);
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     if (!is_last_block(workspace.counter, shared.sums)) return;
     for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) {
       const Target<T> target(loss, args, row);
-      Online<T, Loss::sum> statistics;
+      Online<T, typename Loss::Sum> statistics;
       for (int i = 0; i < parts; ++i) statistics.merge(partial[row * parts + i]);
       const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
       finish.row(row, target, statistics, target_logit(loss, target, logit).z);
@@ -273,8 +273,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, true>)
   const Target<T> target(loss, args, row);
   const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
   if (args.in_place) __syncthreads();  // all threads of a row have its target's logit before one overwrites it
-  const T third = Loss::sum == Sum::none ? T(0) : saved[2 * rows + row];
-  const RowStatistics<T> statistics = {saved[row], saved[rows + row], third, third};
+  const RowStatistics<T> statistics = read_saved<typename Loss::Sum>(saved, rows, row);
   const RowGradient<T, Loss> gradient(loss, args, row, target, statistics, logit, S());
   slice.write(gradient, grad + begin, slice.lane, packed);
   slice.write_from(slice.lane + kRowUnroll<S> * slice.lanes, gradient, grad + begin, nullptr);

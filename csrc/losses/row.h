@@ -51,12 +51,8 @@ FUSEDLOSS_HD T entropy_term(T e, T gap) {
 //     raise        moves the sum to a higher max: gap is the old max less the new one, shrunk = exp(gap)
 //     gradient     adds the sum's part to the gradient of a column; value is the rest of it, h and s its coefficients
 
-// For csrc/cuda, which still asks for them by these names.
-enum class Sum { none, linear, entropy };
-
 // Nothing.
 struct SumNone {
-  static constexpr auto kind = Sum::none;
   static constexpr bool has_sum = false, has_factors = false, has_entropy = false;
   static constexpr int saved = 2;
 
@@ -76,7 +72,6 @@ struct SumNone {
 
 // The sum of k_c (max - z_c). Backward needs only the mass.
 struct SumLinear {
-  static constexpr auto kind = Sum::linear;
   static constexpr bool has_sum = true, has_factors = true, has_entropy = false;
   static constexpr int saved = 3;
 
@@ -100,7 +95,6 @@ struct SumLinear {
 
 // The sum of e^(z_c - max) (z_c - max).
 struct SumEntropy {
-  static constexpr auto kind = Sum::entropy;
   static constexpr bool has_sum = true, has_factors = false, has_entropy = true;
   static constexpr int saved = 3;
 
@@ -174,11 +168,6 @@ FUSEDLOSS_HD Row<T> complete(RowStatistics<T> statistics, T logit, T weight) {
 template <class T>
 struct Coefficients {
   T a, b, s, h;
-
-  // For csrc/cuda.
-  FUSEDLOSS_HD T own(const Row<T>& row, T logit, T factor) const {
-    return a * row.p - b * row.q - s * factor + h * entropy_term(row.p, logit - row.max);
-  }
 };
 
 // The same for the columns: what e, its entropy_term and k_c are multiplied by.
@@ -220,22 +209,6 @@ FUSEDLOSS_HD T weight_in_mean(T weight) {
 FUSEDLOSS_HD double reduction_divisor(bool mean, bool zero_for_none, double weight) {
   if (!mean) return 1;
   return zero_for_none && weight == 0 ? infinity<double>() : weight;
-}
-
-// For csrc/cuda.
-template <Sum kSum>
-struct Summing {
-  static constexpr bool soft = false;
-  using Sum = std::conditional_t<kSum == SumNone::kind, SumNone,
-                                 std::conditional_t<kSum == SumLinear::kind, SumLinear, SumEntropy>>;
-};
-template <Sum kSum, class T>
-FUSEDLOSS_HD RowStatistics<T> raised(RowStatistics<T> row, T max) {
-  return raised<typename Summing<kSum>::Sum>(row, max);
-}
-template <Sum kSum, class T>
-FUSEDLOSS_HD Row<T> complete(RowStatistics<T> statistics, T logit, T factor) {
-  return complete<Summing<kSum>>(statistics, logit, factor);
 }
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -10,8 +10,7 @@ namespace fusedloss::FUSEDLOSS_ISA {
 // What most losses have in common; they say otherwise where they differ.
 template <class T>
 struct OfRow {
-  using Sum = SumNone;  // what the row sums beside its exponentials
-  static constexpr auto sum = Sum::kind;
+  using Sum = SumNone;                             // what the row sums beside its exponentials
   static constexpr bool soft = false;              // targets are probabilities of every class
   static constexpr bool mean_by_weight = false;    // the mean divides by the sum of weights, not the number of rows
   static constexpr bool reads_row = true;          // false: the loss reads only the target's logit
@@ -26,7 +25,6 @@ struct OfRow {
 template <class T, class Logit, bool kSmooth>
 struct CrossEntropyWith : OfRow<T> {
   using Sum = std::conditional_t<kSmooth, SumLinear, SumNone>;
-  static constexpr auto sum = Sum::kind;
   static constexpr bool mean_by_weight = true;
   Logit logit;
   T kept, uniform, z_loss;
@@ -68,7 +66,6 @@ struct CrossEntropy : CrossEntropyWith<T, Softcap<T>, true> {
 template <class T, class Logit>
 struct SoftCrossEntropyWith : OfRow<T> {
   using Sum = SumLinear;
-  static constexpr auto sum = Sum::kind;
   static constexpr bool soft = true;
   Logit logit;
   T kept, uniform, z_loss;
@@ -128,7 +125,6 @@ struct Focal : OfRow<T> {
 template <class T, class SumOfRow>
 struct LogProbsWith : OfRow<T> {
   using Sum = SumOfRow;
-  static constexpr auto sum = Sum::kind;
   static constexpr bool second_of_ignored = false;
   Scaled<T> logit;
 
