@@ -12,11 +12,7 @@ constexpr int kTile = 256;
 // Not std::min: a standard template compiled here could become the one copy every instruction set runs.
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
-  return row / layout.inner * layout.outer_stride + row % layout.inner * layout.inner_stride;
-}
-
-// row_offset of one row after the other: a division per tile, not per row, where it would cost as much as ten logits.
+// row_offset of one row after the other: a division per tile, not per row.
 struct RowOffsets {
   const SoftmaxLayout& layout;
   int64_t outer, inner;

@@ -84,11 +84,6 @@ struct Target {
   }
 };
 
-__device__ inline int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
-  if (layout.inner == layout.rows) return row * layout.inner_stride;
-  return row / layout.inner * layout.outer_stride + row % layout.inner * layout.inner_stride;
-}
-
 template <class S>
 __device__ const S* logits_of(const SoftmaxArgs& args, int64_t row) {
   return static_cast<const S*>(args.logits) + row_offset(args.logits_layout, row);

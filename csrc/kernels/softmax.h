@@ -20,6 +20,11 @@ struct SoftmaxLayout {
   int64_t outer_stride, class_stride, inner_stride;
 };
 
+FUSEDLOSS_HD int64_t row_offset(const SoftmaxLayout& layout, int64_t row) {
+  if (layout.inner == layout.rows) return row * layout.inner_stride;  // a division would cost as much as ten logits
+  return row / layout.inner * layout.outer_stride + row % layout.inner * layout.inner_stride;
+}
+
 // Results (losses, second, and their upstream gradients) are of dtype, or of its arithmetic type where `wide`.
 struct SoftmaxArgs {
   DType dtype;
