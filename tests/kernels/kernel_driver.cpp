@@ -1,20 +1,9 @@
 // The kernels of one instruction set without torch, for tests that compile them anew: value and gradient of one loss
 // over float64 or float32 data.
 #include "cpu/isa/baseline.cpp"
-#ifdef POINTWISE_ALONE  // a quarter of the time
-namespace fusedloss::baseline {
-SoftmaxSums softmax_targets(const SoftmaxArgs&, bool, int64_t, int64_t) { return {}; }
-SoftmaxSums softmax_forward(Softmax, const SoftmaxArgs&, const SoftmaxPart*, int64_t, int64_t) { return {}; }
-bool softmax_with_grad(Softmax, const SoftmaxArgs&, int64_t, int64_t, void*, SoftmaxSums*) { return false; }
-SoftmaxPart softmax_part(Softmax, const SoftmaxArgs&, int64_t, int64_t) { return {}; }
-void softmax_backward(Softmax, const SoftmaxArgs&, int64_t, int64_t) {}
-void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t, int64_t) {}
-}  // namespace fusedloss::baseline
-#else
 #include "cpu/isa/baseline_backward.cpp"
 #include "cpu/isa/baseline_forward.cpp"
 #include "cpu/isa/baseline_with_grad.cpp"
-#endif
 
 #include <vector>
 
