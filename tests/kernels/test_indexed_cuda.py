@@ -1,6 +1,8 @@
 """The CUDA kernels of pointwise losses over class indices, on the CPU: the build of test_softmax_cuda.py."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from executor import DTYPES, GRAD, SANITIZED, SUM, WIDTH, Guarded, assert_close,
 from executor import LOSSES as LOSSES_OF_EACH
 from losses import NATIVE
 from marks import needs_compiler, needs_extension
-from plant import planted
+from plant import CSRC, keep_one_type, planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]
@@ -160,14 +162,27 @@ PLANTED = {
 }
 
 
+def of_floats(kernels, source: Path):
+    """The sources compiled for float alone, in seconds."""
+    keep_one_type(source, "float")
+    library = rebuilt(kernels, source, "pointwise_indexed.cu")
+    pretend(library)
+    return library
+
+
+@pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
+@pytest.mark.skipif(SANITIZED, reason="the other run does it")
+def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path):
+    library = of_floats(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")))
+    for _, _, shape in PLANTED.values():
+        check(library, torch.float32, shape, PARAMS[0])
+
+
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     old, new, shape = PLANTED[bug]
-    library = rebuilt(kernels, planted(tmp_path, "cuda/pointwise_indexed.cu", old, new), "pointwise_indexed.cu")
-    for each in (kernels, library):
-        pretend(each)
-    check(kernels, torch.float32, shape, PARAMS[0])
+    library = of_floats(kernels, planted(tmp_path, "cuda/pointwise_indexed.cu", old, new))
     with pytest.raises(AssertionError):
         check(library, torch.float32, shape, PARAMS[0])

@@ -5,7 +5,6 @@ torch. The same build without the edit must agree.
 """
 
 import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +17,7 @@ from losses import (
     CROSS_ENTROPY,
     FOCAL_WITHOUT_FOCUS,
     LOSSES,
+    POINTWISE,
     SIGMOID_FOCAL_WITHOUT_FOCUS,
     SOFTMAX,
     Loss,
@@ -25,7 +25,7 @@ from losses import (
     traits,
 )
 from marks import needs_compiler, needs_extension
-from plant import COMPILER, CSRC, planted
+from plant import COMPILER, CSRC, keep_one_loss, keep_one_type, planted
 from torch import Tensor
 
 pytestmark = needs_extension
@@ -145,14 +145,10 @@ MUTANTS = {
 
 def build(folder: Path, loss: str, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     source = planted(folder, *edit) if edit else Path(shutil.copytree(CSRC, folder / "csrc"))
-    # One loss of each family and one storage type, without optimisation: two seconds in place of ten.
-    header = source / "kernels" / "functors.h"
-    text = header.read_text()
-    one_type = re.sub(r"  switch \(dtype\) \{.*?\n  \}\n", "  return f(double());\n", text, flags=re.DOTALL)
-    assert one_type != text
-    header.write_text(one_type)
-    keep_one_loss(source / "losses" / "pointwise.h", loss, "mse")
-    keep_one_loss(source / "losses" / "softmax.h", loss, "nll")
+    # One storage type and one loss of each family, the other of which compiles quickly.
+    keep_one_type(source, "double")
+    for family, losses, quick in (("pointwise", POINTWISE, "mse"), ("softmax", SOFTMAX, "nll")):
+        keep_one_loss(source, family, loss if any(each.op == loss for each in losses) else quick)
     library = folder / "kernels.so"
     flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
     driver = Path(__file__).with_name("kernel_driver.cpp")
@@ -160,16 +156,6 @@ def build(folder: Path, loss: str, edit: tuple[str, str, str] | None) -> ctypes.
     kernels = ctypes.CDLL(str(library))
     kernels.run_pointwise.restype = kernels.run_softmax.restype = kernels.run_indexed.restype = ctypes.c_double
     return kernels
-
-
-def keep_one_loss(header: Path, loss: str, otherwise: str) -> None:
-    """Leaves that loss alone in the list of its family, as number 0; of another family, one that compiles quickly."""
-    text = header.read_text()
-    functors = dict(re.findall(r"  X\((\w+), (\w+)\)", text))
-    name = loss if loss in functors else otherwise
-    one_loss, lists = re.subn(r"(#define \w+\(X\))( *\\\n  X\(.*\))+", rf"\1 X({name}, {functors[name]})", text)
-    assert lists == 1
-    header.write_text(one_loss)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

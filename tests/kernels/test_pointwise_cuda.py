@@ -3,8 +3,10 @@
 import ctypes
 import mmap
 import random
+import shutil
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from executor import (
 from executor import LOSSES as LOSSES_OF_EACH
 from losses import NATIVE, POINTWISE, Loss, loss_named
 from marks import needs_compiler, needs_extension
-from plant import planted
+from plant import CSRC, keep_one_loss, keep_one_type, planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]
@@ -374,20 +376,28 @@ PLANTED = {
 }
 
 
+def of_one_loss(kernels, source: Path):
+    """The sources compiled for mse, whose dense operands are of float: in seconds."""
+    keep_one_loss(source, "pointwise", "mse")
+    keep_one_type(source, "float")
+    library = rebuilt(kernels, source, "pointwise.cu")
+    pretend(library)
+    return library
+
+
+@pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
+@pytest.mark.skipif(SANITIZED, reason="the other run does it")
+def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path):
+    library = of_one_loss(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")))
+    for _, _, _, run in PLANTED.values():
+        run(library)
+
+
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     file, old, new, run = PLANTED[bug]
-    source = planted(tmp_path, f"cuda/{file}", old, new)
-    # Few losses, so that a bug is compiled in seconds.
-    header = source / "losses" / "pointwise.h"
-    head, _ = header.read_text().split("#define FUSEDLOSS_POINTWISE(X)")
-    few = "X(mse, Mse) X(sigmoid_focal, SigmoidFocal)"  # the second has class indices
-    header.write_text(f"{head}#define FUSEDLOSS_POINTWISE(X) {few}\n")
-    library = rebuilt(kernels, source, "pointwise.cu")
-    for each in (kernels, library):
-        pretend(each)
-    run(kernels)
+    library = of_one_loss(kernels, planted(tmp_path, f"cuda/{file}", old, new))
     with pytest.raises(AssertionError):
         run(library)

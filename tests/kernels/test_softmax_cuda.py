@@ -6,6 +6,7 @@ shared memory a block where residency is at stake.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from executor import (
 )
 from losses import CROSS_ENTROPY, NATIVE, SOFTMAX, Loss
 from marks import needs_compiler, needs_extension
-from plant import COMPILER, planted
+from plant import COMPILER, CSRC, keep_one_loss, keep_one_type, planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]  # the extension for the order of the losses
@@ -383,18 +384,29 @@ PLANTED = {
 }
 
 
+def of_one_loss(kernels, source: Path, file: str):
+    """The sources compiled for cross_entropy of floats, in seconds."""
+    keep_one_loss(source, "softmax", "cross_entropy")
+    keep_one_type(source, "float")
+    return rebuilt(kernels, source, file)
+
+
+@pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
+@pytest.mark.skipif(SANITIZED, reason="the other run does it")
+@pytest.mark.parametrize("file", ["softmax_rows.cu", "softmax_columns.cu"])
+def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path, file):
+    library = of_one_loss(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")), file)
+    for of_bug, _, _, check in PLANTED.values():
+        for seed in range(3 if of_bug == file else 0):
+            check(library, seed)
+
+
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
-    name, old, new, check = PLANTED[bug]
-    source = planted(tmp_path, f"cuda/{name}", old, new)
-    # Of the softmax losses the first alone, so that a bug is compiled in seconds.
-    losses = source / "losses" / "softmax.h"
-    head, listed = losses.read_text().split("#define FUSEDLOSS_SOFTMAX(X)")
-    assert "X(cross_entropy, CrossEntropy)" in listed
-    losses.write_text(f"{head}#define FUSEDLOSS_SOFTMAX(X) X(cross_entropy, CrossEntropy)\n")
-    library = rebuilt(kernels, source, name)
+    file, old, new, check = PLANTED[bug]
+    library = of_one_loss(kernels, planted(tmp_path, f"cuda/{file}", old, new), file)
     for seed in range(100):
         check(kernels, seed)
         try:
