@@ -62,29 +62,33 @@ def supported() -> list[str]:
     return [architecture for architecture in ARCHITECTURES if architecture in known]
 
 
-def compile(sources: Sequence[Path], architectures: Sequence[str]) -> dict[str, list[Run]]:
-    """One nvcc for each source and architecture, whether it succeeds or not."""
+def compile(sources: Sequence[Path], architectures: Sequence[str]) -> list[Run]:
+    """One nvcc for each source, whether it succeeds or not: what it compiles for the host serves all architectures."""
+    code = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def run(architecture: str, source: Path) -> Run:
-            code = ["-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}"]
-            to = Path(folder) / f"{source.stem}.{architecture}.o"
-            command = ["nvcc", *FLAGS, *code, "-c", str(source), "-o", str(to)]
+        def run(source: Path) -> Run:
+            command = ["nvcc", *FLAGS, *code, "-c", str(source), "-o", str(Path(folder) / f"{source.stem}.o")]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             return Run(command, done.returncode, done.stdout)
 
-        futures = {a: [pool.submit(run, a, source) for source in sources] for a in architectures}
-        return {a: [future.result() for future in of] for a, of in futures.items()}
+        return list(pool.map(run, sources))
 
 
-def functions(runs: list[Run]) -> list[Function]:
-    """Of every function in the runs, which must have succeeded."""
+def functions(runs: list[Run], architecture: str) -> list[Function]:
+    """Of every function that the runs, which must have succeeded, compiled for an architecture."""
     for run in runs:
         assert run.returncode == 0, f"{' '.join(run.args)}\n{run.stdout}"
-    found = [function for run in runs for function in parse(run.stdout)]
+    found = [function for run in runs for function in parse(said_of(architecture, run.stdout))]
     names = [function.name for function in found if function.registers is not None]
     assert len(set(names)) == len(names), "two kernels have one name"
     return found
+
+
+def said_of(architecture: str, log: str) -> str:
+    """The part of ptxas's log about one architecture: each kernel's first line names it."""
+    parts = re.split(r"(?=.*Compiling entry function '\S+' for '(\w+)'\n)", log)
+    return "".join(part for name, part in zip(parts[1::2], parts[2::2], strict=True) if name == architecture)
 
 
 def parse(log: str) -> list[Function]:
@@ -157,7 +161,7 @@ def differences(committed: Mapping[str, object], found: Mapping[str, object]) ->
 
 def main() -> None:
     runs = compile(SOURCES, ARCHITECTURES)
-    text = table(version(), registers({architecture: functions(of) for architecture, of in runs.items()}))
+    text = table(version(), registers({architecture: functions(runs, architecture) for architecture in ARCHITECTURES}))
     if sys.argv[1:] == ["--write"]:
         TABLE.write_text(text)
     elif sys.argv[1:]:

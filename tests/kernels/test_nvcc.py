@@ -53,14 +53,14 @@ WARNINGS = {
 @pytest.fixture(scope="session")
 def nvcc_runs(once):
     def make(folder: Path) -> None:
-        runs = nvcc.compile(nvcc.SOURCES, nvcc.ARCHITECTURES)
-        said = {a: [(run.args, run.returncode, run.stdout) for run in some] for a, some in runs.items()}
+        runs = nvcc.compile(nvcc.SOURCES, nvcc.supported())
+        said = [(run.args, run.returncode, run.stdout) for run in runs]
         (folder / "runs.json").write_text(json.dumps(said))
 
     # Five minutes of a core: for all workers once.
-    folder = once(f"nvcc-{fingerprint(nvcc.version() + ' '.join(nvcc.FLAGS), CSRC)}", make)
-    said = json.loads((folder / "runs.json").read_text())
-    return {architecture: [nvcc.Run(*run) for run in said[architecture]] for architecture in nvcc.supported()}
+    command = " ".join([nvcc.version(), *nvcc.FLAGS, *nvcc.supported()])
+    folder = once(f"nvcc-{fingerprint(command, CSRC)}", make)
+    return [nvcc.Run(*run) for run in json.loads((folder / "runs.json").read_text())]
 
 
 @pytest.fixture(params=nvcc.ARCHITECTURES)
@@ -73,7 +73,7 @@ def architecture(request):
 def planted(folder: Path, source: str, architecture: str):
     file = folder / "planted.cu"
     file.write_text(source)
-    return nvcc.compile([file], [architecture])[architecture]
+    return nvcc.compile([file], [architecture])
 
 
 def using_local_memory(functions):
@@ -84,7 +84,7 @@ def using_local_memory(functions):
 @pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
 def test_no_kernel_uses_local_memory(nvcc_runs, architecture):
     # Nor does any give a warning: reading the functions of a run that failed, fails with what the compiler said.
-    offenders = using_local_memory(nvcc.functions(nvcc_runs[architecture]))
+    offenders = using_local_memory(nvcc.functions(nvcc_runs, architecture))
     assert not offenders, f"on {architecture}:\n" + "\n".join(map(str, offenders))
 
 
@@ -93,7 +93,7 @@ def test_no_kernel_uses_local_memory(nvcc_runs, architecture):
 @needs_names
 def test_the_table_has_every_kernel_and_no_other(nvcc_runs, architecture):
     _, committed = nvcc.read_table(nvcc.TABLE.read_text())
-    found = nvcc.registers({architecture: nvcc.functions(nvcc_runs[architecture])})
+    found = nvcc.registers({architecture: nvcc.functions(nvcc_runs, architecture)})
     message = nvcc.differences(dict.fromkeys(committed, "there"), dict.fromkeys(found, "there"))
     assert not message, message
 
@@ -107,7 +107,7 @@ def test_registers_are_those_of_the_table(nvcc_runs):
         pytest.skip(
             f"tests/kernels/registers.txt is by nvcc {counted_by}, this is {nvcc.version()}, which may count otherwise"
         )
-    found = nvcc.registers({architecture: nvcc.functions(of) for architecture, of in nvcc_runs.items()})
+    found = nvcc.registers({name: nvcc.functions(nvcc_runs, name) for name in nvcc.ARCHITECTURES})
     message = nvcc.differences(committed, found)
     assert not message, message
 
@@ -119,14 +119,14 @@ def test_a_loss_of_ones_own_uses_no_local_memory(tmp_path):
     file = tmp_path / "custom.cu"
     file.write_text(_build._ON_CUDA.format(functor=_build.functor(custom._trees(expression, None, {}), {})))
     architecture = nvcc.supported()[0]
-    functions = nvcc.functions(nvcc.compile([file], [architecture])[architecture])
+    functions = nvcc.functions(nvcc.compile([file], [architecture]), architecture)
     assert any("Expression" in function.name for function in functions) and not using_local_memory(functions)
 
 
 @needs_nvcc
 @pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
 def test_planted_local_memory_is_found(architecture, tmp_path):
-    functions = nvcc.functions(planted(tmp_path, PLANTED, architecture))
+    functions = nvcc.functions(planted(tmp_path, PLANTED, architecture), architecture)
     assert sorted(function.name for function in functions) == ["clean", "spills", "stack"]
     found = {function.name: function for function in using_local_memory(functions)}
     assert sorted(found) == ["spills", "stack"]
@@ -139,4 +139,4 @@ def test_planted_local_memory_is_found(architecture, tmp_path):
 @pytest.mark.parametrize("said", WARNINGS)
 def test_a_planted_warning_fails_with_what_the_compiler_said(said, tmp_path):
     with pytest.raises(AssertionError, match=said):
-        nvcc.functions(planted(tmp_path, WARNINGS[said], nvcc.supported()[0]))
+        nvcc.functions(planted(tmp_path, WARNINGS[said], nvcc.supported()[0]), nvcc.supported()[0])

@@ -17,6 +17,15 @@ def test_a_log_of_unknown_wording_is_refused():
             nvcc.parse(other)
 
 
+def test_a_log_of_several_architectures_is_taken_apart():
+    kernel = "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function '_Z1aPf' for 'sm_{}'\nsaid of {}\n"
+    log = "".join(kernel.format(*both) for both in (("80", "one"), ("90", "two"), ("90", "three")))
+    parts = {name: nvcc.said_of(name, log) for name in ("sm_80", "sm_90", "sm_100")}
+    assert "one" in parts["sm_80"] and "two" not in parts["sm_80"]
+    assert "one" not in parts["sm_90"] and "two" in parts["sm_90"] and "three" in parts["sm_90"]
+    assert parts["sm_100"] == ""
+
+
 def test_names_are_shortened():
     space = "fusedloss::cuda::(anonymous namespace)::"
     names = {
