@@ -120,7 +120,7 @@ FUSEDLOSS_HD fp16 store<fp16>(float x) {
 template <class T>
 FUSEDLOSS_HD T abs(T x) {
 #ifdef __CUDA_ARCH__
-  return x < 0 ? -x : x;
+  return ::fabs(x);
 #else
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   return bit_cast<T>(bit_cast<Bits>(x) & ~Bits(0) >> 1);
@@ -148,6 +148,21 @@ FUSEDLOSS_HD T with_sign_of(T x, T magnitude) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   return bit_cast<T>(bit_cast<Bits>(magnitude) | (bit_cast<Bits>(x) & ~(~Bits(0) >> 1)));
 #endif
+}
+
+// a / b for b from 2^-100 to 2^100. On a GPU four instructions and no branch where an IEEE division takes ten, within
+// two units in the last place.
+template <class T>
+FUSEDLOSS_HD T divide(T a, T b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == sizeof(float)) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    const float quotient = a * inverse;
+    return fmaf(fmaf(-b, quotient, a), inverse, quotient);
+  }
+#endif
+  return a / b;
 }
 
 // From macros, not std::numeric_limits: its functions would be shared between the instruction sets.
@@ -313,7 +328,7 @@ FUSEDLOSS_HD T log(T x) {
   const Int offset = bit_cast<Int>(lifted) - C::sqrt_half;
   const Int k = offset >> C::mantissa;
   const T m = bit_cast<T>(bit_cast<Int>(lifted) - k * (Int(1) << C::mantissa));
-  const T s = (m - T(1)) / (m + T(1)), z = s * s;
+  const T s = divide(m - T(1), m + T(1)), z = s * s;
   const T exponent = T(k) - select(subnormal, C::lift_exponent, T(0));
   const T value = exponent * C::ln2_high + (T(2) * s + (T(2) * s * z * C::log_polynomial(z) + exponent * C::ln2_low));
   return select(x == T(0), -infinity<T>(), select(x < infinity<T>(), value, x));
@@ -323,7 +338,7 @@ FUSEDLOSS_HD T log(T x) {
 template <class T>
 FUSEDLOSS_HD T log1p(T u) {
   const T sum = T(1) + u;
-  const T correction = (u - (sum - T(1))) / sum;
+  const T correction = divide(u - (sum - T(1)), sum);
   const bool finite = bool(int(u < infinity<T>()) & int(sum > T(0)));
   return log(sum) + select(finite, correction, T(0));
 }
@@ -343,7 +358,7 @@ struct Sigmoid {
 
 template <class T>
 FUSEDLOSS_HD Sigmoid<T> sigmoid(T x) {
-  const T u = exp(-abs(x)), one_u = T(1) + u, two_u = T(2) + u, inverse = T(1) / (one_u * two_u);
+  const T u = exp(-abs(x)), one_u = T(1) + u, two_u = T(2) + u, inverse = divide(T(1), one_u * two_u);
   const T larger = two_u * inverse, smaller = u * larger;
   const T s = u * one_u * inverse, z = s * s;  // log(1 + u) = 2 atanh(u / (2 + u))
   // Both are a half where x is a zero, of either sign.

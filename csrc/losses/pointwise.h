@@ -97,7 +97,7 @@ struct BinaryCrossEntropy {
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
     const T variance = (T(1) - x) * x;
-    return (x - t) / (variance > T(1e-12) ? variance : T(1e-12));
+    return divide(x - t, variance > T(1e-12) ? variance : T(1e-12));
   }
   FUSEDLOSS_HD T grad_target(T x, T) const { return log1p(-x) - log(x); }
 };

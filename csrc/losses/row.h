@@ -155,7 +155,7 @@ FUSEDLOSS_HD Row<T> complete(RowStatistics<T> statistics, T logit, T weight) {
   statistics = raised<Sum>(statistics, max);
   // A lone +infinity makes inf - inf = NaN here, as in torch.
   const T sum_without_target = statistics.sum_without_target, own = exp(logit - max);
-  const T inverse = T(1) / (sum_without_target + own);
+  const T inverse = divide(T(1), sum_without_target + own);  // of a sum from 1 to C
   // total - 1, formed without ever adding and taking away the 1.
   const T log_total = log1p(select(target_is_max, sum_without_target, (sum_without_target - T(1)) + own));
   T sum = statistics.sum;
