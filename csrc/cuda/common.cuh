@@ -20,6 +20,16 @@ constexpr int kMaxBlocks = 2048;  // of a grid that leaves partial sums: 16 byte
 FUSEDLOSS_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDLOSS_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Two numbers rounded to a half type, the first one in the lower bits.
+template <class S>
+__device__ __forceinline__ uint32_t two_halves(float low, float high) {
+#ifdef __CUDA_ARCH__
+  return std::is_same_v<S, bf16> ? two_bf16(low, high) : two_fp16(low, high);
+#else
+  return store<S>(low).bits | uint32_t(store<S>(high).bits) << 16;
+#endif
+}
+
 // 16 bytes of S: what a thread loads at once.
 template <class S>
 struct alignas(16) Vector {
@@ -34,6 +44,56 @@ __device__ __forceinline__ Vector<S> load_vector(const S* from) {
 template <class S>
 __device__ __forceinline__ void store_vector(S* to, const Vector<S>& vector) {
   store_vector_bits(to, bit_cast<uint4>(vector));
+}
+
+// The numbers of a vector, each half type by one instruction.
+template <class S>
+__device__ __forceinline__ void unpack(const Vector<S>& vector, Accumulate<S> (&numbers)[Vector<S>::width]) {
+  const uint4 bits = bit_cast<uint4>(vector);
+  [[maybe_unused]] const uint32_t pairs[] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int k = 0; k < Vector<S>::width; ++k) {
+    if constexpr (std::is_same_v<S, bf16>) {
+      numbers[k] = bit_cast<float>(k % 2 ? pairs[k / 2] & 0xffff0000u : pairs[k / 2] << 16);
+    } else {
+      numbers[k] = load(vector.values[k]);
+    }
+  }
+}
+template <class S>
+__device__ __forceinline__ Vector<S> pack(const Accumulate<S> (&numbers)[Vector<S>::width]) {
+  if constexpr (sizeof(S) == 2) {
+    uint4 bits;
+    bits.x = two_halves<S>(numbers[0], numbers[1]);
+    bits.y = two_halves<S>(numbers[2], numbers[3]);
+    bits.z = two_halves<S>(numbers[4], numbers[5]);
+    bits.w = two_halves<S>(numbers[6], numbers[7]);
+    return bit_cast<Vector<S>>(bits);
+  } else {
+    Vector<S> vector;
+#pragma unroll
+    for (int k = 0; k < Vector<S>::width; ++k) vector.values[k] = store<S>(numbers[k]);
+    return vector;
+  }
+}
+
+// The larger of two numbers, `a` where b is NaN.
+template <class T>
+__device__ __forceinline__ T larger(T a, T b) {
+#ifdef __CUDA_ARCH__
+  return ::fmax(a, b);  // one instruction where a comparison takes two
+#else
+  return b > a ? b : a;
+#endif
+}
+
+// e^gap for gap <= 0 in a sum over logits of type S. For half types by one product and the special function unit, whose
+// relative error of |gap| 2^-23 is far below what rounding the logits has cost; float takes three times as many
+// instructions to be exact.
+template <class S>
+__device__ __forceinline__ Accumulate<S> exponential(Accumulate<S> gap) {
+  if constexpr (sizeof(S) == 2) return exp2_approximately(gap * 1.44269504f);
+  return exp(gap);
 }
 
 // `count` elements as aligned vectors between scalars that are not: a head, and a tail. Scalar number i is element
@@ -206,10 +266,10 @@ cudaError_t allow_shared(const Launch& how, void (*kernel)(P...)) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Device().shared_bytes);
 }
 
-// Whether the kernel was compiled with clusters, which older PTX is not whatever the device, and the device, or the
-// part of it this stream was given, has room for one.
+// The clusters that run at once: none where the kernel was compiled without, as older PTX is whatever the device, or
+// where the device, or the part of it this stream was given, has no room for one.
 template <class... P>
-bool cluster_fits(const Launch& how, CudaStream stream, void (*kernel)(P...)) {
+int resident_clusters(const Launch& how, CudaStream stream, void (*kernel)(P...)) {
   cudaFuncAttributes attributes;
   int clusters = 0;
   const Configuration configuration(how, stream);
@@ -217,7 +277,7 @@ bool cluster_fits(const Launch& how, CudaStream stream, void (*kernel)(P...)) {
                      allow_shared(how, kernel) == cudaSuccess &&
                      cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config) == cudaSuccess;
   if (!known) cudaGetLastError();  // an answer, not an error for whoever asks next
-  return known && clusters > 0;
+  return known ? clusters : 0;
 }
 
 template <class... P, class... A>

@@ -19,6 +19,25 @@ __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
 // The upper half of the product.
 __device__ __forceinline__ uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
+// 2^x by the special function unit, 0 where that is below float's normal range.
+__device__ __forceinline__ float exp2_approximately(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// Two floats rounded to halves, the first one in the lower bits: one instruction.
+__device__ __forceinline__ uint32_t two_bf16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t two_fp16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 // 16 aligned bytes. Stores are streaming: nothing written is read again by the same kernel.
 __device__ __forceinline__ uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }
 __device__ __forceinline__ void store_vector_bits(void* to, uint4 bits) { __stcs(static_cast<uint4*>(to), bits); }

@@ -24,23 +24,24 @@ struct RowsPlan {
   bool vectorised = false;
   bool resident = false;  // a slice stays in shared memory between the two passes over it
   int resident_vectors = 0;
+  int consecutive = 1;  // rows that a group takes one after another, backward
 
   FUSEDLOSS_HD bool split() const { return parts > cluster; }
+  FUSEDLOSS_HD int unfinished_of_group() const { return lanes < kWarp ? lanes : kWarp; }
   size_t resident_bytes() const { return resident ? size_t(threads / lanes) * size_t(resident_vectors) * 16 : 0; }
 };
 
 // Lanes, threads and vectors of a row, before it is shared out between blocks.
 template <class S>
 RowsPlan plan_row(int64_t classes) {
-  constexpr int width = Vector<S>::width, kMostLoadsOfWarp = 8 * kWarp;
+  constexpr int width = Vector<S>::width, kMostLoadsOfWarp = 16 * kWarp;
   RowsPlan plan;
   plan.slice = int(classes);
   // Below, heads and tails that are no vectors would be most of a row.
   plan.vectorised = classes >= 16 * width;
   const int64_t loads = plan.vectorised ? classes / width : classes;
   if (loads <= kMostLoadsOfWarp) {
-    const int64_t of_lane = plan.vectorised ? 2 : kRowUnroll<S>;
-    plan.lanes = int(least(kWarp, power_of_two_from(divide_up(loads, of_lane))));
+    plan.lanes = int(least(kWarp, power_of_two_from(divide_up(loads, kRowUnroll<S>))));
     plan.threads = kThreads;
   } else {
     plan.lanes = plan.threads = int(least(kThreads, power_of_two_from(divide_up(loads, 2 * kRowUnroll<S>))));
@@ -74,12 +75,12 @@ RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
 
 // A row stays in shared memory if it fits, in up to 64 KB of a block so that the loads of one overlap the stores of
 // another; a longer one in that of a cluster; what fits nowhere is read twice.
-template <class S, class Loss>
-RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& device, int64_t other_shared_bytes) {
+template <class S, class Loss, class F>
+RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& device, F other_shared_bytes) {
   constexpr int kMostParts = 8;
   constexpr int64_t kGoodBytes = 64 << 10;
   RowsPlan plan = plan_row<S>(layout.classes);
-  const int64_t available = device.shared_bytes - other_shared_bytes;
+  const int64_t other = int64_t(other_shared_bytes(plan)), available = device.shared_bytes - other;
   const auto fits = [&](int parts, int64_t bytes) {
     return slice_of<S>(layout.classes, parts) * int64_t(sizeof(S)) <= least(bytes, available);
   };
@@ -90,24 +91,32 @@ RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& d
   }
   plan.resident_vectors = plan.slice / Vector<S>::width;
   plan.resident = plan.vectorised && plan.resident_vectors * int64_t(16) * (plan.threads / plan.lanes) <= available;
-  const int64_t fitting = device.shared_bytes / (other_shared_bytes + int64_t(plan.resident_bytes()));
+  const int64_t fitting = device.shared_bytes / (other + int64_t(plan.resident_bytes()));
   const int64_t on_multiprocessor = least(fitting, kRowBlocks<S, Loss, true> * kThreads / plan.threads);
   const int64_t resident = device.resident_blocks(int(on_multiprocessor)) / plan.parts;
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident > 0 ? resident : 1) * plan.parts;
   return plan;
 }
 
-// Nothing is reduced, so every block takes a slice of its own, one round of loads a thread. In place, one block takes
+// Nothing is reduced, so every block takes a slice of its own, two rounds of loads a thread: with one, a block would
+// wait for its row's few numbers as long as it then works. In place, one block takes
 // the whole row, so that it reads the target's logit before anything is overwritten.
-template <class S>
-RowsPlan plan_backward(const SoftmaxLayout& layout, bool in_place) {
+template <class S, class Loss>
+RowsPlan plan_backward(const SoftmaxLayout& layout, const Device& device, bool in_place) {
+  constexpr int kMostConsecutive = 16;
   RowsPlan plan = plan_row<S>(layout.classes);
-  if (plan.lanes > kWarp && !in_place) {
+  const int64_t groups = plan.threads / plan.lanes;
+  if (plan.lanes <= kWarp) {
+    // As many rows as fill the last round of resident blocks like the others.
+    const int64_t round = groups * device.multiprocessors * kRowBlocks<S, Loss, true>;
+    const int64_t rounds = divide_up(layout.rows, round * least(kMostConsecutive, plan.lanes));
+    plan.consecutive = int(divide_up(layout.rows, round * rounds));
+  } else if (!in_place) {
     plan.lanes = plan.threads = kThreads;
-    plan.slice = kThreads * kRowUnroll<S> * Vector<S>::width;
+    plan.slice = 2 * kThreads * kRowUnroll<S> * Vector<S>::width;
     plan.parts = int(divide_up(layout.classes, plan.slice));
   }
-  plan.blocks = divide_up(layout.rows, plan.threads / plan.lanes) * plan.parts;
+  plan.blocks = divide_up(layout.rows, plan.threads / plan.lanes * plan.consecutive) * plan.parts;
   return plan;
 }
 

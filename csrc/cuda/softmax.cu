@@ -57,16 +57,17 @@ int cuda_softmax_divisor(Softmax loss, const CudaSoftmaxArgs& args, CudaStream s
   return with_functor(loss, args, [&](const auto& functor, auto storage) -> int {
     using Loss = std::decay_t<decltype(functor)>;
     if constexpr (makes_gradient_of<decltype(storage), Loss>) {
+      if (!by_rows(args)) return cudaSuccess;
       return run_divisor<Accumulate<decltype(storage)>>(functor, args, stream);
     }
-    return cudaSuccess;  // its forward writes the divisor before the backward that follows reads it
+    return cudaSuccess;  // the forward writes the divisor before the backward that follows reads it
   });
 }
 
 int cuda_softmax_forward(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const Kind kind = kind_of(loss, args);
   if (!kind.reads_row) return forward_of_targets(loss, args, stream);
-  if (args.grad && !kind.makes_gradient) {
+  if (args.grad && !(kind.makes_gradient && by_rows(args))) {
     CudaSoftmaxArgs without = args;
     without.grad = nullptr;
     const int error = cuda_softmax_forward(loss, without, stream);

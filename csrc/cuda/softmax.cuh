@@ -6,26 +6,34 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// RowStatistics of the logits seen so far.
-template <class T, class Sum>
-struct Online : RowStatistics<T> {
+// RowStatistics of the logits of type S seen so far.
+template <class S, class Sum>
+struct Online : RowStatistics<Accumulate<S>> {
+  using T = Accumulate<S>;
   using RowStatistics<T>::max, RowStatistics<T>::sum_without_target, RowStatistics<T>::sum, RowStatistics<T>::mass;
 
   // Finite, so that a row of -infinity masks is no inf - inf.
   __device__ Online() : RowStatistics<T>{lowest<T>(), T(0), T(0), T(0)} {}
 
-  __device__ void raise(T to) { static_cast<RowStatistics<T>&>(*this) = raised<Sum>(*this, to); }
+  __device__ void raise(T to) {
+    if constexpr (!Sum::has_sum) {
+      sum_without_target *= exponential<S>(max - to);
+      max = to;
+    } else {
+      static_cast<RowStatistics<T>&>(*this) = raised<Sum>(*this, to);
+    }
+  }
 
   // Adds kCount logits with one rescale; z = -infinity with factor 0 stands for no logit.
   template <int kCount>
   __device__ void add(const T (&z)[kCount], const T (&factor)[kCount]) {
     T peak = max;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) peak = z[i] > peak ? z[i] : peak;
+    for (int i = 0; i < kCount; ++i) peak = larger(peak, z[i]);
     raise(peak);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const T gap = z[i] - peak, e = exp(gap);
+      const T gap = z[i] - peak, e = exponential<S>(gap);
       sum_without_target += e;
       Sum::add(sum, Column<T>{e, gap, factor[i]});
       if constexpr (Sum::has_factors) mass += factor[i];
@@ -33,7 +41,7 @@ struct Online : RowStatistics<T> {
   }
 
   __device__ void merge(RowStatistics<T> other) {
-    const T peak = other.max > max ? other.max : max;
+    const T peak = larger(max, other.max);
     raise(peak);
     other = raised<Sum>(other, peak);
     sum_without_target += other.sum_without_target;
@@ -44,15 +52,23 @@ struct Online : RowStatistics<T> {
   // Over 2, 4, .. 32 neighbouring lanes; every lane gets the same bits.
   __device__ void merge_lanes(int lanes) {
     T peak = max;
-    for (int mask = lanes / 2; mask; mask /= 2) {
-      const T other = shuffle_xor(peak, mask);
-      peak = other > peak ? other : peak;
-    }
+    over_lanes(lanes, [&](int mask) { peak = larger(peak, shuffle_xor(peak, mask)); });
     raise(peak);
-    for (int mask = lanes / 2; mask; mask /= 2) {
+    over_lanes(lanes, [&](int mask) {
       sum_without_target += shuffle_xor(sum_without_target, mask);
       if constexpr (Sum::has_sum) sum += shuffle_xor(sum, mask);
       if constexpr (Sum::has_factors) mass += shuffle_xor(mass, mask);
+    });
+  }
+  // A loop that is not unrolled costs ten instructions a step.
+  template <class F>
+  static __device__ void over_lanes(int lanes, F f) {
+    if (lanes == kWarp) {
+#pragma unroll
+      for (int mask = kWarp / 2; mask; mask /= 2) f(mask);
+    } else {
+#pragma unroll 1
+      for (int mask = lanes / 2; mask; mask /= 2) f(mask);
     }
   }
 };
@@ -67,12 +83,19 @@ struct Target {
 
   __device__ Target() {}
   template <class Loss>
-  __device__ Target(const Loss&, const SoftmaxArgs& args, int64_t row) {
+  __device__ Target(const Loss& loss, const SoftmaxArgs& args, int64_t row)
+      : Target(Given{Loss::soft ? 0 : target_of(args, row)}, loss, args) {}
+
+  struct Given {
+    int64_t index;  // as it stands in memory
+  };
+  template <class Loss>
+  __device__ Target(Given target, const Loss&, const SoftmaxArgs& args) {
     if constexpr (Loss::soft) {
       counts = active = true;
       weight = T(1);
     } else {
-      const int64_t given = target_of(args, row);
+      const int64_t given = target.index;
       const bool ignored = given == args.ignore_index;
       out_of_range = !ignored && uint64_t(given) >= uint64_t(args.logits_layout.classes);
       counts = !ignored && !out_of_range;
@@ -83,6 +106,23 @@ struct Target {
     }
   }
 };
+
+// The targets of neighbouring rows, all read before the first is looked at.
+template <class Loss, class T, int kRows>
+__device__ void read_targets(const Loss& loss, const SoftmaxArgs& args, int64_t row, Target<T> (&targets)[kRows]) {
+  typename Target<T>::Given given[kRows] = {};
+  if constexpr (!Loss::soft) {
+    if (args.byte_target) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) given[r].index = static_cast<const uint8_t*>(args.target)[row + r];
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) given[r].index = static_cast<const int64_t*>(args.target)[row + r];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) targets[r] = Target<T>(given[r], loss, args);
+}
 
 template <class S>
 __device__ const S* logits_of(const SoftmaxArgs& args, int64_t row) {
@@ -123,6 +163,10 @@ struct Finish {
 
   // `logit` is z of the target, -infinity where there is none.
   __device__ void row(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
+    if constexpr (Loss::reads_row) save<1>(row, {statistics});
+    value_of(row, target, statistics, logit);
+  }
+  __device__ void value_of(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
     T value = 0;
     if constexpr (Loss::reads_row) {
       if (target.active) {
@@ -132,11 +176,6 @@ struct Finish {
       } else if (kSecond && args.second) {
         store_result<S>(args.second, row, target.out_of_range ? T(NAN) : T(0), args.wide);
       }
-      T* saved = static_cast<T*>(args.statistics);
-      const int64_t rows = args.logits_layout.rows;
-      saved[row] = statistics.max;
-      saved[rows + row] = statistics.sum_without_target;
-      if (Loss::Sum::saved == 3) saved[2 * rows + row] = Loss::Sum::third(statistics);
     } else if (target.counts) {
       value = loss.value(logit, target.weight);
     }
@@ -148,6 +187,34 @@ struct Finish {
     }
     sums.values[0] += double(value);
     if (args.losses) store_result<S>(args.losses, row, value, args.wide);
+  }
+
+  // For the backward, the statistics of neighbouring rows.
+  template <int kRows>
+  __device__ void save(int64_t row, const RowStatistics<T> (&statistics)[kRows]) const {
+    T* saved = static_cast<T*>(args.statistics) + row;
+    const int64_t rows = args.logits_layout.rows;
+    save_numbers<kRows>(saved, [&](int r) { return statistics[r].max; });
+    save_numbers<kRows>(saved + rows, [&](int r) { return statistics[r].sum_without_target; });
+    if constexpr (Loss::Sum::saved == 3) {
+      save_numbers<kRows>(saved + 2 * rows, [&](int r) { return Loss::Sum::third(statistics[r]); });
+    }
+  }
+  // Vectors of rows begin where those of the arithmetic type do.
+  template <int kRows, class F>
+  static __device__ void save_numbers(T* to, F number) {
+    if constexpr (kRows == 1) {
+      *to = number(0);
+    } else {
+      constexpr int width = Vector<T>::width;
+#pragma unroll
+      for (int r = 0; r < kRows; r += width) {
+        Vector<T> vector;
+#pragma unroll
+        for (int k = 0; k < width; ++k) vector.values[k] = number(r + k);
+        *reinterpret_cast<Vector<T>*>(to + r) = vector;
+      }
+    }
   }
 
   __device__ void write(const Sums<2>& totals) const {
@@ -175,25 +242,67 @@ __device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t ro
   return args.mean ? upstream / *static_cast<const T*>(args.divisor) : upstream;
 }
 
-// The gradient of one row; 0 where the row is not active.
-template <class T, class Loss>
+// The upstream gradients of a row's two results.
+template <class T>
+struct Upstreams {
+  T loss, second;
+};
+template <class S>
+__device__ Upstreams<Accumulate<S>> upstreams_of(const CudaSoftmaxArgs& args, int64_t row) {
+  using T = Accumulate<S>;
+  return {
+      scaled_upstream<S>(args, row),
+      args.upstream_second ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide) : T(0)};
+}
+
+// The statistics of neighbouring rows as the forward has saved them.
+template <class Loss, class T, int kRows>
+__device__ void read_statistics(const CudaSoftmaxArgs& args, int64_t row, RowStatistics<T> (&statistics)[kRows]) {
+  const T* saved = static_cast<const T*>(args.statistics) + row;
+  const int64_t rows = args.logits_layout.rows;
+  T numbers[3][kRows] = {};
+#pragma unroll
+  for (int i = 0; i < Loss::Sum::saved; ++i) {
+    if constexpr (kRows == 1) {
+      numbers[i][0] = saved[i * rows];
+    } else {
+      constexpr int width = Vector<T>::width;
+#pragma unroll
+      for (int r = 0; r < kRows; r += width) {
+        const Vector<T> vector = load_vector(saved + i * rows + r);
+#pragma unroll
+        for (int k = 0; k < width; ++k) numbers[i][r + k] = vector.values[k];
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) statistics[r] = {numbers[0][r], numbers[1][r], numbers[2][r], numbers[2][r]};
+}
+template <class Loss, class T>
+__device__ RowStatistics<T> saved_statistics(const CudaSoftmaxArgs& args, int64_t row) {
+  RowStatistics<T> statistics[1];
+  read_statistics<Loss>(args, row, statistics);
+  return statistics[0];
+}
+
+// The gradient of one row: some 250 instructions to set up, so that one thread does it for all of a row.
+template <class S, class Loss>
 struct RowGradient {
+  using T = Accumulate<S>;
   T max = 0, own = 0;
   ColumnCoefficients<T> columns = {};
   int target = -1;
-  bool active = false;
+  bool active = false;  // otherwise all zeros, whatever the logits are
 
   __device__ RowGradient() {}
 
-  template <class S>
-  __device__ RowGradient(const Loss& loss, const CudaSoftmaxArgs& args, int64_t row, const Target<T>& to,
-                         const RowStatistics<T>& statistics, T x, S)
+  // x: the target's logit as it is stored, where there is one. What else is read from memory is read before the target
+  // is looked at, so that nobody waits for one load after another.
+  __device__ RowGradient(const Loss& loss, const Target<T>& to, const Upstreams<T>& upstreams,
+                         const RowStatistics<T>& statistics, T x)
       : target(to.index), active(to.active) {
     if (!active) return;
-    const T upstream = to.counts ? scaled_upstream<S>(args, row) : T(0);
-    const T second = args.upstream_second
-                         ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide)
-                         : T(0);
+    const T upstream = to.counts ? upstreams.loss : T(0), second = upstreams.second;
     const ZAndSlope<T> logit = target_logit(loss, to, x);
     const Row<T> completed = complete<Loss>(statistics, logit.z, to.weight);
     const GradientOfRow<T> gradient = gradient_of_row(loss, completed, logit, to.weight, upstream, second);
@@ -202,13 +311,17 @@ struct RowGradient {
     columns = gradient.columns;
   }
 
-  __device__ T operator()(const Loss& loss, T x, int column, T factor_of_column) const {
-    if (!active) return T(0);  // the logits of a row that does not count may be NaN
-    if (column == target) return own;
+  // In a column that is not the target's, in an active row.
+  __device__ T elsewhere(const Loss& loss, T x, T factor) const {
     const ZAndSlope<T> logit = loss.logit(x);
-    const T gap = logit.z - max, e = exp(gap);
-    const T value = column_gradient<typename Loss::Sum>(columns, Column<T>{e, gap, factor_of_column});
+    const T gap = logit.z - max, e = exponential<S>(gap);
+    const T value = column_gradient<typename Loss::Sum>(columns, Column<T>{e, gap, factor});
     return decltype(loss.logit)::changes ? value * logit.slope : value;
+  }
+
+  __device__ T operator()(const Loss& loss, T x, int column, T factor) const {
+    if (!active) return T(0);
+    return column == target ? own : elsewhere(loss, x, factor);
   }
 };
 

@@ -4,8 +4,8 @@
 // Where such threads would be too few to fill the device, the classes are dealt out to several threads of a block
 // (forward) or to several blocks (backward).
 //
-// Bytes a logit moves, of size s: forward s, backward 2s, forward with gradient 2s and a second read, of what the
-// caches still hold.
+// Bytes a logit moves, of size s: forward s, backward 2s. A gradient in forward would read a second time what no cache
+// holds any more, so that it is these two, one after the other.
 #include "softmax.cuh"
 
 namespace fusedloss::FUSEDLOSS_ISA {
@@ -28,8 +28,10 @@ __device__ void read_values(const P* from, Accumulate<P> (&values)[kRows]) {
 #pragma unroll
     for (int i = 0; i < kRows; i += width) {
       const Vector<P> packed = load_vector(from + i);
+      Accumulate<P> numbers[width];
+      unpack(packed, numbers);
 #pragma unroll
-      for (int r = 0; r < width; ++r) values[i + r] = load(packed.values[r]);
+      for (int r = 0; r < width; ++r) values[i + r] = numbers[r];
     }
   }
 }
@@ -54,7 +56,7 @@ __device__ void read_factors(const Loss& loss, const SoftmaxArgs& args, const P*
 template <class S, class P, class Loss, int kRows>
 struct Rows {
   using T = Accumulate<S>;
-  Online<T, typename Loss::Sum> statistics[kRows];
+  Online<S, typename Loss::Sum> statistics[kRows];
   T logit[kRows] = {};
 
   // Classes first, first + step, ... of the rows that begin at `logits`.
@@ -92,7 +94,7 @@ struct Rows {
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      statistics[r] = Online<T, typename Loss::Sum>();
+      statistics[r] = Online<S, typename Loss::Sum>();
       for (int share = 0; share < int(blockDim.y); ++share) {
         statistics[r].merge(shared[share * blockDim.x + threadIdx.x].statistics[r]);
       }
@@ -103,65 +105,75 @@ struct Rows {
   }
 };
 
-template <class S, class P, class Loss, int kRows>
-__device__ void write_gradient(const Loss& loss, const SoftmaxArgs& args, const S* logits, const P* probabilities,
-                               S* grad, const RowGradient<Accumulate<S>, Loss> (&gradient)[kRows], int first,
-                               int step) {
-  using T = Accumulate<S>;
-  const int classes = int(args.logits_layout.classes);
-#pragma unroll 2
-  for (int c = first; c < classes; c += step) {
-    T values[kRows], factors[kRows];
-    read_values<S, kRows>(logits + c * args.logits_layout.class_stride, values);
-    read_factors<P>(loss, args, probabilities, c, factors);
-    S* place = grad + c * args.grad_layout.class_stride;
-    if constexpr (kRows == 1) {
-      *place = store<S>(gradient[0](loss, values[0], c, factors[0]));
-    } else {
-      Vector<S> packed;
+// Some classes of kRows neighbouring rows, all read before the first is used.
+template <class S, int kRows>
+struct Pieces {
+  static constexpr int kCount = 4;
+  std::conditional_t<kRows == 1, S, Vector<S>> pieces[kCount];
+
+  __device__ void read(const SoftmaxArgs& args, const S* logits, int first, int step) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) packed.values[r] = store<S>(gradient[r](loss, values[r], c, factors[r]));
-      store_vector(place, packed);
+    for (int i = 0; i < kCount; ++i) {
+      const int c = first + i * step;
+      if (c >= args.logits_layout.classes) break;
+      const S* from = logits + c * args.logits_layout.class_stride;
+      if constexpr (kRows == 1) pieces[i] = *from;
+      if constexpr (kRows > 1) pieces[i] = load_vector(from);
     }
   }
-}
 
-template <class S, class P, class Loss, int kRows, bool kGrad>
+  template <class P, class Loss>
+  __device__ void write(const Loss& loss, const SoftmaxArgs& args, const P* probabilities, S* grad,
+                        const RowGradient<S, Loss> (&gradient)[kRows], int first, int step) const {
+    using T = Accumulate<S>;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int c = first + i * step;
+      if (c >= args.logits_layout.classes) break;
+      T values[kRows], factors[kRows];
+      read_factors<P>(loss, args, probabilities, c, factors);
+      if constexpr (kRows == 1) values[0] = load(pieces[i]);
+      if constexpr (kRows > 1) unpack(pieces[i], values);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const T elsewhere = gradient[r].elsewhere(loss, values[r], factors[r]);
+        values[r] = gradient[r].active ? (c == gradient[r].target ? gradient[r].own : elsewhere) : T(0);
+      }
+      S* to = grad + c * args.grad_layout.class_stride;
+      if constexpr (kRows == 1) *to = store<S>(values[0]);
+      if constexpr (kRows > 1) store_vector(to, pack<S>(values));
+    }
+  }
+};
+
+template <class S, class P, class Loss, int kRows>
 __global__ void __launch_bounds__(kThreads, kColumnBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
   const int share = threadIdx.y, shares = blockDim.y;
-  Finish<S, Loss, !kGrad> finish(loss, args);
+  Finish<S, Loss> finish(loss, args);
   const int64_t step = int64_t(gridDim.x) * blockDim.x * kRows;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x * kRows; first < layout.rows; first += step) {
     const int64_t row = first + threadIdx.x * kRows;
     const bool inside = row < layout.rows;
     Target<T> target[kRows];
+    if (inside) read_targets(loss, args, row, target);
     bool any = false;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (inside) target[r] = Target<T>(loss, args, row + r);
-      any = any || target[r].active;
-    }
+    for (int r = 0; r < kRows; ++r) any = any || target[r].active;
     Rows<S, P, Loss, kRows> rows;
     const S* logits = logits_of<S>(args, inside ? row : 0);
     const P* probabilities = Loss::soft ? probabilities_of<P>(args, inside ? row : 0) : nullptr;
     if (any) rows.collect(loss, args, logits, probabilities, target, share, shares);
     if (shares > 1) rows.merge_shares(target);
-    if (!inside) continue;
+    if (!inside || share > 0) continue;
+    RowStatistics<T> statistics[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) statistics[r] = rows.statistics[r];
+    finish.save(row, statistics);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const T logit = target_logit(loss, target[r], rows.logit[r]).z;
-      if (share == 0) finish.row(row + r, target[r], rows.statistics[r], logit);
-    }
-    if constexpr (kGrad) {
-      RowGradient<T, Loss> gradient[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        gradient[r] = RowGradient<T, Loss>(loss, args, row + r, target[r], rows.statistics[r], rows.logit[r], S());
-      }
-      write_gradient<S, P, Loss, kRows>(loss, args, logits, probabilities, grad_of<S>(args, row), gradient, share,
-                                        shares);
+      finish.value_of(row + r, target[r], statistics[r], target_logit(loss, target[r], rows.logit[r]).z);
     }
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
@@ -177,18 +189,35 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
   if (row >= layout.rows) return;
   const S* logits = logits_of<S>(args, row);
   const P* probabilities = Loss::soft ? probabilities_of<P>(args, row) : nullptr;
-  const T* saved = static_cast<const T*>(args.statistics);
-  RowGradient<T, Loss> gradient[kRows];
+  // Under way while the rows' few numbers are worked out.
+  Pieces<S, kRows> pieces;
+  int first = int(blockIdx.x % shares);
+  pieces.read(args, logits, first, shares);
+  RowStatistics<T> statistics[kRows];
+  Upstreams<T> upstreams[kRows];
+  Target<T> target[kRows];
+  read_statistics<Loss>(args, row, statistics);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) upstreams[r] = upstreams_of<S>(args, row + r);
+  read_targets(loss, args, row, target);
+  T logit[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const Target<T> target(loss, args, row + r);
-    const RowStatistics<T> statistics = read_saved<typename Loss::Sum>(saved, layout.rows, row + r);
     // kRows > 1 only where neighbouring rows are neighbours in memory
-    const T logit = target.index < 0 ? T(0) : load(logits[target.index * layout.class_stride + r]);
-    gradient[r] = RowGradient<T, Loss>(loss, args, row + r, target, statistics, logit, S());
+    logit[r] = target[r].index < 0 ? T(0) : load(logits[target[r].index * layout.class_stride + r]);
   }
-  write_gradient<S, P, Loss, kRows>(loss, args, logits, probabilities, grad_of<S>(args, row), gradient,
-                                    blockIdx.x % shares, shares);
+  RowGradient<S, Loss> gradient[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    gradient[r] = RowGradient<S, Loss>(loss, target[r], upstreams[r], statistics[r], logit[r]);
+  }
+  S* grad = grad_of<S>(args, row);
+  while (true) {
+    pieces.write(loss, args, probabilities, grad, gradient, first, shares);
+    first += pieces.kCount * shares;
+    if (first >= layout.classes) break;
+    pieces.read(args, logits, first, shares);
+  }
 }
 
 // Whether kRows neighbouring rows are aligned vectors at every class.
@@ -217,7 +246,7 @@ int64_t shares_of(int64_t threads, int64_t classes, int64_t most, const Device& 
   return shares;
 }
 
-template <class S, class P, int kRows, bool kGrad, class Loss>
+template <class S, class P, int kRows, class Loss>
 cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const Device device;
   const int64_t threads = args.logits_layout.rows / kRows;
@@ -227,7 +256,7 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
   how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
   how.counter = Workspace(args.workspace).counter;
-  return launch(how, stream, forward_columns<S, P, Loss, kRows, kGrad>, loss, args);
+  return launch(how, stream, forward_columns<S, P, Loss, kRows>, loss, args);
 }
 
 template <class S, class P, int kRows, class Loss>
@@ -247,17 +276,9 @@ int forward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream str
     using S = decltype(storage);
     using P = decltype(probability);
     using Loss = std::decay_t<decltype(functor)>;
-    constexpr int width = Vector<S>::width;
-    const bool vectors = by_vectors<S, P, Loss>(args);
     if constexpr (Loss::reads_row) {
-      if (!args.grad) {
-        return vectors ? run_forward<S, P, width, false>(functor, args, stream)
-                       : run_forward<S, P, 1, false>(functor, args, stream);
-      }
-      if constexpr (makes_gradient_of<S, Loss>) {
-        return vectors ? run_forward<S, P, width, true>(functor, args, stream)
-                       : run_forward<S, P, 1, true>(functor, args, stream);
-      }
+      return by_vectors<S, P, Loss>(args) ? run_forward<S, P, Vector<S>::width>(functor, args, stream)
+                                          : run_forward<S, P, 1>(functor, args, stream);
     }
     return cudaErrorInvalidValue;
   });

@@ -10,17 +10,40 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
+// What the first warp of a row has still to finish: lanes finish a row each, all at once.
 template <class T>
-struct Shared {
-  // Two of each, used in turn: one barrier a row is then enough.
-  RowStatistics<T> warps[2][kWarps], block[2];
-  double sums[2 * kWarps];
+struct alignas(16) Unfinished {
+  RowStatistics<T> statistics;
+  T logit;  // of the target, as it is stored
 };
 
+template <class S, class Loss>
+struct alignas(16) Shared {
+  using T = Accumulate<S>;
+  // Two of each, used in turn: a warp may be a row ahead of another.
+  RowStatistics<T> warps[2][kWarps], block[2];
+  RowGradient<S, Loss> gradient[2];
+  double sums[2 * kWarps];
+
+  // Followed by these, of each group, and by the vectors of rows that stay on the chip.
+  __device__ Unfinished<T>* unfinished(int group, const RowsPlan& plan) {
+    return reinterpret_cast<Unfinished<T>*>(this + 1) + group * plan.unfinished_of_group();
+  }
+  __device__ Vector<S>* resident(int group, const RowsPlan& plan) {
+    return reinterpret_cast<Vector<S>*>(unfinished(blockDim.x / plan.lanes, plan)) + group * plan.resident_vectors;
+  }
+  static size_t bytes(const RowsPlan& plan) {
+    return sizeof(Shared) + plan.threads / plan.lanes * plan.unfinished_of_group() * sizeof(Unfinished<T>);
+  }
+};
+
+// A vector that adds nothing to a row.
 template <class S>
-__device__ Vector<S>* resident_rows() {
-  static_assert(sizeof(Shared<Accumulate<S>>) % 16 == 0, "vectors follow");
-  return reinterpret_cast<Vector<S>*>(shared_memory() + sizeof(Shared<Accumulate<S>>));
+__device__ Vector<S> no_logits() {
+  Vector<S> vector;
+#pragma unroll
+  for (int k = 0; k < Vector<S>::width; ++k) vector.values[k] = store<S>(-infinity<Accumulate<S>>());
+  return vector;
 }
 
 // k_c along a row, which the loss makes from class weights and probabilities; 0 where it sums no k_c.
@@ -56,6 +79,11 @@ struct Factors {
         return;
       }
     }
+    if (!Loss::soft && !weights) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) factors[k] = of(column, T(0));
+      return;
+    }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) factors[k] = (*this)(column + k);
   }
@@ -83,32 +111,45 @@ struct Slice {
         lane(threadIdx.x % plan.lanes),
         lanes(plan.lanes) {}
 
+  // The target is nearly never in a vector, so that looking for its place costs nothing.
+  __device__ int place_in(int v, int target) const { return target - first_column - run.vector(v); }
+
   // Statistics without the target; the vectors are kept where `resident` points.
-  __device__ Online<T, typename Loss::Sum> statistics(int target, Vector<S>* resident) const {
-    Online<T, typename Loss::Sum> online;
+  template <bool kGrad>
+  __device__ Online<S, typename Loss::Sum> statistics(int target, Vector<S>* resident) const {
+    // Vectors with one rescale: 16 numbers, or what the registers leave room for.
+    constexpr bool few = kGrad || Loss::Sum::has_entropy || sizeof(S) == 8;
+    constexpr int together = few ? 1 : 16 / width;
+    Online<S, typename Loss::Sum> online;
     for (int first = lane; first < run.vectors; first += kRowUnroll<S> * lanes) {
-      Vector<S> packed[kRowUnroll<S>];
+      Vector<S> vectors[kRowUnroll<S>];
 #pragma unroll
       for (int u = 0; u < kRowUnroll<S>; ++u) {
         const int v = first + u * lanes;
-        if (v < run.vectors) packed[u] = load_vector(logits + run.vector(v));
+        vectors[u] = v < run.vectors ? load_vector(logits + run.vector(v)) : no_logits<S>();
       }
 #pragma unroll
-      for (int u = 0; u < kRowUnroll<S>; ++u) {
-        const int v = first + u * lanes;
-        if (v >= run.vectors) break;
-        if (resident) resident[v] = packed[u];
-        T z[width], factor[width];
+      for (int u = 0; u < kRowUnroll<S>; u += together) {
+        T z[together * width], factor[together * width];
 #pragma unroll
-        for (int k = 0; k < width; ++k) z[k] = loss.logit(load(packed[u].values[k])).z;
-        factors.read(first_column + run.vector(v), factor);
-        // The target is nearly never in this vector, so that looking for its place costs nothing.
-        const int place = target - first_column - run.vector(v);
-        if (!Loss::soft && unsigned(place) < unsigned(width)) {
+        for (int i = 0; i < together; ++i) {
+          const int v = first + (u + i) * lanes, place = place_in(v, target);
+          if (resident && v < run.vectors) resident[v] = vectors[u + i];
+          T x[width], factors_here[width] = {};
+          unpack(vectors[u + i], x);
+          if (v < run.vectors) factors.read(first_column + run.vector(v), factors_here);
+          const bool holds_target = !Loss::soft && unsigned(place) < unsigned(width);
 #pragma unroll
           for (int k = 0; k < width; ++k) {
-            z[k] = k == place ? -infinity<T>() : z[k];
-            factor[k] = k == place ? T(0) : factor[k];
+            z[i * width + k] = loss.logit(x[k]).z;
+            factor[i * width + k] = factors_here[k];
+          }
+          if (holds_target) {
+#pragma unroll
+            for (int k = 0; k < width; ++k) {
+              if (k == place) z[i * width + k] = -infinity<T>();
+              if (k == place) factor[i * width + k] = T(0);
+            }
           }
         }
         online.add(z, factor);
@@ -131,39 +172,44 @@ struct Slice {
 
   // Places first, first + lanes, ... of the row's vectors.
   template <int kPlaces>
-  __device__ void read(int first, const Vector<S>* resident, Vector<S> (&packed)[kPlaces]) const {
+  __device__ void read(int first, const Vector<S>* resident, Vector<S> (&vectors)[kPlaces]) const {
 #pragma unroll
     for (int u = 0; u < kPlaces; ++u) {
       const int v = first + u * lanes;
-      if (v < run.vectors) packed[u] = resident ? resident[v] : load_vector(logits + run.vector(v));
+      if (v < run.vectors) vectors[u] = resident ? resident[v] : load_vector(logits + run.vector(v));
     }
   }
 
   template <int kPlaces>
-  __device__ void write(const RowGradient<T, Loss>& gradient, S* grad, int first, Vector<S> (&packed)[kPlaces]) const {
+  __device__ void write(const RowGradient<S, Loss>& gradient, S* grad, int first,
+                        const Vector<S> (&vectors)[kPlaces]) const {
 #pragma unroll
     for (int u = 0; u < kPlaces; ++u) {
-      const int v = first + u * lanes;
+      const int v = first + u * lanes, place = place_in(v, gradient.target);
       if (v >= run.vectors) break;
-      const int column = first_column + run.vector(v);
-      T factor[width];
-      factors.read(column, factor);
+      T x[width], factor[width] = {};
+      unpack(vectors[u], x);
+      factors.read(first_column + run.vector(v), factor);
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
-        packed[u].values[k] = store<S>(gradient(loss, load(packed[u].values[k]), column + k, factor[k]));
+      for (int k = 0; k < width; ++k) x[k] = gradient.elsewhere(loss, x[k], factor[k]);
+      if (!Loss::soft && unsigned(place) < unsigned(width)) {
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          if (k == place) x[k] = gradient.own;
+        }
       }
-      store_vector(grad + run.vector(v), packed[u]);
+      store_vector(grad + run.vector(v), pack<S>(x));
     }
   }
 
   // All vectors from place `first` on, and the scalars.
-  __device__ void write_from(int first, const RowGradient<T, Loss>& gradient, S* grad,
+  __device__ void write_from(int first, const RowGradient<S, Loss>& gradient, S* grad,
                              const Vector<S>* resident) const {
-    constexpr int kPlaces = 2;  // what is read lies in shared memory, or at least in the second-level cache
+    constexpr int kPlaces = kRowUnroll<S>;
     for (; first < run.vectors; first += kPlaces * lanes) {
-      Vector<S> packed[kPlaces];
-      read(first, resident, packed);
-      write(gradient, grad, first, packed);
+      Vector<S> vectors[kPlaces];
+      read(first, resident, vectors);
+      write(gradient, grad, first, vectors);
     }
 #pragma unroll 1
     for (int scalar = lane; scalar < run.scalars(); scalar += lanes) {
@@ -171,29 +217,35 @@ struct Slice {
       grad[i] = store<S>(gradient(loss, load(logits[i]), column, factors(column)));
     }
   }
+
+  __device__ void clear(S* grad) const {
+    for (int v = lane; v < run.vectors; v += lanes) store_vector(grad + run.vector(v), Vector<S>{});
+    for (int scalar = lane; scalar < run.scalars(); scalar += lanes) grad[run.scalar(scalar)] = S{};
+  }
 };
 
-// Merges the statistics of a row's threads; every one of them gets the result.
-template <class T, class Sum>
-__device__ Online<T, Sum> merge_group(Online<T, Sum> mine, const RowsPlan& plan, Shared<T>& shared, int turn) {
+// The statistics of a row's threads merged: in all of a group within a warp, else in the first warp.
+template <class S, class Loss>
+__device__ Online<S, typename Loss::Sum> merge_group(Online<S, typename Loss::Sum> mine, const RowsPlan& plan,
+                                                     Shared<S, Loss>& shared, int turn) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   mine.merge_lanes(plan.lanes < kWarp ? plan.lanes : kWarp);
   const auto merge_stored = [&](int count, auto stored) {
-    mine = Online<T, Sum>();
+    mine = Online<S, typename Loss::Sum>();
     if (lane < count) mine.merge(*stored(lane));
     mine.merge_lanes(kWarp);
   };
   if (plan.lanes > kWarp) {
     if (lane == 0) shared.warps[turn][warp] = mine;
     __syncthreads();
-    merge_stored(blockDim.x / kWarp, [&](int i) { return &shared.warps[turn][i]; });
+    if (warp == 0) merge_stored(blockDim.x / kWarp, [&](int i) { return &shared.warps[turn][i]; });
   } else {
     __syncwarp();  // what the lanes have read so far may be overwritten after this
   }
   if (plan.cluster > 1) {
     if (threadIdx.x == 0) shared.block[turn] = mine;
     cluster_barrier();
-    merge_stored(plan.cluster, [&](int rank) { return cluster_shared(&shared.block[turn], rank); });
+    if (warp == 0) merge_stored(plan.cluster, [&](int rank) { return cluster_shared(&shared.block[turn], rank); });
   }
   return mine;
 }
@@ -202,40 +254,68 @@ template <class S, class P, class Loss, bool kGrad>
 __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     forward_rows(Loss loss, CudaSoftmaxArgs args, RowsPlan plan) {
   using T = Accumulate<S>;
-  auto& shared = *reinterpret_cast<Shared<T>*>(shared_memory());
+  auto& shared = *reinterpret_cast<Shared<S, Loss>*>(shared_memory());
   const int64_t rows = args.logits_layout.rows;
   const int lane = threadIdx.x % plan.lanes, group = threadIdx.x / plan.lanes, groups = blockDim.x / plan.lanes;
   const int parts = plan.parts, part = blockIdx.x % parts;
   const int classes = int(args.logits_layout.classes);
   const int begin = int(least(classes, int64_t(part) * plan.slice));
   const int end = int(least(classes, int64_t(begin) + plan.slice));
-  Vector<S>* resident = kGrad && plan.resident ? resident_rows<S>() + group * plan.resident_vectors : nullptr;
+  Vector<S>* resident = kGrad && plan.resident ? shared.resident(group, plan) : nullptr;
   RowStatistics<T>* partial = reinterpret_cast<RowStatistics<T>*>(Workspace(args.workspace).partial);
   Finish<S, Loss, !kGrad> finish(loss, args);
 
+  // A thread alone would leave 31 lanes idle for the 150 instructions that finish a row.
+  Unfinished<T>* unfinished = shared.unfinished(group, plan);
+  const bool finishes = part == 0 && !plan.split() && lane < kWarp;
+  const int64_t stride = gridDim.x / parts * groups;
+  int kept = 0;
+  const auto finish_rows = [&](int64_t last) {
+    __syncwarp();
+    const int64_t row = last - (kept - 1 - lane) * stride;
+    if (lane < kept && row < rows) {
+      const Target<T> target(loss, args, row);
+      finish.row(row, target, unfinished[lane].statistics, target_logit(loss, target, unfinished[lane].logit).z);
+    }
+    kept = 0;
+    __syncwarp();
+  };
+
   int turn = 0;
-  for (int64_t first = blockIdx.x / parts * groups; first < rows; first += gridDim.x / parts * groups, turn ^= 1) {
-    const int64_t row = first + group;
+  int64_t row = blockIdx.x / parts * groups + group;
+  for (int64_t first = blockIdx.x / parts * groups; first < rows; first += stride, row += stride, turn ^= 1) {
     const Target<T> target = row < rows ? Target<T>(loss, args, row) : Target<T>();
     const int64_t inside = row < rows ? row : 0;
     S* grad = kGrad ? grad_of<S>(args, inside) : nullptr;
     const Slice<S, P, Loss> slice(loss, args, inside, grad, begin, row < rows ? end : begin, plan);
-    Online<T, typename Loss::Sum> statistics;
+    Online<S, typename Loss::Sum> statistics;
     const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, inside)[target.index]);
-    if (target.active) statistics = slice.statistics(target.index, resident);
-    statistics = merge_group(statistics, plan, shared, turn);
-    if (lane == 0 && row < rows) {
-      if (plan.split()) {
-        partial[row * parts + part] = statistics;
-      } else if (part == 0) {
-        finish.row(row, target, statistics, target_logit(loss, target, logit).z);
-      }
+    if (target.active) statistics = slice.template statistics<kGrad>(target.index, resident);
+    statistics = merge_group<S, Loss>(statistics, plan, shared, turn);
+    if (plan.split()) {
+      if (lane == 0 && row < rows) partial[row * parts + part] = statistics;
+    } else if (finishes) {
+      if (lane == 0) unfinished[kept] = {statistics, logit};
+      if (++kept == plan.unfinished_of_group()) finish_rows(row);
     }
     if constexpr (kGrad) {
-      const RowGradient<T, Loss> gradient(loss, args, row, target, statistics, logit, S());
-      slice.write_from(lane, gradient, grad + begin, resident);
+      RowGradient<S, Loss> gradient;
+      if (lane < kWarp) {
+        gradient = RowGradient<S, Loss>(loss, target, upstreams_of<S>(args, inside), statistics, logit);
+      }
+      if (plan.lanes > kWarp) {
+        if (lane == 0) shared.gradient[turn] = gradient;
+        __syncthreads();
+        gradient = shared.gradient[turn];
+      }
+      if (gradient.active) {
+        slice.write_from(lane, gradient, grad + begin, resident);
+      } else {
+        slice.clear(grad + begin);
+      }
     }
   }
+  if (finishes && kept > 0) finish_rows(row - stride);
   if (plan.cluster > 1) cluster_barrier();  // no block goes while another may still read its shared memory
 
   const Workspace workspace(args.workspace);
@@ -243,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     if (!is_last_block(workspace.counter, shared.sums)) return;
     for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) {
       const Target<T> target(loss, args, row);
-      Online<T, typename Loss::Sum> statistics;
+      Online<S, typename Loss::Sum> statistics;
       for (int i = 0; i < parts; ++i) statistics.merge(partial[row * parts + i]);
       const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
       finish.row(row, target, statistics, target_logit(loss, target, logit).z);
@@ -255,34 +335,58 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
   }
 }
 
+// A group takes plan.consecutive rows one after another. Its first lanes set up the gradient of a row each, all at
+// once; a row of a block has one thread do it while the others' loads are under way.
 template <class S, class P, class Loss>
 __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, true>)
     backward_rows(Loss loss, CudaSoftmaxArgs args, RowsPlan plan) {
   using T = Accumulate<S>;
+  auto* gradients = reinterpret_cast<RowGradient<S, Loss>*>(shared_memory());
   const int64_t rows = args.logits_layout.rows;
-  const int group = threadIdx.x / plan.lanes, groups = blockDim.x / plan.lanes;
-  const T* saved = static_cast<const T*>(args.statistics);
-  const int64_t wanted = int64_t(blockIdx.x / plan.parts) * groups + group, row = wanted < rows ? wanted : rows - 1;
+  const int lane = threadIdx.x % plan.lanes, group = threadIdx.x / plan.lanes, groups = blockDim.x / plan.lanes;
+  const int64_t first = (int64_t(blockIdx.x / plan.parts) * groups + group) * plan.consecutive;
+  const int count = first < rows ? int(least(plan.consecutive, rows - first)) : 0;
   const int begin = int(blockIdx.x % plan.parts) * plan.slice;
   const int end = int(least(args.logits_layout.classes, int64_t(begin) + plan.slice));
-  S* grad = grad_of<S>(args, row);
-  const Slice<S, P, Loss> slice(loss, args, row, grad, begin, wanted < rows ? end : begin, plan);
+  const auto slice_of = [&](int64_t row) {
+    return Slice<S, P, Loss>(loss, args, row, grad_of<S>(args, row), begin, end, plan);
+  };
 
-  Vector<S> packed[kRowUnroll<S>];  // under way while the row's few numbers are worked out
-  slice.read(slice.lane, nullptr, packed);
-  const Target<T> target(loss, args, row);
-  const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
-  if (args.in_place) __syncthreads();  // all threads of a row have its target's logit before one overwrites it
-  const RowStatistics<T> statistics = read_saved<typename Loss::Sum>(saved, rows, row);
-  const RowGradient<T, Loss> gradient(loss, args, row, target, statistics, logit, S());
-  slice.write(gradient, grad + begin, slice.lane, packed);
-  slice.write_from(slice.lane + kRowUnroll<S> * slice.lanes, gradient, grad + begin, nullptr);
+  Vector<S> vectors[kRowUnroll<S>];
+  if (count > 0) slice_of(first).read(lane, nullptr, vectors);
+  gradients += group * plan.consecutive;
+  if (lane < count) {
+    const int64_t row = first + lane;
+    const RowStatistics<T> statistics = saved_statistics<Loss, T>(args, row);
+    const Upstreams<T> upstreams = upstreams_of<S>(args, row);
+    const Target<T> target(loss, args, row);
+    const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
+    gradients[lane] = RowGradient<S, Loss>(loss, target, upstreams, statistics, logit);
+  }
+  // In place, it is by now that all targets' logits are known before one is overwritten.
+  if (plan.lanes > kWarp) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  for (int i = 0; i < count; ++i) {
+    const Slice<S, P, Loss> slice = slice_of(first + i);
+    S* grad = grad_of<S>(args, first + i) + begin;
+    const RowGradient<S, Loss> gradient = gradients[i];
+    if (!gradient.active) {
+      slice.clear(grad);
+      continue;
+    }
+    if (i > 0) slice.read(lane, nullptr, vectors);
+    slice.write(gradient, grad, lane, vectors);
+    slice.write_from(lane + kRowUnroll<S> * plan.lanes, gradient, grad, nullptr);
+  }
 }
 
 template <class S, class P, class Loss>
 cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const RowsPlan plan = plan_forward<S, Loss>(args.logits_layout, Device());
-  const Launch how = {plan.blocks, dim3(plan.threads), sizeof(Shared<Accumulate<S>>), 1,
+  const Launch how = {plan.blocks, dim3(plan.threads), Shared<S, Loss>::bytes(plan), 1,
                       Workspace(args.workspace).counter};
   return launch(how, stream, forward_rows<S, P, Loss, false>, loss, args, plan);
 }
@@ -290,24 +394,33 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
 template <class S, class P, class Loss>
 cudaError_t run_forward_with_gradient(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   constexpr auto kernel = forward_rows<S, P, Loss, true>;
-  constexpr int64_t shared = sizeof(Shared<Accumulate<S>>);
   const auto how = [&](const RowsPlan& plan) {
-    return Launch{plan.blocks, dim3(plan.threads), shared + plan.resident_bytes(), unsigned(plan.cluster),
-                  Workspace(args.workspace).counter};
+    return Launch{plan.blocks, dim3(plan.threads), Shared<S, Loss>::bytes(plan) + plan.resident_bytes(),
+                  unsigned(plan.cluster), Workspace(args.workspace).counter};
   };
   Device device;
-  RowsPlan plan = plan_forward_with_gradient<S, Loss>(args.logits_layout, device, shared);
-  if (plan.cluster > 1 && !cluster_fits(how(plan), stream, kernel)) {
-    device.clusters = 0;
-    plan = plan_forward_with_gradient<S, Loss>(args.logits_layout, device, shared);
+  const auto planned = [&] {
+    return plan_forward_with_gradient<S, Loss>(args.logits_layout, device, Shared<S, Loss>::bytes);
+  };
+  RowsPlan plan = planned();
+  if (plan.cluster > 1) {
+    const int64_t clusters = resident_clusters(how(plan), stream, kernel);
+    if (clusters == 0) {
+      device.clusters = 0;
+      plan = planned();
+    } else {
+      // One cluster more than run at once would take as long as all the others.
+      plan.blocks = least(plan.blocks, clusters * plan.cluster);
+    }
   }
   return launch(how(plan), stream, kernel, loss, args, plan);
 }
 
 template <class S, class P, class Loss>
 cudaError_t run_backward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  const RowsPlan plan = plan_backward<S>(args.logits_layout, args.in_place);
-  return launch({plan.blocks, dim3(plan.threads)}, stream, backward_rows<S, P, Loss>, loss, args, plan);
+  const RowsPlan plan = plan_backward<S, Loss>(args.logits_layout, Device(), args.in_place);
+  const size_t shared = plan.threads / plan.lanes * plan.consecutive * sizeof(RowGradient<S, Loss>);
+  return launch({plan.blocks, dim3(plan.threads), shared}, stream, backward_rows<S, P, Loss>, loss, args, plan);
 }
 
 }  // namespace

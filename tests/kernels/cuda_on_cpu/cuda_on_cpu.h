@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <map>
 #include <tuple>
@@ -58,6 +59,11 @@ T* cluster_shared(T* mine, unsigned rank) {
 
 // The upper half of the product.
 inline uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t(static_cast<unsigned __int128>(a) * b >> 64); }
+
+inline float exp2_approximately(float x) {
+  const float power = std::exp2(x);
+  return power < 1.17549435e-38f ? 0 : power;
+}
 
 // A plain access, for UBSan to see a misaligned one.
 inline uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }
