@@ -73,12 +73,14 @@ int cuda_softmax_forward(Softmax loss, const CudaSoftmaxArgs& args, CudaStream s
     const int error = cuda_softmax_forward(loss, without, stream);
     return error ? error : cuda_softmax_backward(loss, args, stream);
   }
-  return by_rows(args) ? forward_by_rows(loss, args, stream) : forward_by_columns(loss, args, stream);
+  if (!by_rows(args)) return forward_by_columns(loss, args, stream);
+  return fit_tiles(args) ? forward_by_tiles(loss, args, stream) : forward_by_rows(loss, args, stream);
 }
 
 int cuda_softmax_backward(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   if (!kind_of(loss, args).reads_row) return backward_of_targets(loss, args, stream);
-  return by_rows(args) ? backward_by_rows(loss, args, stream) : backward_by_columns(loss, args, stream);
+  if (!by_rows(args)) return backward_by_columns(loss, args, stream);
+  return fit_tiles(args) ? backward_by_tiles(loss, args, stream) : backward_by_rows(loss, args, stream);
 }
 
 }  // namespace fusedloss

@@ -342,7 +342,11 @@ int with_types(Softmax loss, const SoftmaxArgs& args, F f) {
   });
 }
 
-// The drivers. The layout decides between rows and columns; a loss that reads only the target's logit has its own.
+// The drivers. The layout decides between short rows, rows and columns; a loss that reads only the target's logit has
+// its own.
+bool fit_tiles(const CudaSoftmaxArgs& args);
+int forward_by_tiles(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
+int backward_by_tiles(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int forward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int backward_by_rows(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);
 int forward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream);

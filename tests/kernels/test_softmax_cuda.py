@@ -49,7 +49,7 @@ def row_shapes(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     for classes in (1, 2, 3, vectors - 1, vectors, vectors + 1, 31, 32, 33):
         yield 1, classes
         yield 40, classes
-    yield 600, 3
+    yield from ((600, 3), (1200, 10), (300, 64), (200, 65), (70, 130), (40, 256), (40, 257))  # tiles of several rows
     for classes in (warp - 1, warp, warp + width, warp + width + 1):
         yield 9, classes
     yield 1, 2 * part
@@ -375,6 +375,18 @@ PLANTED = {
         "if (plan.lanes > kWarp) {",
         rows_of(9, 3000),
     ),
+    "rows of a tile used before they have come": (
+        "softmax_tiles.cu",
+        "tile.read(logits);\n    __syncthreads();",
+        "tile.read(logits);",
+        rows_of(40, 10),
+    ),
+    "a tile overwritten before it has gone": (
+        "softmax_tiles.cu",
+        "first * plan.classes);\n    }\n    __syncthreads();",
+        "first * plan.classes);\n    }",
+        rows_of(5000, 10),
+    ),
     "no barrier between shares of the classes": (
         "softmax_columns.cu",
         "= *this;\n    __syncthreads();",
@@ -393,7 +405,7 @@ def of_one_loss(kernels, source: Path, file: str):
 
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
-@pytest.mark.parametrize("file", ["softmax_rows.cu", "softmax_columns.cu"])
+@pytest.mark.parametrize("file", ["softmax_rows.cu", "softmax_tiles.cu", "softmax_columns.cu"])
 def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path, file):
     library = of_one_loss(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")), file)
     for of_bug, _, _, check in PLANTED.values():
