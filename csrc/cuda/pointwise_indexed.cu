@@ -13,7 +13,7 @@ template <class S>
 constexpr int kIndexedBlocks = sizeof(S) == 8 ? 2 : 3;
 // Vectors in flight a thread, where classes lie side by side.
 template <PointwiseResult kResult, class S>
-constexpr int kIndexedUnroll = sizeof(S) == 8 || kResult == PointwiseResult::Grad ? 2 : 4;
+constexpr int kIndexedUnroll = sizeof(S) == 4 && kResult != PointwiseResult::Grad ? 4 : 2;
 constexpr int kClassesOfThread = 8;  // classes in flight a thread, where they lie apart
 
 // What an index names: a class, or one of these.
@@ -56,11 +56,15 @@ struct Elements {
 
   // A row's loss or gradient in a column, with an upstream gradient of its own.
   __device__ T operator()(int named, int64_t column, T x, T weight, T upstream) const {
-    const T t = T(named == column);
-    if constexpr (kGrads) return named < kBackground ? T(0) : loss.grad(x, t) * scale * upstream * weight;
-    if (named < kBackground) return named == kIgnored ? T(0) : T(NAN);  // the logits may be NaN
-    return loss.value(x, t) * weight;
+    return named < kBackground ? of_no_class(named) : at(named == column, x, upstream * weight);
   }
+  __device__ T at(bool is_target, T x, T factor) const {
+    const T t = T(is_target);
+    if constexpr (kGrads) return loss.grad(x, t) * scale * factor;
+    return loss.value(x, t) * factor;
+  }
+  // Whatever the logits are, which may be NaN.
+  __device__ T of_no_class(int named) const { return kGrads || named == kIgnored ? T(0) : T(NAN); }
 
   // Done once for every row of a forward.
   __device__ void note(int named, int64_t row) {
@@ -118,22 +122,57 @@ __global__ void __launch_bounds__(kThreads, kIndexedBlocks<S>)
     for (int u = 0; u < unroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
-      Vector<S> upstream, output;
+      Vector<S> upstream = {};
       if (element.upstream()) upstream = load_vector(element.upstream() + run.vector(v));
       if (columns[u] == 0) element.note(named[u], rows[u]);
+      T values[width], upstreams[width];
+      unpack(x[u], values);
+      unpack(upstream, upstreams);
+      if (classes >= width) {
+        // One row, or the end of one and the beginning of the next, `left` places on.
+        const int left = classes - columns[u];
+        int next = kBackground;
+        if (left < width) {
+          next = named_by(args, rows[u] + 1);
+          element.note(next, rows[u] + 1);
+        }
+        const int place = named[u] < 0 ? -1 : named[u] - columns[u], next_place = next < 0 ? -1 : left + next;
+        T factors[width];
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const T g = element.upstream() ? load(upstream.values[k]) : T(1);
-        const T value = element(named[u], columns[u], load(x[u].values[k]), element.weight(rows[u], columns[u], 0), g);
-        sum += value;
-        output.values[k] = store<S>(value);
-        if (++columns[u] == classes && k + 1 < width) {
-          columns[u] = 0;
-          named[u] = named_by(args, ++rows[u]);
-          element.note(named[u], rows[u]);
+        for (int k = 0; k < width; ++k) factors[k] = element.upstream() ? upstreams[k] : T(1);
+        if (args.weight.data) {
+#pragma unroll
+          for (int k = 0; k < width; ++k) {
+            const bool after = k >= left;
+            factors[k] *= element.weight(rows[u] + after, after ? k - left : columns[u] + k, 0);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          values[k] = element.at(int(k == place) | int(k == next_place), values[k], factors[k]);
+        }
+        if (named[u] < kBackground || next < kBackground) {
+#pragma unroll
+          for (int k = 0; k < width; ++k) {
+            const int name = k < left ? named[u] : next;
+            values[k] = name < kBackground ? element.of_no_class(name) : values[k];
+          }
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < width; ++k) {
+          const T g = element.upstream() ? upstreams[k] : T(1);
+          values[k] = element(named[u], columns[u], values[k], element.weight(rows[u], columns[u], 0), g);
+          if (++columns[u] == classes && k + 1 < width) {
+            columns[u] = 0;
+            named[u] = named_by(args, ++rows[u]);
+            element.note(named[u], rows[u]);
+          }
         }
       }
-      if constexpr (!element.kSums) store_vector(element.output() + run.vector(v), output);
+#pragma unroll
+      for (int k = 0; k < width; ++k) sum += values[k];
+      if constexpr (!element.kSums) store_vector(element.output() + run.vector(v), pack<S>(values));
     }
     element.sums.values[0] += double(sum);
   }
