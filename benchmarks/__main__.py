@@ -41,18 +41,18 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     facts = machine.facts(options.device)
     results = Results(facts, bandwidth, [])
-    for case in cases:
-        for row in rows(case, clock, options, results.skipped):
-            results.rows.append(row)
-            print(line(row), flush=True)
-    print("", *table.lines(results), sep="\n")
-
     whole = on_gpu and not options.quick and not options.only and not options.no_compile
     output = options.output
     if output is None and whole:
         output = table.RESULTS / f"{re.sub('[^a-z0-9]+', '-', facts['device'].lower()).strip('-')}.json"
+    for case in cases:
+        for row in rows(case, clock, options, results.skipped):
+            results.rows.append(row)
+            print(line(row), flush=True)
+        if output is not None:
+            results.write(output)  # after each case: a run cut short leaves what it has
+    print("", *table.lines(results), sep="\n")
     if output is not None:
-        results.write(output)
         print(f"written: {output}")
     if options.output is None and whole:
         table.update()
