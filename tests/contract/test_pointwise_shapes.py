@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compare import same, upstream_of, value_and_grads, warned
 from layouts import laid_out
 from losses import HALVES, REDUCTIONS
-from marks import needs_extension, on_cpu_alone
+from marks import needs_extension, not_under_a_default_device, on_cpu_alone
 from observe import Recorder, bytes_allocated
 from pointwise_calls import (
     ALL,
@@ -46,6 +46,7 @@ import fusedloss.functional as L
 @pytest.mark.parametrize("module", [False, True], ids=["function", "module"])
 @pytest.mark.parametrize("sizes", PAIRS, ids=str)
 @pytest.mark.parametrize("function", OF_DIFFERENCE)
+@not_under_a_default_device
 def test_broadcasting(function, sizes, module):
     of_dtypes = [(torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32)]
     for (dtype, other), reduction in itertools.product(of_dtypes, REDUCTIONS):
@@ -69,6 +70,7 @@ def test_broadcasting(function, sizes, module):
 @pytest.mark.parametrize("sizes", PAIRS, ids=str)
 @pytest.mark.parametrize("function", WEIGHTED)
 @pytest.mark.filterwarnings(f"ignore:{BROADCASTING}")
+@not_under_a_default_device
 def test_broadcasting_beside_a_weight(function, sizes):
     # Which has the input's size, and broadcasts with it; a mean divides by the sum of it as it is given.
     x, t, weight = random(*sizes[0], seed=1), random(*sizes[1], seed=2), elements(sizes[0], torch.float64)
@@ -85,6 +87,7 @@ def test_broadcasting_runs_fused():
 
 
 @pytest.mark.parametrize("function", WEIGHTED)
+@not_under_a_default_device
 def test_of_two_misfits_the_target_is_named_first(function):
     x, t, weight = random(3), random(4), random(2)
     ours, torchs = (warned(lambda: getattr(f, function)(x, t, weight=weight)) for f in (L, F))  # noqa: B023
@@ -96,6 +99,7 @@ MISFITS = [((3,), (4,)), ((2, 3), (2,)), ((2, 3), (2, 1)), ((2,), (2, 1)), ((0,)
 
 @pytest.mark.parametrize("sizes", MISFITS, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
+@not_under_a_default_device
 def test_shapes_that_do_not_fit(function, sizes):
     x, t = torch.rand(sizes[0]), torch.rand(sizes[1])
     ours, of_torch = warned(lambda: getattr(L, function)(x, t)), warned(lambda: getattr(F, function)(x, t))
@@ -110,6 +114,7 @@ def test_shapes_that_do_not_fit(function, sizes):
     "size", [(), (1,), (3,), (1, 3), (2, 1), (2, 3), (4,), (2,), (1, 2, 3), (2, 2, 3), (0,)], ids=str
 )
 @pytest.mark.parametrize("factor", ["weight", "pos_weight"])
+@not_under_a_default_device
 def test_sizes_of_weights(factor, size):
     for function in [*WEIGHTED, *BINARY] if factor == "weight" else BINARY[1:]:
         x, t = data(function, (2, 3), torch.float64)
@@ -237,6 +242,7 @@ def test_a_weight_of_elements(function, dtype, reduction):
 
 @EVERY_HALF
 @pytest.mark.parametrize("function", ["mse_loss", "l1_loss"])
+@not_under_a_default_device
 def test_a_mean_by_weights_whose_sum_is_beyond_float16(function, dtype):
     x, t = (random(100_000, seed=i).to(dtype) for i in (1, 2))
     weight = elements((100_000,), dtype) + 3
@@ -254,6 +260,7 @@ def test_a_mean_by_weights_whose_sum_is_beyond_float16(function, dtype):
 
 
 @pytest.mark.parametrize("function", ["mse_loss", "l1_loss"])
+@not_under_a_default_device
 def test_a_mean_by_weights_that_are_zero_is_torchs(function):
     x, t = random(2, 5).unbind()
     for weight in (torch.zeros(5, dtype=torch.float64), torch.tensor([1.0, -1, 0, 0, 0], dtype=torch.float64)):

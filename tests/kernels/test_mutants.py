@@ -109,7 +109,11 @@ MUTANTS = {
         "target left in a column": ("cpu/softmax_columns.inl", "z[place * kTile + j] = -infinity<T>();", ""),
         "filling counted": ("cpu/softmax_rows.inl", "int(lane < Int(first)) | ", ""),
         "square askew": ("cpu/lanes.inl", "FUSEDLOSS_SHUFFLE(low, next_low, 2, 3, 6, 7)", "low"),
-        "block rescale": ("cpu/softmax_rows.inl", "if (block > begin) total = raised<typename Loss::Sum>(total, max);", ""),
+        "block rescale": (
+            "cpu/softmax_rows.inl",
+            "if (block > begin) total = raised<typename Loss::Sum>(total, max);",
+            "",
+        ),
         "column rescale": (
             "cpu/softmax_columns.inl",
             "totals.sum_without_target[j] * double(shrunk) + double(tile.sum_without_target[j])",
