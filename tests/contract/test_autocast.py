@@ -53,8 +53,8 @@ def test_a_float32_loss_no_less_exact_than_torchs(dtype, shape, name, reduction)
     x, probabilities, weight = x.to(dtype), probabilities.float(), weight.float()
     run = CALLS[name]
     # What the call makes half is half in the exact one too.
-    half = name.endswith("half")
-    t, w = (each.to(dtype).double() if half else each.double() for each in (probabilities, weight))
+    t = probabilities.to(dtype).double() if name == "probabilities, half" else probabilities.double()
+    w = weight.to(dtype).double() if name == "weight, half" else weight.double()
     exact, exact_grad = value_and_grads(lambda x: run(F, x, index, t, w, reduction), x.double())
     with autocast(dtype):
         loss, grad = value_and_grads(lambda x: run(L, x, index, probabilities, weight, reduction), x)
