@@ -13,13 +13,22 @@ namespace {
 template <class T>
 constexpr int kDenseBlocks = sizeof(T) == 8 ? 2 : 3;
 
-constexpr int kDenseUnroll = 2;  // 64 bytes of input and target in flight a thread
+// Vectors of input and of target in flight a thread: 64 bytes. What ptxas makes of the longer losses of half types for
+// sm_100 leaves no registers for more than 32.
+template <class S, class Loss>
+FUSEDLOSS_HD constexpr int dense_unroll() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return sizeof(S) == 2 && !Loss::of_difference ? 1 : 2;
+#else
+  return 2;
+#endif
+}
 
 template <PointwiseResult kResult, class S, class Loss>
 __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
     pointwise_dense(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run) {
   using T = Accumulate<S>;
-  constexpr int width = Vector<S>::width;
+  constexpr int width = Vector<S>::width, unroll = dense_unroll<S, Loss>();
   const auto pass = pass_of<kResult, T>(loss, args);
   const S *input = static_cast<const S*>(args.input.data), *target = static_cast<const S*>(args.target.data);
   const S* weights = static_cast<const S*>(args.weight.data);
@@ -28,10 +37,10 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   Sums<1> sums;  // double across a thread's vectors, T within: 256M float losses keep their digits
 
-  for (int64_t first = thread; first < run.vectors; first += kDenseUnroll * threads) {
-    Vector<S> x[kDenseUnroll], t[kDenseUnroll];
+  for (int64_t first = thread; first < run.vectors; first += unroll * threads) {
+    Vector<S> x[unroll], t[unroll];
 #pragma unroll
-    for (int u = 0; u < kDenseUnroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
       x[u] = load_vector(input + run.vector(v));
@@ -39,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
     }
     T sum = 0;
 #pragma unroll
-    for (int u = 0; u < kDenseUnroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
       Vector<S> weight, upstream, output;

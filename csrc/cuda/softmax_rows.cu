@@ -202,10 +202,10 @@ struct Slice {
     }
   }
 
-  // All vectors from place `first` on, and the scalars.
+  // All vectors from place `first` on, kPlaces at a time, and the scalars.
+  template <int kPlaces>
   __device__ void write_from(int first, const RowGradient<S, Loss>& gradient, S* grad,
                              const Vector<S>* resident) const {
-    constexpr int kPlaces = kRowUnroll<S>;
     for (; first < run.vectors; first += kPlaces * lanes) {
       Vector<S> vectors[kPlaces];
       read(first, resident, vectors);
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
         gradient = shared.gradient[turn];
       }
       if (gradient.active) {
-        slice.write_from(lane, gradient, grad + begin, resident);
+        slice.template write_from<2>(lane, gradient, grad + begin, resident);
       } else {
         slice.clear(grad + begin);
       }
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, true>)
     }
     if (i > 0) slice.read(lane, nullptr, vectors);
     slice.write(gradient, grad, lane, vectors);
-    slice.write_from(lane + kRowUnroll<S> * plan.lanes, gradient, grad, nullptr);
+    slice.template write_from<kRowUnroll<S>>(lane + kRowUnroll<S> * plan.lanes, gradient, grad, nullptr);
   }
 }
 

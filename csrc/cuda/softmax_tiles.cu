@@ -52,6 +52,7 @@ struct Tile {
         if (v < run.vectors) *reinterpret_cast<Vector<S>*>(numbers + run.vector(v)) = vectors[u];
       }
     }
+#pragma unroll 1
     for (int scalar = threadIdx.x; scalar < run.scalars(); scalar += kThreads) {
       numbers[run.scalar(scalar)] = from[run.scalar(scalar)];
     }
@@ -59,9 +60,11 @@ struct Tile {
 
   __device__ void write(S* to) const {
     const Run<S, int> run(to, count, same_alignment(to, numbers));
+#pragma unroll 2
     for (int v = threadIdx.x; v < run.vectors; v += kThreads) {
       store_vector(to + run.vector(v), *reinterpret_cast<const Vector<S>*>(numbers + run.vector(v)));
     }
+#pragma unroll 1
     for (int scalar = threadIdx.x; scalar < run.scalars(); scalar += kThreads) {
       to[run.scalar(scalar)] = numbers[run.scalar(scalar)];
     }
@@ -119,6 +122,7 @@ struct RowOfTile {
 
   __device__ void write(const RowGradient<S, Loss> gradient) const {
     int c = start;
+#pragma unroll 1
     for (int left = columns; left > 0; left -= kTogether) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {

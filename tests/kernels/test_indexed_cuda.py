@@ -153,7 +153,8 @@ def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernels):
 
 # name: (what stands there, what is put in its place, a shape that must show it)
 PLANTED = {
-    "a row's end overlooked": ("++columns[u] == classes && k + 1 < width", "false", (37, 5, 1)),
+    "a row's end overlooked": ("if (left < width) {", "if (false) {", (37, 5, 1)),
+    "a short row's end overlooked": ("++columns[u] == classes && k + 1 < width", "false", (37, 3, 1)),
     "the carry of a step": ("row += carry;", "", (4 * 1536 + 11, 7, 1)),
     "the carry of a group": ("i -= inner;\n      ++group;", "i -= inner;", (2, 17, 1541)),
     "a row counted twice": ("if (first_class == 0) element.note", "element.note", (3, 9, 33)),
