@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
         gradient = shared.gradient[turn];
       }
       if (gradient.active) {
-        slice.template write_from<2>(lane, gradient, grad + begin, resident);
+        slice.template write_from<1>(lane, gradient, grad + begin, resident);  // from shared memory, mostly
       } else {
         slice.clear(grad + begin);
       }
