@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) divisor_kernel(Loss loss, CudaSoftma
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
   sum_of_grid(sums, Workspace(args.workspace), shared, [&](const Sums<1>& total) {
-    *static_cast<T*>(args.divisor) = T(Finish<T, Loss>::divisor_of(args, total.values[0]));
+    *static_cast<T*>(args.divisor) = T(reduction_divisor(args.mean, args.zero_for_none, total.values[0]));
   });
 }
 

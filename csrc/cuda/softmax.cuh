@@ -112,13 +112,8 @@ template <class Loss, class T, int kRows>
 __device__ void read_targets(const Loss& loss, const SoftmaxArgs& args, int64_t row, Target<T> (&targets)[kRows]) {
   typename Target<T>::Given given[kRows] = {};
   if constexpr (!Loss::soft) {
-    if (args.byte_target) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) given[r].index = static_cast<const uint8_t*>(args.target)[row + r];
-    } else {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) given[r].index = static_cast<const int64_t*>(args.target)[row + r];
-    }
+    for (int r = 0; r < kRows; ++r) given[r].index = target_of(args, row + r);
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) targets[r] = Target<T>(given[r], loss, args);
@@ -163,7 +158,10 @@ struct Finish {
 
   // `logit` is z of the target, -infinity where there is none.
   __device__ void row(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
-    if constexpr (Loss::reads_row) save<1>(row, {statistics});
+    if constexpr (Loss::reads_row) {
+      const RowStatistics<T> one[] = {statistics};
+      save(row, one);
+    }
     value_of(row, target, statistics, logit);
   }
   __device__ void value_of(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
@@ -190,8 +188,8 @@ struct Finish {
   }
 
   // For the backward, the statistics of neighbouring rows.
-  template <int kRows>
-  __device__ void save(int64_t row, const RowStatistics<T> (&statistics)[kRows]) const {
+  template <int kRows, class Statistics>
+  __device__ void save(int64_t row, const Statistics (&statistics)[kRows]) const {
     T* saved = static_cast<T*>(args.statistics) + row;
     const int64_t rows = args.logits_layout.rows;
     save_numbers<kRows>(saved, [&](int r) { return statistics[r].max; });
@@ -218,13 +216,10 @@ struct Finish {
   }
 
   __device__ void write(const Sums<2>& totals) const {
-    const double total = totals.values[0], divisor = divisor_of(args, totals.values[1]);
+    const double total = totals.values[0];
+    const double divisor = reduction_divisor(args.mean, args.zero_for_none, totals.values[1]);
     if (args.total) store_result<S>(args.total, 0, T(total / divisor), args.wide);
     if (!args.grad || !args.mean) *static_cast<T*>(args.divisor) = T(divisor);
-  }
-
-  static __device__ double divisor_of(const CudaSoftmaxArgs& args, double weight) {
-    return reduction_divisor(args.mean, args.zero_for_none, weight);
   }
 };
 
@@ -255,34 +250,28 @@ __device__ Upstreams<Accumulate<S>> upstreams_of(const CudaSoftmaxArgs& args, in
       args.upstream_second ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide) : T(0)};
 }
 
-// The statistics of neighbouring rows as the forward has saved them.
-template <class Loss, class T, int kRows>
-__device__ void read_statistics(const CudaSoftmaxArgs& args, int64_t row, RowStatistics<T> (&statistics)[kRows]) {
-  const T* saved = static_cast<const T*>(args.statistics) + row;
-  const int64_t rows = args.logits_layout.rows;
-  T numbers[3][kRows] = {};
-#pragma unroll
-  for (int i = 0; i < Loss::Sum::saved; ++i) {
-    if constexpr (kRows == 1) {
-      numbers[i][0] = saved[i * rows];
-    } else {
-      constexpr int width = Vector<T>::width;
-#pragma unroll
-      for (int r = 0; r < kRows; r += width) {
-        const Vector<T> vector = load_vector(saved + i * rows + r);
-#pragma unroll
-        for (int k = 0; k < width; ++k) numbers[i][r + k] = vector.values[k];
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) statistics[r] = {numbers[0][r], numbers[1][r], numbers[2][r], numbers[2][r]};
-}
+// The statistics of a row, or of neighbouring rows, as the forward has saved them.
 template <class Loss, class T>
 __device__ RowStatistics<T> saved_statistics(const CudaSoftmaxArgs& args, int64_t row) {
-  RowStatistics<T> statistics[1];
-  read_statistics<Loss>(args, row, statistics);
-  return statistics[0];
+  return read_saved<typename Loss::Sum>(static_cast<const T*>(args.statistics), args.logits_layout.rows, row);
+}
+template <class Loss, class T, int kRows>
+__device__ void read_statistics(const CudaSoftmaxArgs& args, int64_t row, RowStatistics<T> (&statistics)[kRows]) {
+  if constexpr (kRows == 1) {
+    statistics[0] = saved_statistics<Loss, T>(args, row);
+  } else {
+    constexpr int width = Vector<T>::width;
+    const T* saved = static_cast<const T*>(args.statistics) + row;
+    T numbers[Loss::Sum::saved * kRows];
+#pragma unroll
+    for (int i = 0; i < Loss::Sum::saved * kRows; i += width) {
+      const Vector<T> vector = load_vector(saved + i / kRows * args.logits_layout.rows + i % kRows);
+#pragma unroll
+      for (int k = 0; k < width; ++k) numbers[i + k] = vector.values[k];
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) statistics[r] = read_saved<typename Loss::Sum>(numbers, kRows, r);
+  }
 }
 
 // The gradient of one row: some 250 instructions to set up, so that one thread does it for all of a row.
@@ -311,7 +300,7 @@ struct RowGradient {
     columns = gradient.columns;
   }
 
-  // In a column that is not the target's, in an active row.
+  // In a column that is not the target's, in an active row: for vectors, most of which do not hold the target.
   __device__ T elsewhere(const Loss& loss, T x, T factor) const {
     const ZAndSlope<T> logit = loss.logit(x);
     const T gap = logit.z - max, e = exponential<S>(gap);
@@ -319,11 +308,19 @@ struct RowGradient {
     return decltype(loss.logit)::changes ? value * logit.slope : value;
   }
 
+  // In any column, without a branch.
   __device__ T operator()(const Loss& loss, T x, int column, T factor) const {
-    if (!active) return T(0);
-    return column == target ? own : elsewhere(loss, x, factor);
+    const T value = elsewhere(loss, x, factor);
+    return active ? (column == target ? own : value) : T(0);
   }
 };
+
+// k_c, which a loss makes from the weight and the probability of a class; 0 where it sums no k_c.
+template <class Loss, class T>
+__device__ T factor_of(const Loss& loss, const T* weights, int column, T probability) {
+  if constexpr (!Loss::Sum::has_factors) return T(0);
+  return loss.factor(weights ? weights[column] : T(1), probability);
+}
 
 // Whether a loss makes its gradient in the forward kernel; the others launch both.
 template <class S, class Loss>

@@ -136,8 +136,7 @@ struct Pieces {
       if constexpr (kRows > 1) unpack(pieces[i], values);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const T elsewhere = gradient[r].elsewhere(loss, values[r], factors[r]);
-        values[r] = gradient[r].active ? (c == gradient[r].target ? gradient[r].own : elsewhere) : T(0);
+        values[r] = gradient[r](loss, values[r], c, factors[r]);
       }
       S* to = grad + c * args.grad_layout.class_stride;
       if constexpr (kRows == 1) *to = store<S>(values[0]);
@@ -167,13 +166,10 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks) forward_columns(Loss 
     if (any) rows.collect(loss, args, logits, probabilities, target, share, shares);
     if (shares > 1) rows.merge_shares(target);
     if (!inside || share > 0) continue;
-    RowStatistics<T> statistics[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) statistics[r] = rows.statistics[r];
-    finish.save(row, statistics);
+    finish.save(row, rows.statistics);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      finish.value_of(row + r, target[r], statistics[r], target_logit(loss, target[r], rows.logit[r]).z);
+      finish.value_of(row + r, target[r], rows.statistics[r], target_logit(loss, target[r], rows.logit[r]).z);
     }
   }
   double* shared = reinterpret_cast<double*>(shared_memory());

@@ -46,7 +46,7 @@ __device__ Vector<S> no_logits() {
   return vector;
 }
 
-// k_c along a row, which the loss makes from class weights and probabilities; 0 where it sums no k_c.
+// factor_of along a row.
 template <class P, class Loss, class T>
 struct Factors {
   const Loss& loss;
@@ -58,10 +58,7 @@ struct Factors {
         weights(static_cast<const T*>(args.weight)),
         probabilities(Loss::soft ? probabilities_of<P>(args, row) : nullptr) {}
 
-  __device__ T of(int column, T probability) const {
-    if constexpr (!Loss::Sum::has_factors) return T(0);
-    return loss.factor(weights ? weights[column] : T(1), probability);
-  }
+  __device__ T of(int column, T probability) const { return factor_of(loss, weights, column, probability); }
   __device__ T operator()(int column) const { return of(column, Loss::soft ? load(probabilities[column]) : T(0)); }
 
   // Reads the factors of neighbouring columns; probabilities as vectors where they are aligned.

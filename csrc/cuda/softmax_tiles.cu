@@ -96,10 +96,7 @@ struct RowOfTile {
     column += lanes;
     return column < classes ? column : column - classes;
   }
-  __device__ T factor(int c) const {
-    if constexpr (!Loss::Sum::has_factors) return T(0);
-    return loss.factor(weights ? weights[c] : T(1), T(0));
-  }
+  __device__ T factor(int c) const { return factor_of(loss, weights, c, T(0)); }
 
   // The target's logit has been made -infinity.
   __device__ Online<S, typename Loss::Sum> statistics(int target) const {
@@ -126,8 +123,7 @@ struct RowOfTile {
     for (int left = columns; left > 0; left -= kTogether) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const T elsewhere = gradient.elsewhere(loss, load(numbers[c]), factor(c));
-        const T value = gradient.active ? (c == gradient.target ? gradient.own : elsewhere) : T(0);
+        const T value = gradient(loss, load(numbers[c]), c, factor(c));
         if (u < left) numbers[c] = store<S>(value);
         c = after(c);
       }
