@@ -50,8 +50,8 @@ EVERY_LOSS = pytest.mark.parametrize("name", LOSSES)
 
 def points(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    x = 3 * torch.randn(1000, generator=generator, dtype=torch.float64, device="cpu")
-    t = 0.05 + 0.9 * torch.rand(1000, generator=generator, dtype=torch.float64, device="cpu")
+    x = 3 * torch.randn(1000, generator=generator, dtype=torch.float64)
+    t = 0.05 + 0.9 * torch.rand(1000, generator=generator, dtype=torch.float64)
     return x.to(dtype), t.to(dtype)
 
 
@@ -481,9 +481,9 @@ def test_functions_of_special_values(library: Library, op: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", C_TYPES, ids=C_TYPES.values())
 def test_pow(library: Library, dtype: torch.dtype) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
-    a = torch.exp(28 * torch.rand(50_000, generator=generator, dtype=torch.float64, device="cpu") - 14).to(dtype)
-    a[::2] = 0.5 + torch.rand(25_000, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
-    b = (12 * torch.rand(50_000, generator=generator, dtype=torch.float64, device="cpu") - 6).to(dtype)
+    a = torch.exp(28 * torch.rand(50_000, generator=generator, dtype=torch.float64) - 14).to(dtype)
+    a[::2] = 0.5 + torch.rand(25_000, generator=generator, dtype=torch.float64).to(dtype)
+    b = (12 * torch.rand(50_000, generator=generator, dtype=torch.float64) - 6).to(dtype)
     b[::2] *= 10  # e^(b log a) multiplies the error of a log
     b[:5000] = torch.tensor([0.5, 1.5, -1, 2, 3], dtype=dtype).repeat(1000)
     error = units(library("pow", a, b), exact("pow", a, b))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from losses import DTYPES, number
-from plant import COMPILER, CSRC
+from plant import COMPILER, CSRC, keep_one_loss, keep_one_type
 from torch import Tensor
 
 LIBRARY = "cuda_on_cpu.so"
@@ -58,8 +58,14 @@ def loaded(folder: Path) -> ctypes.CDLL:
     return kernels
 
 
-def rebuilt(kernels: ctypes.CDLL, source: Path, only: str) -> ctypes.CDLL:
-    """The kernels with the files it names compiled anew, from changed sources; without optimisation, that is sooner."""
+def rebuilt(kernels: ctypes.CDLL, source: Path, only: str, **one_loss: str) -> ctypes.CDLL:
+    """The kernels with the files it names compiled anew from changed sources, in seconds.
+
+    For storage of float alone, of a family named for the one loss given, and without optimisation.
+    """
+    for family, loss in one_loss.items():
+        keep_one_loss(source, family, loss)
+    keep_one_type(source, "float")
     folder = source.parent
     for compiled in Path(kernels._name).parent.glob("*.o"):
         shutil.copy(compiled, folder)

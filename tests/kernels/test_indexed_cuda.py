@@ -10,7 +10,7 @@ from executor import DTYPES, GRAD, SANITIZED, SUM, WIDTH, Guarded, assert_close,
 from executor import LOSSES as LOSSES_OF_EACH
 from losses import NATIVE
 from marks import needs_compiler, needs_extension
-from plant import CSRC, keep_one_type, planted
+from plant import CSRC, planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]
@@ -163,18 +163,10 @@ PLANTED = {
 }
 
 
-def of_floats(kernels, source: Path):
-    """The sources compiled for float alone, in seconds."""
-    keep_one_type(source, "float")
-    library = rebuilt(kernels, source, "pointwise_indexed.cu")
-    pretend(library)
-    return library
-
-
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path):
-    library = of_floats(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")))
+    library = rebuilt(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")), "pointwise_indexed.cu")
     for _, _, shape in PLANTED.values():
         check(library, torch.float32, shape, PARAMS[0])
 
@@ -184,6 +176,7 @@ def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path):
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     old, new, shape = PLANTED[bug]
-    library = of_floats(kernels, planted(tmp_path, "cuda/pointwise_indexed.cu", old, new))
+    source = planted(tmp_path, "cuda/pointwise_indexed.cu", old, new)
+    library = rebuilt(kernels, source, "pointwise_indexed.cu")
     with pytest.raises(AssertionError):
         check(library, torch.float32, shape, PARAMS[0])

@@ -30,7 +30,7 @@ from executor import (
 from executor import LOSSES as LOSSES_OF_EACH
 from losses import NATIVE, POINTWISE, Loss, loss_named
 from marks import needs_compiler, needs_extension
-from plant import CSRC, keep_one_loss, keep_one_type, planted
+from plant import CSRC, planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]
@@ -376,19 +376,10 @@ PLANTED = {
 }
 
 
-def of_one_loss(kernels, source: Path):
-    """The sources compiled for mse, whose dense operands are of float: in seconds."""
-    keep_one_loss(source, "pointwise", "mse")
-    keep_one_type(source, "float")
-    library = rebuilt(kernels, source, "pointwise.cu")
-    pretend(library)
-    return library
-
-
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path):
-    library = of_one_loss(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")))
+    library = rebuilt(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")), "pointwise.cu", pointwise="mse")
     for _, _, _, run in PLANTED.values():
         run(library)
 
@@ -398,6 +389,6 @@ def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path):
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     file, old, new, run = PLANTED[bug]
-    library = of_one_loss(kernels, planted(tmp_path, f"cuda/{file}", old, new))
+    library = rebuilt(kernels, planted(tmp_path, f"cuda/{file}", old, new), "pointwise.cu", pointwise="mse")
     with pytest.raises(AssertionError):
         run(library)

@@ -35,7 +35,7 @@ from executor import (
 )
 from losses import CROSS_ENTROPY, NATIVE, SOFTMAX, Loss
 from marks import needs_compiler, needs_extension
-from plant import COMPILER, CSRC, keep_one_loss, keep_one_type, planted
+from plant import COMPILER, CSRC, planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]  # the extension for the order of the losses
@@ -396,18 +396,11 @@ PLANTED = {
 }
 
 
-def of_one_loss(kernels, source: Path, file: str):
-    """The sources compiled for cross_entropy of floats, in seconds."""
-    keep_one_loss(source, "softmax", "cross_entropy")
-    keep_one_type(source, "float")
-    return rebuilt(kernels, source, file)
-
-
 @pytest.mark.deep("bugs planted in the CUDA kernels, which must fail; the kernels as they are were compared")
 @pytest.mark.skipif(SANITIZED, reason="the other run does it")
 @pytest.mark.parametrize("file", ["softmax_rows.cu", "softmax_tiles.cu", "softmax_columns.cu"])
 def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path, file):
-    library = of_one_loss(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")), file)
+    library = rebuilt(kernels, Path(shutil.copytree(CSRC, tmp_path / "csrc")), file, softmax="cross_entropy")
     for of_bug, _, _, check in PLANTED.values():
         for seed in range(3 if of_bug == file else 0):
             check(library, seed)
@@ -418,7 +411,7 @@ def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path, file)
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     file, old, new, check = PLANTED[bug]
-    library = of_one_loss(kernels, planted(tmp_path, f"cuda/{file}", old, new), file)
+    library = rebuilt(kernels, planted(tmp_path, f"cuda/{file}", old, new), file, softmax="cross_entropy")
     for seed in range(100):
         check(kernels, seed)
         try:
