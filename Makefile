@@ -12,6 +12,9 @@ endif
 READY := build/ready-$(subst /,_,$(VENV))-$(subst =,_,$(TORCH))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
+# What is never imported need not be compiled: half of the time.
+PIP := $(PYTHON) -m pip install -q --no-compile
+
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
@@ -22,10 +25,10 @@ build: $(READY)
 $(READY): $(SOURCES)
 ifneq ($(VENV),none)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q $(TORCH)
-	$(PYTHON) -m pip install -q $(shell sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
+	$(PIP) $(TORCH)
+	$(PIP) $(shell sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
 endif
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -e .
 	mkdir -p build && rm -f build/ready-* && touch $@
 
 # Three minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
