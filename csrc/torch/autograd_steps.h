@@ -12,6 +12,17 @@ namespace fusedloss {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// The ops of a loss, looked up at its first call.
+template <class Loss>
+const auto& handles_of(const Loss& loss) {
+  auto* handles = loss.handles.load(std::memory_order_acquire);
+  if (!handles) {  // two threads may find the same ones
+    handles = new std::remove_pointer_t<decltype(handles)>(loss.op);
+    loss.handles.store(handles, std::memory_order_release);
+  }
+  return *handles;
+}
+
 // Whether forward may make the gradient of a call before its upstream gradient is known. Only a reduction to one value
 // has one upstream gradient to multiply by. In fp16 the gradient of a mean would underflow before a loss scale could
 // lift it.

@@ -27,15 +27,6 @@ struct PointwiseHandles {
 
 namespace {
 
-const PointwiseHandles& handles_of(const PointwiseLoss& loss) {
-  const PointwiseHandles* handles = loss.handles.load(std::memory_order_acquire);
-  if (!handles) {  // two threads may find the same ones
-    handles = new PointwiseHandles(loss.op);
-    loss.handles.store(handles, std::memory_order_release);
-  }
-  return *handles;
-}
-
 // What a later backward needs to know; the tensors are saved beside it.
 struct Saved {
   const PointwiseLoss* loss;

@@ -101,6 +101,12 @@ struct PythonCall {
   }
 };
 
+// The work in words, for explain.
+inline std::string rows_of(const Tensor& logits) {
+  const char* order = logits.stride(class_dim(logits)) == 1 ? "rows of " : "columns of ";
+  return order + std::to_string(classes_of(logits));
+}
+
 struct PointwiseArguments : PythonCall {
   PointwiseCall call;
 
@@ -115,15 +121,10 @@ struct PointwiseArguments : PythonCall {
     if (!declined) declined = declines(loss, input, target, call, autocast);
   }
 
-  // The work in words, for explain.
   std::string work() const {
     if (call.ignore_index) return rows_of(input);
     return std::to_string(c10::multiply_integers(at::infer_size_dimvector(input.sizes(), target.sizes()))) +
            " elements";
-  }
-  static std::string rows_of(const Tensor& logits) {
-    const char* order = logits.stride(class_dim(logits)) == 1 ? "rows of " : "columns of ";
-    return order + std::to_string(classes_of(logits));
   }
 };
 
@@ -148,7 +149,7 @@ struct SoftmaxArguments : PythonCall {
     declined = declines(loss, input, call);
   }
 
-  std::string work() const { return PointwiseArguments::rows_of(input); }
+  std::string work() const { return rows_of(input); }
 };
 
 }  // namespace fusedloss

@@ -37,15 +37,6 @@ struct SoftmaxHandles {
 
 namespace {
 
-const SoftmaxHandles& ops_of(const SoftmaxLoss& loss) {
-  const SoftmaxHandles* handles = loss.handles.load(std::memory_order_acquire);
-  if (!handles) {  // two threads may find the same ones
-    handles = new SoftmaxHandles(loss.op);
-    loss.handles.store(handles, std::memory_order_release);
-  }
-  return *handles;
-}
-
 // What a later backward needs to know; the tensors are saved beside it.
 struct Saved {
   const SoftmaxLoss* loss;
@@ -75,8 +66,8 @@ struct Saved {
 };
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
-  return ops_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index, call.params,
-                                     call.wide);
+  return handles_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
+                                         call.params, call.wide);
 }
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
@@ -88,8 +79,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     Saved{&loss, call.reduction, call.ignore_index, call.params.vec(), call.wide, call.second, in_place}.save(ctx);
     Tensor value, second, statistics;
     if (grad_in_forward && in_place) {
-      std::tie(value, statistics) = ops_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction,
-                                                                 call.ignore_index, call.params, call.wide);
+      std::tie(value, statistics) = handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction,
+                                                                     call.ignore_index, call.params, call.wide);
       logits.unsafeGetTensorImpl()->bump_version();
       // Saved as it is now, so that a change before backward is noticed like any other.
       ctx->save_for_backward({logits, Tensor(), Tensor(), Tensor()});
@@ -99,7 +90,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
         std::tie(value, statistics, grad) = with_grad(loss, logits, call);
         leave_gradient(ctx, grad);
       } else {
-        std::tie(value, second, statistics) = ops_of(loss).forward.call(
+        std::tie(value, second, statistics) = handles_of(loss).forward.call(
             logits, call.target, call.weight, call.reduction, call.ignore_index, call.params, call.wide, call.second);
       }
       ctx->save_for_backward({logits, call.target, call.weight.value_or(Tensor()), statistics});
@@ -137,8 +128,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     gradients[0] =
         scaled_gradient_of_forward(ctx, logits, upstream, [&] { return std::get<2>(with_grad(loss, logits, call)); });
     if (!gradients[0].defined()) {
-      gradients[0] = ops_of(loss).backward.call(upstream, second, logits, call.target, weight, statistics,
-                                                call.reduction, call.ignore_index, call.params);
+      gradients[0] = handles_of(loss).backward.call(upstream, second, logits, call.target, weight, statistics,
+                                                    call.reduction, call.ignore_index, call.params);
     }
     return gradients;
   }
@@ -147,8 +138,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
                          const Tensor& statistics, const Tensor& upstream, const OptionalTensor& second) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (statistics.defined()) {
-      ops_of(loss).backward_.call(upstream, second, logits, call.target, call.weight, statistics, call.reduction,
-                                  call.ignore_index, call.params);
+      handles_of(loss).backward_.call(upstream, second, logits, call.target, call.weight, statistics, call.reduction,
+                                      call.ignore_index, call.params);
     } else {
       scale_(logits, upstream);
     }
@@ -175,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
                                                    const SoftmaxCall& call, bool grad_in_forward, bool in_place) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return ops_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index, call.params,
-                                     call.wide, call.second);
+    return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
+                                         call.params, call.wide, call.second);
   }
   TORCH_CHECK(!in_place || !logits.is_leaf(),
               "a leaf Variable that requires grad is being used in an in-place operation.");

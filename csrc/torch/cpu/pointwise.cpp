@@ -11,13 +11,13 @@ namespace {
 CpuPointwise kernel_of(const PointwiseLoss& loss) { return loss.cpu ? loss.cpu : cpu_kernels().pointwise[loss.number]; }
 
 void everywhere(CpuPointwise kernel, PointwiseResult result, const PointwiseArgs& args, int64_t count) {
-  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) { kernel(result, args, begin, end); });
+  parallel_for(count, kElementsOfThread, [&](int64_t begin, int64_t end) { kernel(result, args, begin, end); });
 }
 
 // torch's words for what lies outside [0, 1].
 void check_probabilities(CpuPointwise kernel, const PointwiseArgs& args, int64_t count) {
   std::atomic<bool> input{false}, target{false};
-  parallel_for(count, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(count, kElementsOfThread, [&](int64_t begin, int64_t end) {
     const double outside = kernel(PointwiseResult::CheckDomain, args, begin, end);
     if (outside == 2) input = true;
     if (outside == 1) target = true;

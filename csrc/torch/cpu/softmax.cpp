@@ -6,15 +6,15 @@
 namespace fusedloss {
 namespace {
 
-constexpr int64_t kGrain = 32768;       // numbers read that are worth waking a thread for
-constexpr size_t kStreamed = 16 << 20;  // bytes of a gradient that no cache keeps until it is read
-constexpr int64_t kFewRows = 32;        // up to here long rows are cut into parts, so that every thread has work
+constexpr int64_t kNumbersOfThread = 32768;  // numbers to read that are worth waking a thread for
+constexpr size_t kStreamed = 16 << 20;       // bytes of a gradient that no cache keeps until it is read
+constexpr int64_t kFewRows = 32;             // up to here long rows are cut into parts, so that every thread has work
 
 // Calls f(number of chunk, first row, last row); it reads `work` numbers a row.
 template <class F>
 void over_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
   const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
-  const int64_t grain = (kGrain + rows * work - 1) / (rows * work);
+  const int64_t grain = (kNumbersOfThread + rows * work - 1) / (rows * work);
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i, i * rows, std::min(layout.rows, (i + 1) * rows));
   };
@@ -31,7 +31,7 @@ bool cuts_rows(const SoftmaxArgs& args) {
 template <class F>
 void over_parts(const SoftmaxLayout& layout, F f) {
   const int64_t parts = (layout.classes + kSoftmaxPart - 1) / kSoftmaxPart;
-  parallel_for(layout.rows * parts, kGrain / kSoftmaxPart, [&](int64_t first, int64_t last) {
+  parallel_for(layout.rows * parts, kNumbersOfThread / kSoftmaxPart, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i / parts, i % parts, i);
   });
 }
