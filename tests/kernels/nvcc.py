@@ -1,9 +1,12 @@
 """Compiles the CUDA kernels and reads what ptxas says of each: registers, stack frame, spills.
 
 python tests/kernels/nvcc.py           prints the registers
-python tests/kernels/nvcc.py --write   writes them to tests/kernels/registers.txt
+python tests/kernels/nvcc.py --write   writes them to tests/kernels/registers.txt, unless a kernel spills
+
+The table names the sources it is of. While they stay as they are, this nvcc would say again what it said then.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CSRC = ROOT / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 TABLE = Path(__file__).with_name("registers.txt")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100, B200: those of setup.py
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
-FLAGS += ["-I", str(ROOT / "csrc")]
 
 Run = subprocess.CompletedProcess[str]
 Registers = dict[str, tuple[int, ...]]  # of each kernel, by architecture
@@ -62,13 +65,23 @@ def supported() -> list[str]:
     return [architecture for architecture in ARCHITECTURES if architecture in known]
 
 
+def fingerprint() -> str:
+    """Of all that nvcc compiles, and how: the code without its comments."""
+    digest = hashlib.sha256(" ".join([*FLAGS, *ARCHITECTURES]).encode())
+    for file in sorted(file for folder in ("cuda", "kernels", "losses") for file in (CSRC / folder).iterdir()):
+        code = re.sub(r" *//.*", "", file.read_text())
+        digest.update("\n".join([file.name, *filter(None, code.splitlines())]).encode())
+    return digest.hexdigest()[:16]
+
+
 def compile(sources: Sequence[Path], architectures: Sequence[str]) -> list[Run]:
     """One nvcc for each source, whether it succeeds or not: what it compiles for the host serves all architectures."""
     code = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def run(source: Path) -> Run:
-            command = ["nvcc", *FLAGS, *code, "-c", str(source), "-o", str(Path(folder) / f"{source.stem}.o")]
+            to = Path(folder) / f"{source.stem}.o"
+            command = ["nvcc", *FLAGS, f"-I{CSRC}", *code, "-c", str(source), "-o", str(to)]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             return Run(command, done.returncode, done.stdout)
 
@@ -119,11 +132,15 @@ def shortened(name: str) -> str:
     """`forward_rows<bf16, CrossEntropy<float>, true>`: no namespaces, no parameters, enumerators by their names."""
     name = re.sub(r"^void |\(anonymous namespace\)::|\b(fusedloss|cuda)::", "", name)
     name = re.sub(r"(?<=>) (?=>)", "", name)
-    header = (ROOT / "csrc" / "kernels" / "pointwise.h").read_text()
+    header = (CSRC / "kernels" / "pointwise.h").read_text()
     for enum, enumerators in re.findall(r"enum class (\w+) \{ ([\w, ]+) \}", header):
         for number, enumerator in enumerate(enumerators.split(", ")):
             name = re.sub(rf"\({enum}\){number}\b", enumerator, name)
     return re.split(r"(?<=[\w>])\(", name)[0]
+
+
+def using_local_memory(functions: Sequence[Function]) -> list[Function]:
+    return [function for function in functions if function.uses_local_memory]
 
 
 def registers(functions_of: dict[str, list[Function]]) -> Registers:
@@ -133,18 +150,19 @@ def registers(functions_of: dict[str, list[Function]]) -> Registers:
     return {name: tuple(column[name] for column in columns) for name in sorted(columns[0])}
 
 
-def table(nvcc: str, counts: Registers) -> str:
+def table(nvcc: str, sources: str, counts: Registers) -> str:
     width = max(map(len, counts))
     rows = [("kernel", *ARCHITECTURES), *((name, *map(str, row)) for name, row in counts.items())]
     lines = [f"{name:{width}}" + "".join(f"{cell:>8}" for cell in cells) for name, *cells in rows]
-    return "\n".join([f"nvcc {nvcc}", *lines]) + "\n"
+    return "\n".join([f"nvcc {nvcc}, sources {sources}", *lines]) + "\n"
 
 
-def read_table(text: str) -> tuple[str, Registers]:
-    """The nvcc and the registers of a table."""
+def read_table(text: str) -> tuple[str, str, Registers]:
+    """The nvcc, the fingerprint of the sources and the registers of a table."""
     first, _, *lines = text.splitlines()
     rows = [line.rsplit(None, len(ARCHITECTURES)) for line in lines]
-    return first.removeprefix("nvcc "), {name.strip(): tuple(map(int, cells)) for name, *cells in rows}
+    nvcc, sources = first.removeprefix("nvcc ").split(", sources ")
+    return nvcc, sources, {name.strip(): tuple(map(int, cells)) for name, *cells in rows}
 
 
 def differences(committed: Mapping[str, object], found: Mapping[str, object]) -> str:
@@ -161,13 +179,17 @@ def differences(committed: Mapping[str, object], found: Mapping[str, object]) ->
 
 def main() -> None:
     runs = compile(SOURCES, ARCHITECTURES)
-    text = table(version(), registers({architecture: functions(runs, architecture) for architecture in ARCHITECTURES}))
+    functions_of = {architecture: functions(runs, architecture) for architecture in ARCHITECTURES}
+    text = table(version(), fingerprint(), registers(functions_of))
+    spilling = [f"{name}: {function}" for name, some in functions_of.items() for function in using_local_memory(some)]
     if sys.argv[1:] == ["--write"]:
+        if spilling:
+            sys.exit("\n".join(["expected kernels that use no local memory, got:", *spilling]))
         TABLE.write_text(text)
     elif sys.argv[1:]:
         sys.exit(__doc__)
     else:
-        print(text, end="")
+        print(text, *spilling, sep="\n")
 
 
 if __name__ == "__main__":

@@ -50,14 +50,23 @@ WARNINGS = {
 }
 
 
+def kept_table() -> bool:
+    """Whether the committed table is what this nvcc said of these very sources, without a warning or a spill."""
+    counted_by, sources, _ = nvcc.read_table(nvcc.TABLE.read_text())
+    return (counted_by, sources) == (nvcc.version(), nvcc.fingerprint())
+
+
 @pytest.fixture(scope="session")
 def nvcc_runs(once):
+    if kept_table():
+        pytest.skip("registers.txt is what this nvcc said of these very sources; nvcc.py compiles them all the same")
+
     def make(folder: Path) -> None:
         runs = nvcc.compile(nvcc.SOURCES, nvcc.supported())
         said = [(run.args, run.returncode, run.stdout) for run in runs]
         (folder / "runs.json").write_text(json.dumps(said))
 
-    # Five minutes of a core: for all workers once.
+    # Ten minutes of a core: for all workers once.
     command = " ".join([nvcc.version(), *nvcc.FLAGS, *nvcc.supported()])
     folder = once(f"nvcc-{fingerprint(command, CSRC)}", make)
     return [nvcc.Run(*run) for run in json.loads((folder / "runs.json").read_text())]
@@ -76,33 +85,29 @@ def planted(folder: Path, source: str, architecture: str):
     return nvcc.compile([file], [architecture])
 
 
-def using_local_memory(functions):
-    return [function for function in functions if function.uses_local_memory]
-
-
 @needs_nvcc
-@pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 def test_no_kernel_uses_local_memory(nvcc_runs, architecture):
     # Nor does any give a warning: reading the functions of a run that failed, fails with what the compiler said.
-    offenders = using_local_memory(nvcc.functions(nvcc_runs, architecture))
+    offenders = nvcc.using_local_memory(nvcc.functions(nvcc_runs, architecture))
     assert not offenders, f"on {architecture}:\n" + "\n".join(map(str, offenders))
 
 
 @needs_nvcc
-@pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 @needs_names
 def test_the_table_has_every_kernel_and_no_other(nvcc_runs, architecture):
-    _, committed = nvcc.read_table(nvcc.TABLE.read_text())
+    *_, committed = nvcc.read_table(nvcc.TABLE.read_text())
     found = nvcc.registers({architecture: nvcc.functions(nvcc_runs, architecture)})
     message = nvcc.differences(dict.fromkeys(committed, "there"), dict.fromkeys(found, "there"))
     assert not message, message
 
 
 @needs_nvcc
-@pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 @needs_names
 def test_registers_are_those_of_the_table(nvcc_runs):
-    counted_by, committed = nvcc.read_table(nvcc.TABLE.read_text())
+    counted_by, _, committed = nvcc.read_table(nvcc.TABLE.read_text())
     if counted_by != nvcc.version():
         pytest.skip(
             f"tests/kernels/registers.txt is by nvcc {counted_by}, this is {nvcc.version()}, which may count otherwise"
@@ -113,29 +118,29 @@ def test_registers_are_those_of_the_table(nvcc_runs):
 
 
 @needs_nvcc
-@pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 def test_a_loss_of_ones_own_uses_no_local_memory(tmp_path):
     expression = "log_cosh(x - t) + tanh(x) * sinh(t)"
     file = tmp_path / "custom.cu"
     file.write_text(_build._ON_CUDA.format(functor=_build.functor(custom._trees(expression, None, {}), {})))
     architecture = nvcc.supported()[0]
     functions = nvcc.functions(nvcc.compile([file], [architecture]), architecture)
-    assert any("Expression" in function.name for function in functions) and not using_local_memory(functions)
+    assert any("Expression" in function.name for function in functions) and not nvcc.using_local_memory(functions)
 
 
 @needs_nvcc
-@pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 def test_planted_local_memory_is_found(architecture, tmp_path):
     functions = nvcc.functions(planted(tmp_path, PLANTED, architecture), architecture)
     assert sorted(function.name for function in functions) == ["clean", "spills", "stack"]
-    found = {function.name: function for function in using_local_memory(functions)}
+    found = {function.name: function for function in nvcc.using_local_memory(functions)}
     assert sorted(found) == ["spills", "stack"]
     assert found["stack"].stack >= 4 * 64
     assert found["spills"].registers == 32 and found["spills"].spill_stores > 0 and found["spills"].spill_loads > 0
 
 
 @needs_nvcc
-@pytest.mark.deep("what nvcc says of each kernel: five minutes of a core; the kernels ran on the CPU")
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 @pytest.mark.parametrize("said", WARNINGS)
 def test_a_planted_warning_fails_with_what_the_compiler_said(said, tmp_path):
     with pytest.raises(AssertionError, match=said):

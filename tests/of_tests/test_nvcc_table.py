@@ -1,5 +1,7 @@
 """What reads the output of nvcc: it refuses what it does not understand, and shows what differs."""
 
+import shutil
+
 import nvcc
 import pytest
 
@@ -43,8 +45,8 @@ def test_names_are_shortened():
 
 def test_a_table_that_differs_is_shown():
     counts = {"a<float, true>": (30, 31, 32), "b": (100, 101, 102)}
-    counted_by, committed = nvcc.read_table(nvcc.table("13.0.88", counts))
-    assert counted_by == "13.0.88" and committed == counts and not nvcc.differences(committed, counts)
+    counted_by, sources, committed = nvcc.read_table(nvcc.table("13.0.88", "a1b2", counts))
+    assert (counted_by, sources, committed) == ("13.0.88", "a1b2", counts) and not nvcc.differences(committed, counts)
     message = nvcc.differences(committed, {"a<float, true>": (30, 31, 33), "c": (1, 2, 3)})
     assert message.splitlines()[:3] == [
         "a<float, true>: (30, 31, 32) in the table, (30, 31, 33) now",
@@ -52,3 +54,17 @@ def test_a_table_that_differs_is_shown():
         "c: not there in the table, (1, 2, 3) now",
     ]
     assert "python tests/kernels/nvcc.py --write" in message
+
+
+def test_a_table_is_of_the_code_and_not_of_its_comments(monkeypatch, tmp_path):
+    shutil.copytree(nvcc.CSRC, tmp_path, dirs_exist_ok=True)
+    before = nvcc.fingerprint()
+    monkeypatch.setattr(nvcc, "CSRC", tmp_path)
+    assert nvcc.fingerprint() == before
+    header = tmp_path / "losses" / "huber.h"
+    header.write_text("// said of it\n\n")
+    with_a_file = nvcc.fingerprint()
+    header.write_text("// said otherwise\n")
+    assert nvcc.fingerprint() == with_a_file != before
+    header.write_text("int x;  // said of it\n")
+    assert nvcc.fingerprint() not in (with_a_file, before)
