@@ -66,7 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not any("::" in argument for argument in config.args):
         kept, config.stash[LEFT_OUT] = selection.selected(items, _wanted(config))
         config.hook.pytest_deselected(items=list(set(items).difference(kept)))
-        items[:] = kept
+        # What takes longest first, so that no worker is left alone with it.
+        items[:] = sorted(kept, key=lambda item: item.get_closest_marker("deep") is None)
     if torch.device(config.getoption("--device")).type == "cpu":
         return
     for item in items:

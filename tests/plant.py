@@ -45,6 +45,17 @@ def keep_one_loss(csrc: Path, family: str, name: str) -> None:
     header.write_text(text)
 
 
+def keep_one_of_each_driver(csrc: Path) -> None:
+    """For sanitizers, which look at memory: of kernels that differ in arithmetic alone, one.
+
+    bfloat16 is loaded and stored as float16 is, and mse reads what the other losses of a difference read. Calls of what
+    is left out give other results.
+    """
+    replace_once(csrc / "kernels" / "functors.h", "    case DType::Half:\n      return f(fp16());\n", "")
+    for name, functor in (("l1", "L1"), ("smooth_l1", "SmoothL1"), ("huber", "Huber")):
+        replace_once(csrc / "losses" / "pointwise.h", f"X({name}, {functor})", f"X({name}, Mse)")
+
+
 def fingerprint(command: str, *sources: Path) -> str:
     """A name for what the command makes of C++ files and folders of them, with this machine's compiler."""
     digest = hashlib.sha256(f"{command} {platform.node()}".encode())

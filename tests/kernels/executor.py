@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import losses
 import torch
-from losses import DTYPES, number
-from plant import COMPILER, CSRC, keep_one_loss, keep_one_type
+from losses import number
+from plant import COMPILER, CSRC, keep_one_loss, keep_one_of_each_driver, keep_one_type
 from torch import Tensor
 
 LIBRARY = "cuda_on_cpu.so"
@@ -25,7 +26,8 @@ DIVISOR, FORWARD, BACKWARD = range(3)
 SANITIZED = bool(os.environ.get("FUSEDLOSS_SANITIZED_KERNELS"))
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Under sanitizers -O1 compiles for nearly three times as long, which its faster runs do not make up for.
-FLAGS += ["-O0", "-g1", *SANITIZERS] if SANITIZED else ["-O1"]
+FLAGS += ["-O0", *SANITIZERS] if SANITIZED else ["-O1"]
+DTYPES = losses.DTYPES[:-1] if SANITIZED else losses.DTYPES  # see keep_one_of_each_driver
 # The sanitizers' runtime is preloaded for the kernels: a compiler runs for half as long again with it.
 WITHOUT_PRELOAD = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
@@ -36,6 +38,9 @@ def build(folder: Path, source: Path = CSRC, only: str = "", flags: Sequence[str
     `only` compiles the files it names, in a folder that has the objects of the others.
     """
     compiler = [*COMPILER.split(), *FLAGS, *flags]
+    if SANITIZED:
+        source = Path(shutil.copytree(source, folder / "csrc", dirs_exist_ok=True))
+        keep_one_of_each_driver(source)
 
     def compile(file: Path) -> Path:
         to = folder / f"{file.stem}.o"
@@ -143,7 +148,7 @@ class Operand(ctypes.Structure):
             dense = dense and (tensor.stride(dim) == expected or tensor.shape[dim] == 1)
             expected *= tensor.shape[dim]
         strides = (ctypes.c_int64 * MAX_DIMS)(*(tensor.stride(dim) for dim in dims))
-        return cls(tensor.data_ptr(), DTYPES.index(tensor.dtype), dense, strides)
+        return cls(tensor.data_ptr(), losses.DTYPES.index(tensor.dtype), dense, strides)
 
 
 class PointwiseCall(ctypes.Structure):
@@ -186,17 +191,17 @@ def run_pointwise(
     double = any(tensor.dtype == torch.float64 for tensor in operands.values())
     call = PointwiseCall(
         loss=-1 if name == CUSTOM else number(name), result=result,
-        arithmetic=DTYPES.index(torch.float64 if double else torch.float32), one_upstream=one_upstream,
+        arithmetic=losses.DTYPES.index(torch.float64 if double else torch.float32), one_upstream=one_upstream,
         count=count, dims=len(dims), scale=scale, divisor=divisor, params=parameters(params),
         **{field: Operand.of(tensor, dims) for field, tensor in operands.items()},
     )  # fmt: skip
     call.sizes[: len(dims)] = [shape[dim] for dim in dims]
     if one_upstream:
-        call.upstream = Operand(upstream.data_ptr(), DTYPES.index(upstream.dtype))
+        call.upstream = Operand(upstream.data_ptr(), losses.DTYPES.index(upstream.dtype))
     for field, tensor in (("output", output), ("total", total)):
         if tensor is not None:
             setattr(call, field, tensor.data_ptr())
-            setattr(call, f"{field}_dtype", DTYPES.index(tensor.dtype))
+            setattr(call, f"{field}_dtype", losses.DTYPES.index(tensor.dtype))
     error = kernels.run_pointwise(ctypes.byref(call))
     if refused:
         assert error == 1, f"expected cudaErrorInvalidValue, got {error}"
@@ -213,7 +218,7 @@ def run_indexed(
     strides = (0, 0, 0) if weight is None else weight.expand(input.shape).stride()
     bad_target = (ctypes.c_int64 * 2)()
     error = kernels.run_indexed(
-        number(name), result, DTYPES.index(input.dtype), parameters(params),
+        number(name), result, losses.DTYPES.index(input.dtype), parameters(params),
         (ctypes.c_int64 * 3)(*input.shape), pointer(input), pointer(index), ctypes.c_int64(-100), pointer(weight),
         (ctypes.c_int64 * 3)(*strides), pointer(output), pointer(upstream),
         ctypes.c_int64(0 if upstream is None or upstream.dim() == 0 else 1), pointer(total), int(mean), bad_target,
@@ -254,7 +259,7 @@ def run_softmax(
     """`tensors`: weight, losses, second, total, statistics, divisor, grad, upstream, upstream_second."""
     soft = target.is_floating_point()
     call = SoftmaxCall(
-        what=what, loss=number(name), dtype=DTYPES.index(logits.dtype), wide=wide,
+        what=what, loss=number(name), dtype=losses.DTYPES.index(logits.dtype), wide=wide,
         byte_target=target.dtype == torch.uint8, wide_probabilities=soft and target.dtype != logits.dtype,
         ignore_index=ignore_index, mean=mean, zero_for_none=zero_for_none, in_place=in_place,
         params=parameters(params), logits_layout=layout_of(logits),
@@ -272,7 +277,7 @@ def run_softmax(
 
 
 def run_scale(kernels: ctypes.CDLL, data: Tensor, factor: Tensor) -> None:
-    dtype = DTYPES.index(data.dtype)
+    dtype = losses.DTYPES.index(data.dtype)
     wide = int(factor.dtype != data.dtype)
     check(kernels, kernels.run_scale(dtype, pointer(data), ctypes.c_int64(data.numel()), pointer(factor), wide))
 
