@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "on_cpu_alone(reason): left out with --device cuda")
-    config.addinivalue_line("markers", "deep(kind): for --deep and --rest alone")
+    config.addinivalue_line("markers", "deep(kind, minutes=0): for --deep and --rest alone")
     config.addinivalue_line("markers", "thinned(n=2): without --deep, cases with every pair of values")
     config.addinivalue_line("markers", "examples: random calls, fewer without --deep")
     for profile, examples in (("default", 100), ("thorough", 2000)):
@@ -66,8 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not any("::" in argument for argument in config.args):
         kept, config.stash[LEFT_OUT] = selection.selected(items, _wanted(config))
         config.hook.pytest_deselected(items=list(set(items).difference(kept)))
-        # What takes longest first, so that no worker is left alone with it.
-        items[:] = sorted(kept, key=lambda item: item.get_closest_marker("deep") is None)
+        items[:] = sorted(kept, key=selection.minutes, reverse=True)
     if torch.device(config.getoption("--device")).type == "cpu":
         return
     for item in items:

@@ -7,7 +7,7 @@ import pytest
 from plant import ROOT
 
 
-@pytest.mark.deep("the demo, a few steps of it; what it shows is in the other tests")
+@pytest.mark.deep("the demo, a few steps of it; what it shows is in the other tests", minutes=1)
 def test_the_demo_compares_both_sides(tmp_path):
     picture = tmp_path / "demo.png"
     script = ROOT / "examples" / "demo.py"

@@ -316,7 +316,7 @@ def test_small_shapes_need_one_launch(kernels):
 # ---- the same under sanitizers, and with bugs planted
 
 
-@pytest.mark.deep("runs under sanitizers; the guard elements of every run see writes beyond a tensor")
+@pytest.mark.deep("runs under sanitizers; the guard elements of every run see writes beyond a tensor", minutes=3)
 @pytest.mark.skipif(SANITIZED, reason="this is that run")
 def test_no_sanitizer_finds_anything():
     runtime = subprocess.run([*COMPILER.split(), "-print-file-name=libasan.so"], capture_output=True, text=True)
