@@ -49,20 +49,18 @@ py::object namespace_of(Attributes&&... attributes) {
 }
 
 BoundLoss bind(PointwiseLoss& loss) {
-  const auto run = [&loss](py::handle input, py::handle target, py::handle weight, py::handle reduction,
-                           const py::args& params, py::handle pos_weight, py::handle ignore_index) -> OptionalTensor {
-    const PointwiseArguments given(loss, input, target, weight, reduction, params, pos_weight, ignore_index);
+  const auto run = [&loss](const py::args& arguments, py::handle pos_weight,
+                           py::handle ignore_index) -> OptionalTensor {
+    const PointwiseArguments given(loss, arguments, pos_weight, ignore_index);
     if (given.declined) return std::nullopt;
     py::gil_scoped_release no_gil;
     return pointwise(loss, given.input, given.target, given.call, true);
   };
-  const auto explain = [&loss](py::handle input, py::handle target, py::handle weight, py::handle reduction,
-                               const py::args& params, py::handle pos_weight, py::handle ignore_index) {
-    return path(PointwiseArguments(loss, input, target, weight, reduction, params, pos_weight, ignore_index));
+  const auto explain = [&loss](const py::args& arguments, py::handle pos_weight, py::handle ignore_index) {
+    return path(PointwiseArguments(loss, arguments, pos_weight, ignore_index));
   };
   const auto function = [](auto f) {
-    return py::cpp_function(f, "input"_a, "target"_a, "weight"_a, "reduction"_a, "pos_weight"_a = py::none(),
-                            "ignore_index"_a = py::none());
+    return py::cpp_function(f, "pos_weight"_a = py::none(), "ignore_index"_a = py::none());
   };
   const char* results[] = {"promoted", "of input", "of target", "same"};
   const PointwiseTraits& of = loss.traits;
@@ -92,10 +90,9 @@ BoundLoss bind(PointwiseLoss& loss) {
 }
 
 BoundLoss bind(SoftmaxLoss& loss) {
-  const auto run = [&loss](py::handle logits, py::handle target, py::handle weight, py::handle reduction,
-                           py::handle ignore_index, const py::args& params, bool wide, bool second, bool zero,
+  const auto run = [&loss](const py::args& arguments, bool wide, bool second, bool zero,
                            std::optional<bool> grad_in_forward, bool inplace) -> py::object {
-    const SoftmaxArguments given(loss, logits, target, weight, reduction, ignore_index, params, wide, second, zero);
+    const SoftmaxArguments given(loss, arguments, wide, second, zero);
     if (given.declined) return py::none();
     const auto results = [&] {
       py::gil_scoped_release no_gil;
@@ -103,14 +100,10 @@ BoundLoss bind(SoftmaxLoss& loss) {
     }();
     return second ? py::cast(results) : py::cast(std::get<0>(results));
   };
-  const auto explain = [&loss](py::handle logits, py::handle target, py::handle weight, py::handle reduction,
-                               py::handle ignore_index, const py::args& params, bool wide, bool second, bool zero,
-                               std::optional<bool>, bool) {
-    return path(SoftmaxArguments(loss, logits, target, weight, reduction, ignore_index, params, wide, second, zero));
-  };
+  const auto explain = [&loss](const py::args& arguments, bool wide, bool second, bool zero, std::optional<bool>,
+                               bool) { return path(SoftmaxArguments(loss, arguments, wide, second, zero)); };
   const auto function = [](auto f) {
-    return py::cpp_function(f, "logits"_a, "target"_a, "weight"_a, "reduction"_a, "ignore_index"_a, "wide"_a = false,
-                            "second"_a = false, "zero"_a = false, "grad_in_forward"_a = py::none(),
+    return py::cpp_function(f, "wide"_a = false, "second"_a = false, "zero"_a = false, "grad_in_forward"_a = py::none(),
                             "inplace"_a = false);
   };
   const SoftmaxTraits& of = loss.traits;

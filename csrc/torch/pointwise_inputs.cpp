@@ -93,9 +93,9 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
       return "probabilities under autocast, which torch refuses";
     result = at::kFloat;
   } else if (rule == ResultDType::Promoted) {
-    result = at::promote_types(type, of_target);
+    result = c10::promoteTypes(type, of_target);
     // A weight without dimensions gives way to losses that have some.
-    if (call.weight && (call.weight->dim() || sizes.empty())) result = at::promote_types(result, of_weight);
+    if (call.weight && (call.weight->dim() || sizes.empty())) result = c10::promoteTypes(result, of_weight);
   } else if (rule == ResultDType::OfTarget) {
     result = of_target;
   } else if (rule == ResultDType::Same) {
@@ -151,7 +151,8 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
       return "an input and a target whose shapes do not fit";
   }
   at::DimVector sizes(input.sizes());
-  if (!call.ignore_index) sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
+  if (!call.ignore_index && input.sizes() != target.sizes())
+    sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
   for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
     if (!*factor) continue;
     if (const char* why = declines_factor(**factor, input, sizes)) return why;

@@ -53,9 +53,15 @@ struct PythonCall {
   std::array<double, kMaxParams> values;
   size_t count = 0;
 
-  PythonCall(py::handle input, py::handle target, py::handle weight, py::handle reduction, const py::args& params) {
-    declined = take(input, target, weight, reduction);
-    for (size_t i = 0; !declined && i < params.size(); ++i) declined = take_param(params[i]);
+  // Parameters follow the input, the target, the weight, the reduction, and for rows the ignore_index. All of them are
+  // one argument to pybind11, which allocates memory for more than six.
+  PythonCall(const py::args& given, size_t before_params) {
+    if (given.size() < before_params) {
+      throw py::type_error("expected " + std::to_string(before_params) + " arguments before the parameters, got " +
+                           std::to_string(given.size()));
+    }
+    declined = take(item(given, 0), item(given, 1), item(given, 2), item(given, 3));
+    for (size_t i = before_params; !declined && i < given.size(); ++i) declined = take_param(item(given, i));
   }
   Params params() const { return Params(values.data(), count); }
 
@@ -74,6 +80,8 @@ struct PythonCall {
     autocast = at::autocast::is_autocast_enabled(input.device().type());
     return nullptr;
   }
+
+  static py::handle item(const py::args& given, size_t i) { return PyTuple_GET_ITEM(given.ptr(), Py_ssize_t(i)); }
 
   static const char* take_tensor(py::handle from, Tensor& to) {
     if (const char* why = why_not_plain(from.ptr())) return why;
@@ -110,9 +118,8 @@ inline std::string rows_of(const Tensor& logits) {
 struct PointwiseArguments : PythonCall {
   PointwiseCall call;
 
-  PointwiseArguments(const PointwiseLoss& loss, py::handle input_, py::handle target_, py::handle weight_,
-                     py::handle reduction_, const py::args& params_, py::handle pos_weight, py::handle ignore_index)
-      : PythonCall(input_, target_, weight_, reduction_, params_) {
+  PointwiseArguments(const PointwiseLoss& loss, const py::args& given, py::handle pos_weight, py::handle ignore_index)
+      : PythonCall(given, 4) {
     call.weight = weight;
     call.reduction = reduction;
     call.params = params();
@@ -133,11 +140,9 @@ struct PointwiseArguments : PythonCall {
 struct SoftmaxArguments : PythonCall {
   SoftmaxCall call;
 
-  SoftmaxArguments(const SoftmaxLoss& loss, py::handle logits, py::handle target_, py::handle weight_,
-                   py::handle reduction_, py::handle ignore_index, const py::args& params_, bool wide, bool second,
-                   bool zero)
-      : PythonCall(logits, target_, weight_, reduction_, params_) {
-    if (!declined) declined = take_ignore_index(ignore_index, call.ignore_index);
+  SoftmaxArguments(const SoftmaxLoss& loss, const py::args& given, bool wide, bool second, bool zero)
+      : PythonCall(given, 5) {
+    if (!declined) declined = take_ignore_index(item(given, 4), call.ignore_index);
     if (declined) return;
     const bool wide_target = loss.traits.soft && target.scalar_type() != input.scalar_type();
     call.target = target;
