@@ -141,18 +141,18 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
   if (!device_for(input).runs(loss)) return "a loss that was compiled for the CPU alone";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
   if (call.pos_weight && !traits.has_positive_weight) return "a pos_weight, which the loss does not take";
+  at::DimVector sizes(input.sizes());
   if (call.ignore_index) {
     if (const char* why = declines_class_indices(loss, input, target, call, autocast)) return why;
   } else {
     if (target.requires_grad() && !traits.of_difference && !traits.has_target_slope)
       return "a target that requires a gradient";
-    if (input.sizes() != target.sizes() &&
-        (!traits.of_difference || !at::are_expandable(input.sizes(), target.sizes())))
-      return "an input and a target whose shapes do not fit";
+    if (input.sizes() != target.sizes()) {
+      if (!traits.of_difference || !at::are_expandable(input.sizes(), target.sizes()))
+        return "an input and a target whose shapes do not fit";
+      sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
+    }
   }
-  at::DimVector sizes(input.sizes());
-  if (!call.ignore_index && input.sizes() != target.sizes())
-    sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
   for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
     if (!*factor) continue;
     if (const char* why = declines_factor(**factor, input, sizes)) return why;
