@@ -57,11 +57,11 @@ def keep_one_of_each_driver(csrc: Path) -> None:
 
 
 def fingerprint(command: str, *sources: Path) -> str:
-    """A name for what the command makes of C++ files and folders of them, with this machine's compiler."""
+    """A name for what the command makes of files, and of folders' C++ files, with this machine's compiler."""
     digest = hashlib.sha256(f"{command} {platform.node()}".encode())
     digest.update(subprocess.run([*COMPILER.split(), "--version"], capture_output=True).stdout)
     for source in sources:
         for file in sorted(source.rglob("*.*") if source.is_dir() else [source]):
-            if file.suffix in (".h", ".cuh", ".inl", ".cpp", ".cu"):
+            if file == source or file.suffix in (".h", ".cuh", ".inl", ".cpp", ".cu"):
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

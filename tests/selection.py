@@ -26,7 +26,7 @@ def selected(items: list[pytest.Item], wanted: str) -> tuple[list[pytest.Item], 
 def minutes(item: pytest.Item) -> float:
     """What a deep test says of its time; those of minutes begin, so that no worker is left alone with one."""
     mark = item.get_closest_marker("deep")
-    return mark.kwargs.get("minutes", 0.1) if mark else 0
+    return mark.kwargs.get("minutes", 0) if mark else 0
 
 
 def _left_out_of_grids(items: list[pytest.Item]) -> list[pytest.Item]:

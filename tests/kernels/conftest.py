@@ -1,13 +1,15 @@
 """The CUDA kernels, built for the CPU once for all workers and runs."""
 
 import ctypes
+from pathlib import Path
 
 import executor
+import plant
 import pytest
 from plant import CSRC, fingerprint
 
 
 @pytest.fixture(scope="session")
 def kernels(once) -> ctypes.CDLL:
-    name = fingerprint(" ".join(executor.FLAGS), CSRC, executor.HERE)
+    name = fingerprint(" ".join(executor.FLAGS), CSRC, executor.HERE, Path(plant.__file__))  # which edits the sources
     return executor.loaded(once(f"cuda_on_cpu-{name}", executor.build))
