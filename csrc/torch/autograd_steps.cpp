@@ -1,10 +1,25 @@
 #include "autograd_steps.h"
 
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/_local_scalar_dense.h>
 
 #include <cmath>
+#include <utility>
 
 namespace fusedloss {
+
+void SavedCall::save(AutogradContext* ctx) const {
+  std::vector<at::IValue> numbers = {loss, reduction, ignore_index, flags};
+  numbers.insert(numbers.end(), params.begin(), params.end());
+  ctx->saved_data["call"] = c10::ivalue::Tuple::create(std::move(numbers));
+}
+
+SavedCall SavedCall::of(AutogradContext* ctx) {
+  const c10::ArrayRef<at::IValue> numbers = ctx->saved_data["call"].toTupleRef().elements().asArrayRef();
+  SavedCall call = {numbers[0].toInt(), numbers[1].toInt(), numbers[2].toInt(), numbers[3].toInt(), {}};
+  for (size_t i = 4; i < numbers.size(); ++i) call.params.push_back(numbers[i].toDouble());
+  return call;
+}
 
 bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {
   return reduction != kNone && input.scalar_type() != at::kHalf;
@@ -19,36 +34,26 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
   return may_make_gradient_in_forward(input, reduction) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
-void leave_gradient(AutogradContext* ctx, const Tensor& grad) {
-  ctx->saved_data["grad_in_forward"] = true;
-  ctx->saved_data["grad"] = grad;
-}
+void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
 
 namespace {
-
-Tensor take_gradient(AutogradContext* ctx) {
-  const auto found = ctx->saved_data.find("grad");
-  if (found == ctx->saved_data.end()) return Tensor();
-  const Tensor grad = found->second.toTensor();
-  ctx->saved_data.erase(found);
-  return grad;
-}
 
 // On a GPU nobody asks: reading the upstream gradient would wait for it.
 bool scales_exactly(const Tensor& input, const Tensor& upstream) {
   if (input.scalar_type() != at::kBFloat16 || !device_for(input).host_reads) return true;
   int exponent;
-  return std::abs(std::frexp(upstream.item<double>(), &exponent)) == 0.5;
+  return std::abs(std::frexp(at::_local_scalar_dense(upstream).toDouble(), &exponent)) == 0.5;
 }
 
 }  // namespace
 
 Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
                                   const std::function<Tensor()>& again) {
-  if (!ctx->saved_data.count("grad_in_forward")) return Tensor();
-  Tensor grad = take_gradient(ctx);
+  const auto left = ctx->saved_data.find("grad");
+  if (left == ctx->saved_data.end()) return Tensor();
+  const at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
   if (!scales_exactly(input, upstream)) return Tensor();
-  return scale_(grad.defined() ? grad : again(), upstream);
+  return scale_(grad.isTensor() ? grad.toTensor() : again(), upstream);
 }
 
 variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,

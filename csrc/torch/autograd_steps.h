@@ -5,12 +5,23 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <c10/util/SmallVector.h>
+
 #include "common.h"
 
 namespace fusedloss {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+// What a call leaves for its backward beside its tensors: one entry of saved_data, each of which takes 0.2 us.
+struct SavedCall {
+  int64_t loss, reduction, ignore_index, flags;
+  c10::SmallVector<double, kMaxParams> params;
+
+  void save(AutogradContext* ctx) const;
+  static SavedCall of(AutogradContext* ctx);
+};
 
 // The ops of a loss, looked up at its first call.
 template <class Loss>

@@ -1,8 +1,9 @@
 #include "common.h"
 
-#include <torch/csrc/stable/c/shim.h>
-
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -33,12 +34,11 @@ void copy_params(Params from, double (&to)[kMaxParams]) {
 }
 
 bool in_range(Params params, const Range* ranges, int count) {
-  double copy[kMaxParams];
-  copy_params(params, copy);
   for (int i = 0; i < count; ++i) {
     const Range& range = ranges[i];
-    const bool least = range.above_least ? copy[i] > range.least : copy[i] >= range.least;
-    if (!least || !(copy[i] <= range.most)) return false;
+    const double param = size_t(i) < params.size() ? params[size_t(i)] : 0;
+    const bool least = range.above_least ? param > range.least : param >= range.least;
+    if (!least || !(param <= range.most)) return false;
   }
   return true;
 }
@@ -71,8 +71,15 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
   TORCH_CHECK(error == 0, "torch_parallel_for failed with error ", error);
 }
 
+Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (other.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, dtype));
+  return at::empty(sizes, other.options().dtype(dtype));
+}
+
 Tensor empty_gradient(const Tensor& like) {
-  Tensor gradient = at::empty_like(like);
+  const bool as_it_is = like.is_cpu() && like.is_non_overlapping_and_dense();
+  Tensor gradient = as_it_is ? Tensor(at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()))
+                             : at::empty_like(like);
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
   if (gradient.is_cpu() && gradient.nbytes() >= kWorthwhile) {
@@ -82,6 +89,40 @@ Tensor empty_gradient(const Tensor& like) {
   }
 #endif
   return gradient;
+}
+
+namespace {
+
+template <class F>
+auto with_type(at::ScalarType type, F f) {
+  switch (type) {
+    case at::kDouble:
+      return f(double());
+    case at::kFloat:
+      return f(float());
+    case at::kHalf:
+      return f(at::Half());
+    default:
+      return f(at::BFloat16());
+  }
+}
+
+}  // namespace
+
+double number_at(const Tensor& tensor, int64_t index) {
+  return with_type(tensor.scalar_type(),
+                   [&](auto type) { return double(tensor.const_data_ptr<decltype(type)>()[index]); });
+}
+
+void set_number(const Tensor& tensor, int64_t index, double value) {
+  with_type(tensor.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      tensor.mutable_data_ptr<T>()[index] = T(float(value));
+    } else {
+      tensor.mutable_data_ptr<T>()[index] = T(value);
+    }
+  });
 }
 
 bool is_one_value(const Tensor& tensor) {
@@ -120,7 +161,7 @@ void check_upstream(const char* name, const Tensor& upstream, at::ScalarType dty
 void implement_scale_on_cpu(torch::Library& m) {
   m.impl("scale_", [](Tensor data, const Tensor& factor) {
     check_factor(data, factor);
-    const double value = factor.item<double>();  // as a number, which bfloat16 data do not round first
+    const double value = number_at(factor, 0);  // as a number, which bfloat16 data do not round first
     if (value == 1) return;
     const int64_t count = data.numel();
     if (data.scalar_type() != at::kFloat || count > 8192 || !data.is_non_overlapping_and_dense()) {

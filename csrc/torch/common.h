@@ -51,9 +51,17 @@ void raise_declined(const std::string& op, const char* why, const Tensor& input,
 // Calls f(begin, end) over [0, count) on torch's own threads, `grain` or more items a thread.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
+// A tensor beside another one, its elements not set. On a CPU it comes past the dispatcher, which takes longer than the
+// rest of a small loss, and past the filling that torch's deterministic mode asks for: kernels write every element.
+Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype);
+
 // empty_like, backed by huge pages where the system grants them on request: a fresh 64 MB gradient costs 16,000 page
 // faults otherwise, more time than its arithmetic (17 ms against 3 ms).
 Tensor empty_gradient(const Tensor& like);
+
+// A number of a dense tensor on the CPU, without a dispatch.
+double number_at(const Tensor& tensor, int64_t index);
+void set_number(const Tensor& tensor, int64_t index, double value);
 
 // An upstream gradient ready for a kernel that reads it with stride 0 or 1.
 struct Upstream {

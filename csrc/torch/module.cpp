@@ -49,18 +49,16 @@ py::object namespace_of(Attributes&&... attributes) {
 }
 
 BoundLoss bind(PointwiseLoss& loss) {
-  const auto run = [&loss](const py::args& arguments, py::handle pos_weight,
-                           py::handle ignore_index) -> OptionalTensor {
-    const PointwiseArguments given(loss, arguments, pos_weight, ignore_index);
-    if (given.declined) return std::nullopt;
-    py::gil_scoped_release no_gil;
-    return pointwise(loss, given.input, given.target, given.call, true);
+  const auto run = [&loss](const Arguments& arguments) -> py::object {
+    const PointwiseArguments given(loss, arguments);
+    if (given.declined) return py::none();
+    return py::cast([&] {
+      py::gil_scoped_release no_gil;
+      return pointwise(loss, given.input, given.target, given.call, true);
+    }());
   };
-  const auto explain = [&loss](const py::args& arguments, py::handle pos_weight, py::handle ignore_index) {
-    return path(PointwiseArguments(loss, arguments, pos_weight, ignore_index));
-  };
-  const auto function = [](auto f) {
-    return py::cpp_function(f, "pos_weight"_a = py::none(), "ignore_index"_a = py::none());
+  const auto explain = [&loss](const Arguments& arguments) {
+    return py::cast(path(PointwiseArguments(loss, arguments)));
   };
   const char* results[] = {"promoted", "of input", "of target", "same"};
   const PointwiseTraits& of = loss.traits;
@@ -68,8 +66,8 @@ BoundLoss bind(PointwiseLoss& loss) {
   bound.name = base_name(loss.op);
   bound.family = "pointwise";
   bound.number = loss.number;
-  bound.run = function(torch::wrap_pybind_function(run));
-  bound.explain = function(explain);
+  bound.run = function("run", run);
+  bound.explain = function("explain", explain);
   bound.traits =
       namespace_of("of_difference"_a = of.of_difference, "has_target_slope"_a = of.has_target_slope,
                    "has_positive_weight"_a = of.has_positive_weight, "on_cuda"_a = loss.cuda != nullptr,
@@ -90,29 +88,25 @@ BoundLoss bind(PointwiseLoss& loss) {
 }
 
 BoundLoss bind(SoftmaxLoss& loss) {
-  const auto run = [&loss](const py::args& arguments, bool wide, bool second, bool zero,
-                           std::optional<bool> grad_in_forward, bool inplace) -> py::object {
-    const SoftmaxArguments given(loss, arguments, wide, second, zero);
+  const auto run = [&loss](const Arguments& arguments) -> py::object {
+    const SoftmaxArguments given(loss, arguments);
     if (given.declined) return py::none();
     const auto results = [&] {
       py::gil_scoped_release no_gil;
-      return softmax(loss, given.input, given.call, grad_in_forward, inplace);
+      return softmax(loss, given.input, given.call, given.grad_in_forward, given.in_place);
     }();
-    return second ? py::cast(results) : py::cast(std::get<0>(results));
+    return given.call.second ? py::cast(results) : py::cast(std::get<0>(results));
   };
-  const auto explain = [&loss](const py::args& arguments, bool wide, bool second, bool zero, std::optional<bool>,
-                               bool) { return path(SoftmaxArguments(loss, arguments, wide, second, zero)); };
-  const auto function = [](auto f) {
-    return py::cpp_function(f, "wide"_a = false, "second"_a = false, "zero"_a = false, "grad_in_forward"_a = py::none(),
-                            "inplace"_a = false);
+  const auto explain = [&loss](const Arguments& arguments) {
+    return py::cast(path(SoftmaxArguments(loss, arguments)));
   };
   const SoftmaxTraits& of = loss.traits;
   BoundLoss bound;
   bound.name = base_name(loss.op);
   bound.family = "softmax";
   bound.number = loss.number;
-  bound.run = function(torch::wrap_pybind_function(run));
-  bound.explain = function(explain);
+  bound.run = function("run", run);
+  bound.explain = function("explain", explain);
   bound.saved_by =
       py::cpp_function([&loss](const std::vector<double>& params) { return loss.saved_statistics(params); });
   bound.traits = namespace_of("soft"_a = of.soft, "reads_row"_a = of.reads_row, "mean_by_weight"_a = of.mean_by_weight,

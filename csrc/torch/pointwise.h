@@ -8,7 +8,7 @@
 // where a null grad is not wanted; in forward it is made for an upstream gradient of 1.
 #pragma once
 
-#include <ATen/ops/empty.h>
+#include <c10/util/SmallVector.h>
 
 #include <atomic>
 #include <tuple>
@@ -49,10 +49,11 @@ PointwiseLoss& pointwise_loss(int64_t number);
 // Makes the ops of a loss compiled apart.
 PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& custom);
 
-// What the kernels own: why they do not own a call, tensors being plain ones; null where they do. Sets call.wide, which
-// follows from the dtypes. fusedloss/_captures.py states the same for graphs that are being captured.
-const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, PointwiseCall& call,
-                     bool autocast);
+// What the kernels own: why they do not own a call, tensors being plain ones; null where they do. `wide` is what
+// call.wide must be, which follows from the dtypes. fusedloss/_captures.py states the same for graphs that are being
+// captured.
+const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
+                     bool autocast, bool& wide);
 
 // The autograd side, callable without the dispatcher: a differentiable loss. Inputs of different shapes broadcast.
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
@@ -82,8 +83,9 @@ struct PointwiseInputs {
  private:
   std::vector<Tensor> copies;
   struct Reading;
-  void fill_elements(PointwiseArgs& args, std::vector<Reading>& readings, const Tensor* output);
-  void fill_rows(PointwiseArgs& args, std::vector<Reading>& readings);
+  using Readings = c10::SmallVector<Reading, 5>;
+  void fill_elements(PointwiseArgs& args, Readings& readings, const Tensor* output);
+  void fill_rows(PointwiseArgs& args, Readings& readings);
 };
 
 template <class OnDevice>
@@ -94,7 +96,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
                  Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
            Tensor value = reduction == kNone ? inputs.empty_losses(loss, wide)
-                                             : at::empty({}, input.options().dtype(inputs.result_dtype(wide)));
+                                             : empty_beside(input, {}, inputs.result_dtype(wide));
            OnDevice::forward(loss, inputs, reduction, value, nullptr);
            return value;
          });
@@ -103,7 +105,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
                  Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
            check_gradient_in_forward(loss.op.c_str(), input, reduction);
-           Tensor value = at::empty({}, input.options().dtype(inputs.result_dtype(wide)));
+           Tensor value = empty_beside(input, {}, inputs.result_dtype(wide));
            Tensor grad = empty_gradient(input);
            OnDevice::forward(loss, inputs, reduction, value, &grad);
            return std::make_tuple(value, grad);

@@ -27,38 +27,13 @@ struct PointwiseHandles {
 
 namespace {
 
-// What a later backward needs to know; the tensors are saved beside it.
-struct Saved {
-  const PointwiseLoss* loss;
-  OptionalTensor weight, pos_weight;
-  int64_t reduction;
-  std::vector<double> params;
-  bool wide;
-  std::optional<int64_t> ignore_index;
+constexpr int64_t kWide = 1, kIgnores = 2;  // flags
 
-  PointwiseCall call() const { return {weight, pos_weight, reduction, params, wide, ignore_index}; }
-
-  void save(AutogradContext* ctx) const {
-    auto& data = ctx->saved_data;
-    data["loss"] = loss->number;
-    data["reduction"] = reduction | int64_t(wide) << 8;
-    if (!params.empty()) data["params"] = params;
-    if (ignore_index) data["ignore_index"] = *ignore_index;
-  }
-  static Saved of(AutogradContext* ctx, const Tensor& weight, const Tensor& pos_weight) {
-    auto& data = ctx->saved_data;
-    const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
-    const int64_t reduction = data["reduction"].toInt();
-    const auto params = data.find("params"), ignore_index = data.find("ignore_index");
-    return {&pointwise_loss(data["loss"].toInt()),
-            optional(weight),
-            optional(pos_weight),
-            reduction & 0xff,
-            params == data.end() ? std::vector<double>() : params->second.toDoubleVector(),
-            bool(reduction >> 8),
-            ignore_index == data.end() ? std::nullopt : std::optional<int64_t>(ignore_index->second.toInt())};
-  }
-};
+void save(AutogradContext* ctx, const PointwiseLoss& loss, const PointwiseCall& call) {
+  const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0);
+  SavedCall{loss.number, call.reduction, call.ignore_index.value_or(0), flags, {call.params.begin(), call.params.end()}}
+      .save(ctx);
+}
 
 std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
                                      const PointwiseCall& call) {
@@ -86,7 +61,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const PointwiseLoss& loss,
                         const PointwiseCall& call, bool grad_in_forward) {
     ctx->save_for_backward({input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
-    Saved{&loss, {}, {}, call.reduction, call.params.vec(), call.wide, call.ignore_index}.save(ctx);
+    save(ctx, loss, call);
     at::AutoDispatchBelowADInplaceOrView guard;
     if (!grad_in_forward) {
       return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
@@ -103,9 +78,12 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (!upstream.defined()) return gradients;
     const auto tensors = ctx->get_saved_variables();
     const Tensor &input = tensors[0], &target = tensors[1];
-    const Saved saved = Saved::of(ctx, tensors[2], tensors[3]);
-    const PointwiseLoss& loss = *saved.loss;
-    const PointwiseCall call = saved.call();
+    const SavedCall saved = SavedCall::of(ctx);
+    const PointwiseLoss& loss = pointwise_loss(saved.loss);
+    PointwiseCall call = {{}, {}, saved.reduction, saved.params, bool(saved.flags & kWide), {}};
+    if (tensors[2].defined()) call.weight = tensors[2];
+    if (tensors[3].defined()) call.pos_weight = tensors[3];
+    if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
     if (at::GradMode::is_enabled()) {
       std::function<variable_list(const variable_list&)> formula;
       if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
@@ -113,6 +91,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }
+    at::AutoDispatchBelowADInplaceOrView guard;
     const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
     if (of_input) {
       gradients[0] = scaled_gradient_of_forward(ctx, input, upstream,

@@ -80,8 +80,8 @@ namespace {
 constexpr const char* kDifferentDtypes = "inputs of different dtypes";
 
 // The dtype of torch's result is that of the input, or float32 beside a half-precision one.
-const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, PointwiseCall& call,
-                            at::IntArrayRef sizes, bool autocast) {
+const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
+                            const PointwiseCall& call, at::IntArrayRef sizes, bool autocast, bool& wide) {
   const at::ScalarType type = input.scalar_type(), of_target = target.scalar_type();
   const at::ScalarType of_weight = call.weight ? call.weight->scalar_type() : type;
   const ResultDType rule = loss.traits.result;
@@ -101,8 +101,8 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
   } else if (rule == ResultDType::Same) {
     if (of_target != type || of_weight != type) return kDifferentDtypes;
   }
-  call.wide = is_half(type) && result == at::kFloat;
-  return result == type || call.wide ? nullptr : kDifferentDtypes;
+  wide = is_half(type) && result == at::kFloat;
+  return result == type || wide ? nullptr : kDifferentDtypes;
 }
 
 const char* declines_class_indices(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
@@ -129,8 +129,8 @@ const char* declines_factor(const Tensor& factor, const Tensor& input, at::IntAr
 
 }  // namespace
 
-const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, PointwiseCall& call,
-                     bool autocast) {
+const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
+                     bool autocast, bool& wide) {
   const PointwiseTraits& traits = loss.traits;
   const bool takes_integers = call.ignore_index || traits.result == ResultDType::Promoted;
   if (target.device() != input.device()) return "tensors on different devices";
@@ -141,24 +141,26 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
   if (!device_for(input).runs(loss)) return "a loss that was compiled for the CPU alone";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
   if (call.pos_weight && !traits.has_positive_weight) return "a pos_weight, which the loss does not take";
-  at::DimVector sizes(input.sizes());
+  at::IntArrayRef sizes = input.sizes();
+  at::DimVector broadcast;
   if (call.ignore_index) {
     if (const char* why = declines_class_indices(loss, input, target, call, autocast)) return why;
   } else {
     if (target.requires_grad() && !traits.of_difference && !traits.has_target_slope)
       return "a target that requires a gradient";
-    if (input.sizes() != target.sizes()) {
-      if (!traits.of_difference || !at::are_expandable(input.sizes(), target.sizes()))
+    if (sizes != target.sizes()) {
+      if (!traits.of_difference || !at::are_expandable(sizes, target.sizes()))
         return "an input and a target whose shapes do not fit";
-      sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
+      broadcast = at::infer_size_dimvector(sizes, target.sizes());
+      sizes = broadcast;
     }
   }
   for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
     if (!*factor) continue;
     if (const char* why = declines_factor(**factor, input, sizes)) return why;
   }
-  call.wide = false;
-  return call.ignore_index ? nullptr : declines_dtypes(loss, input, target, call, sizes, autocast);
+  wide = false;
+  return call.ignore_index ? nullptr : declines_dtypes(loss, input, target, call, sizes, autocast, wide);
 }
 
 // ---- the arguments of an op
@@ -196,11 +198,11 @@ std::optional<int64_t> merged_stride(const Tensor& tensor, int64_t first, int64_
 PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_,
                                  const PointwiseCall& call)
     : input(input_), target(target_), ignore_index(call.ignore_index), params(call.params) {
-  PointwiseCall known = call;
-  if (const char* why = declines(loss, input, target, known, /*autocast=*/call.wide))
+  bool wide;
+  if (const char* why = declines(loss, input, target, call, /*autocast=*/call.wide, wide))
     raise_declined(loss.op, why, input, target, call.weight, params);
-  TORCH_CHECK(call.wide == known.wide, loss.op, ": expected wide=", known.wide ? "True" : "False", " for ",
-              input.scalar_type(), " beside ", target.scalar_type(), ", got wide=", call.wide ? "True" : "False");
+  TORCH_CHECK(call.wide == wide, loss.op, ": expected wide=", wide ? "True" : "False", " for ", input.scalar_type(),
+              " beside ", target.scalar_type(), ", got wide=", call.wide ? "True" : "False");
   if (ignore_index) {
     // Dense, in the order that empty_like gives the gradient.
     if (!input.is_non_overlapping_and_dense()) input = input.clone();
@@ -292,7 +294,7 @@ bool fill_strided(PointwiseArgs& args, const Readings& readings, const Tensor* o
 }  // namespace
 
 // The output's order, or else the input's.
-void PointwiseInputs::fill_elements(PointwiseArgs& args, std::vector<Reading>& readings, const Tensor* output) {
+void PointwiseInputs::fill_elements(PointwiseArgs& args, Readings& readings, const Tensor* output) {
   const Tensor& order = output ? *output : input;
   const bool all_dense = std::all_of(readings.begin(), readings.end(),
                                      [&](const Reading& reading) { return same_dense_order(order, reading.tensor); });
@@ -306,7 +308,7 @@ void PointwiseInputs::fill_elements(PointwiseArgs& args, std::vector<Reading>& r
 }
 
 // Over class indices: (inner, classes, outer), in the order in which memory has the logits.
-void PointwiseInputs::fill_rows(PointwiseArgs& args, std::vector<Reading>& readings) {
+void PointwiseInputs::fill_rows(PointwiseArgs& args, Readings& readings) {
   const std::vector<int64_t> order = memory_order(input);
   const int64_t dims = input.dim(), of_classes = std::find(order.begin(), order.end(), 1) - order.begin();
   args.dims = 3;
@@ -333,7 +335,7 @@ void PointwiseInputs::fill_rows(PointwiseArgs& args, std::vector<Reading>& readi
 }
 
 void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tensor* upstream) {
-  std::vector<Reading> readings = {{&args.input, input}};
+  Readings readings = {{&args.input, input}};
   if (!ignore_index) readings.push_back({&args.target, target});
   if (weight) readings.push_back({&args.weight, *weight});
   if (pos_weight) readings.push_back({&args.pos_weight, *pos_weight});

@@ -5,18 +5,15 @@
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <array>
 
 #include "pointwise.h"
+#include "python_function.h"
 #include "softmax.h"
 
 namespace fusedloss {
-
-namespace py = pybind11;
 
 // Why kernels may not read an object as it is; null for exactly a torch.Tensor or Parameter, strided on a device there
 // are kernels for, without what torch marks with a dispatch key: conj and neg views, functorch wrappers, sparse,
@@ -53,15 +50,12 @@ struct PythonCall {
   std::array<double, kMaxParams> values;
   size_t count = 0;
 
-  // Parameters follow the input, the target, the weight, the reduction, and for rows the ignore_index. All of them are
-  // one argument to pybind11, which allocates memory for more than six.
-  PythonCall(const py::args& given, size_t before_params) {
-    if (given.size() < before_params) {
-      throw py::type_error("expected " + std::to_string(before_params) + " arguments before the parameters, got " +
-                           std::to_string(given.size()));
-    }
-    declined = take(item(given, 0), item(given, 1), item(given, 2), item(given, 3));
-    for (size_t i = before_params; !declined && i < given.size(); ++i) declined = take_param(item(given, i));
+  // Parameters follow the input, the target, the weight, the reduction, and for rows the ignore_index.
+  PythonCall(const Arguments& given, size_t before_params) {
+    TORCH_CHECK_TYPE(given.size() >= before_params, "expected ", before_params,
+                     " arguments before the parameters, got ", given.size());
+    declined = take(given[0], given[1], given[2], given[3]);
+    for (size_t i = before_params; !declined && i < given.size(); ++i) declined = take_param(given[i]);
   }
   Params params() const { return Params(values.data(), count); }
 
@@ -81,16 +75,23 @@ struct PythonCall {
     return nullptr;
   }
 
-  static py::handle item(const py::args& given, size_t i) { return PyTuple_GET_ITEM(given.ptr(), Py_ssize_t(i)); }
-
   static const char* take_tensor(py::handle from, Tensor& to) {
     if (const char* why = why_not_plain(from.ptr())) return why;
     to = THPVariable_Unpack(from.ptr());
     return nullptr;
   }
 
+  static bool is_given(py::handle option) { return option && !option.is_none(); }
+
+  static bool is_true(py::handle option) {
+    if (!option) return false;
+    const int truth = PyObject_IsTrue(option.ptr());
+    if (truth < 0) throw py::error_already_set();
+    return truth == 1;
+  }
+
   static const char* take_optional(py::handle from, OptionalTensor& to) {
-    if (from.is_none()) return nullptr;
+    if (!is_given(from)) return nullptr;
     return take_tensor(from, to.emplace());
   }
 
@@ -118,14 +119,14 @@ inline std::string rows_of(const Tensor& logits) {
 struct PointwiseArguments : PythonCall {
   PointwiseCall call;
 
-  PointwiseArguments(const PointwiseLoss& loss, const py::args& given, py::handle pos_weight, py::handle ignore_index)
-      : PythonCall(given, 4) {
+  PointwiseArguments(const PointwiseLoss& loss, const Arguments& given) : PythonCall(given, 4) {
+    const auto [pos_weight, ignore_index] = given.options({"pos_weight", "ignore_index"});
     call.weight = weight;
     call.reduction = reduction;
     call.params = params();
     if (!declined) declined = take_optional(pos_weight, call.pos_weight);
-    if (!declined && !ignore_index.is_none()) declined = take_ignore_index(ignore_index, call.ignore_index.emplace());
-    if (!declined) declined = declines(loss, input, target, call, autocast);
+    if (!declined && is_given(ignore_index)) declined = take_ignore_index(ignore_index, call.ignore_index.emplace());
+    if (!declined) declined = declines(loss, input, target, call, autocast, call.wide);
   }
 
   std::string work() const {
@@ -139,18 +140,23 @@ struct PointwiseArguments : PythonCall {
 // they are.
 struct SoftmaxArguments : PythonCall {
   SoftmaxCall call;
+  std::optional<bool> grad_in_forward;
+  bool in_place = false;
 
-  SoftmaxArguments(const SoftmaxLoss& loss, const py::args& given, bool wide, bool second, bool zero)
-      : PythonCall(given, 5) {
-    if (!declined) declined = take_ignore_index(item(given, 4), call.ignore_index);
+  SoftmaxArguments(const SoftmaxLoss& loss, const Arguments& given) : PythonCall(given, 5) {
+    const auto [wide, second, zero, grad, inplace] =
+        given.options({"wide", "second", "zero", "grad_in_forward", "inplace"});
+    if (is_given(grad)) grad_in_forward = is_true(grad);
+    in_place = is_true(inplace);
+    call.second = is_true(second);
+    if (!declined) declined = take_ignore_index(given[4], call.ignore_index);
     if (declined) return;
     const bool wide_target = loss.traits.soft && target.scalar_type() != input.scalar_type();
     call.target = target;
     call.weight = weight;
-    call.reduction = zero && reduction == kMean ? int64_t(kMeanOrZero) : reduction;
+    call.reduction = is_true(zero) && reduction == kMean ? int64_t(kMeanOrZero) : reduction;
     call.params = params();
-    call.wide = wide || wide_target || (autocast && is_half(input.scalar_type()));
-    call.second = second;
+    call.wide = is_true(wide) || wide_target || (autocast && is_half(input.scalar_type()));
     declined = declines(loss, input, call);
   }
 

@@ -83,7 +83,7 @@ struct SoftmaxInputs {
 
   SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call);
   SoftmaxLayout layout() const { return *layout_of(logits); }
-  at::TensorOptions result_options() const;
+  at::ScalarType result_dtype() const;
   void fill(SoftmaxArgs& args) const;
 };
 

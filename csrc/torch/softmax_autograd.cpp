@@ -37,33 +37,12 @@ struct SoftmaxHandles {
 
 namespace {
 
-// What a later backward needs to know; the tensors are saved beside it.
-struct Saved {
-  const SoftmaxLoss* loss;
-  int64_t reduction, ignore_index;
-  std::vector<double> params;
-  bool wide, second, in_place;
+constexpr int64_t kWide = 1, kSecond = 2, kInPlace = 4;  // flags
 
-  void save(AutogradContext* ctx) const {
-    auto& data = ctx->saved_data;
-    data["loss"] = loss->number;
-    data["reduction"] = reduction;
-    data["ignore_index"] = ignore_index;
-    data["params"] = params;
-    data["flags"] = int64_t(wide) | int64_t(second) << 1 | int64_t(in_place) << 2;
-  }
-  static Saved of(AutogradContext* ctx) {
-    auto& data = ctx->saved_data;
-    const int64_t flags = data["flags"].toInt();
-    return {&softmax_loss(data["loss"].toInt()),
-            data["reduction"].toInt(),
-            data["ignore_index"].toInt(),
-            data["params"].toDoubleVector(),
-            bool(flags & 1),
-            bool(flags & 2),
-            bool(flags & 4)};
-  }
-};
+void save(AutogradContext* ctx, const SoftmaxLoss& loss, const SoftmaxCall& call, bool in_place) {
+  const int64_t flags = (call.wide ? kWide : 0) | (call.second ? kSecond : 0) | (in_place ? kInPlace : 0);
+  SavedCall{loss.number, call.reduction, call.ignore_index, flags, {call.params.begin(), call.params.end()}}.save(ctx);
+}
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
   return handles_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
@@ -76,7 +55,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
                                const SoftmaxCall& call, bool grad_in_forward, bool in_place, Tensor* statistics_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
-    Saved{&loss, call.reduction, call.ignore_index, call.params.vec(), call.wide, call.second, in_place}.save(ctx);
+    save(ctx, loss, call, in_place);
     Tensor value, second, statistics;
     if (grad_in_forward && in_place) {
       std::tie(value, statistics) = handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction,
@@ -101,20 +80,25 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     variable_list gradients(6);  // one for each argument of forward
-    const Saved saved = Saved::of(ctx);
-    const SoftmaxLoss& loss = *saved.loss;
+    const SavedCall saved = SavedCall::of(ctx);
+    const SoftmaxLoss& loss = softmax_loss(saved.loss);
     const auto tensors = ctx->get_saved_variables();
     const Tensor &logits = tensors[0], &statistics = tensors[3];
     const OptionalTensor weight = tensors[2].defined() ? OptionalTensor(tensors[2]) : std::nullopt;
-    const SoftmaxCall call = {tensors[1],   weight,     saved.reduction, saved.ignore_index,
-                              saved.params, saved.wide, saved.second};
+    const SoftmaxCall call = {tensors[1],
+                              weight,
+                              saved.reduction,
+                              saved.ignore_index,
+                              saved.params,
+                              bool(saved.flags & kWide),
+                              bool(saved.flags & kSecond)};
     Tensor upstream = upstreams[0];
-    const OptionalTensor second = saved.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
+    const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
     if (!upstream.defined()) {
       if (!second) return gradients;
-      upstream = at::zeros(saved.reduction == kNone ? second->sizes() : at::IntArrayRef(), second->options());
+      upstream = at::zeros(call.reduction == kNone ? second->sizes() : at::IntArrayRef(), second->options());
     }
-    if (saved.in_place) {
+    if (saved.flags & kInPlace) {
       TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
                   ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
                   "(create_graph=True)");
@@ -125,6 +109,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       gradients[0] = differentiable(loss, logits, call, upstream, second);
       return gradients;
     }
+    at::AutoDispatchBelowADInplaceOrView guard;
     gradients[0] =
         scaled_gradient_of_forward(ctx, logits, upstream, [&] { return std::get<2>(with_grad(loss, logits, call)); });
     if (!gradients[0].defined()) {

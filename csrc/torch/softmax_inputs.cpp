@@ -120,8 +120,8 @@ SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, con
   if (call.weight) weight = call.weight->to(arithmetic_type(logits.scalar_type())).contiguous();
 }
 
-at::TensorOptions SoftmaxInputs::result_options() const {
-  return wide ? logits.options().dtype(arithmetic_type(logits.scalar_type())) : logits.options();
+at::ScalarType SoftmaxInputs::result_dtype() const {
+  return wide ? arithmetic_type(logits.scalar_type()) : logits.scalar_type();
 }
 
 void SoftmaxInputs::fill(SoftmaxArgs& args) const {
@@ -143,12 +143,12 @@ void SoftmaxInputs::fill(SoftmaxArgs& args) const {
 }
 
 SoftmaxResults::SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction) {
-  const at::TensorOptions options = inputs.result_options();
-  const int64_t rows = inputs.layout().rows;
-  this->loss = at::empty(reduction == kNone ? at::IntArrayRef(inputs.row_sizes) : at::IntArrayRef(), options);
-  second = inputs.second ? at::empty(inputs.row_sizes, options) : at::empty({0}, options);
-  statistics = at::empty({loss.saved_statistics(inputs.params) * rows + 1},
-                         options.dtype(arithmetic_type(inputs.logits.scalar_type())));
+  const Tensor& logits = inputs.logits;
+  const at::ScalarType dtype = inputs.result_dtype();
+  const int64_t numbers = loss.saved_statistics(inputs.params) * inputs.layout().rows + 1;
+  this->loss = empty_beside(logits, reduction == kNone ? inputs.row_sizes : at::IntArrayRef(), dtype);
+  second = inputs.second ? empty_beside(logits, inputs.row_sizes, dtype) : empty_beside(logits, {0}, dtype);
+  statistics = empty_beside(logits, {numbers}, arithmetic_type(logits.scalar_type()));
 }
 
 void check_with_grad(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction) {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import value_and_grad
 from layouts import laid_out
-from losses import LOSSES, ONE_OF_EACH, SOFTMAX, Loss, each_of, runs_fused
+from losses import LOSSES, ONE_OF_EACH, SOFTMAX, Loss, each_of, extension, runs_fused
 from marks import needs_extension
 from observe import Recorder, compiled_with_ops
 from torch import nn
@@ -171,6 +171,18 @@ def test_declined_calls_run_natively(loss):
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert runs_fused(loss, x.bfloat16(), target.bfloat16() if target.is_floating_point() else target)
     assert loss.fused(x.to("meta"), target.to("meta"), "none").shape == loss.losses_shape(x.shape)
+
+
+@needs_extension
+@each_of(ONE_OF_EACH)
+def test_the_extension_names_arguments_it_does_not_take(loss):
+    x, target = loss.data((6, 5), torch.float32)
+    middle = (-100,) if loss in SOFTMAX else ()
+    for function in (extension.losses[loss.op].run, extension.losses[loss.op].explain):
+        with pytest.raises(TypeError, match="got an unexpected keyword argument 'ignore'"):
+            function(x, target, None, "mean", *middle, ignore=1)
+        with pytest.raises(TypeError, match=f"expected {4 + len(middle)} arguments before the parameters, got 3"):
+            function(x, target, None)
 
 
 @needs_extension

@@ -64,7 +64,7 @@ struct OnCpu {
         sum_of_chunks(count, [&](int64_t begin, int64_t end) { return kernel(result, args, begin, end); });
     // The loss of what is no probability is NaN.
     if (loss.traits.of_probabilities && std::isnan(sum)) check_probabilities(kernel, args, count);
-    value.fill_(sum / divisor);
+    set_number(value, 0, sum / divisor);
   }
 
   static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,

@@ -36,29 +36,6 @@ void over_parts(const SoftmaxLayout& layout, F f) {
   });
 }
 
-void set_value(const Tensor& tensor, int64_t index, double value) {
-  void* data = tensor.mutable_data_ptr();
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      static_cast<double*>(data)[index] = value;
-      break;
-    case at::kFloat:
-      static_cast<float*>(data)[index] = float(value);
-      break;
-    case at::kHalf:
-      static_cast<at::Half*>(data)[index] = float(value);
-      break;
-    default:
-      static_cast<at::BFloat16*>(data)[index] = float(value);
-  }
-}
-
-double divisor_of(const Tensor& statistics) {
-  const int64_t last = statistics.numel() - 1;
-  return statistics.scalar_type() == at::kDouble ? statistics.const_data_ptr<double>()[last]
-                                                 : double(statistics.const_data_ptr<float>()[last]);
-}
-
 double divisor_from(double weight, int64_t reduction) {
   return baseline::reduction_divisor(is_mean(reduction), reduction == kMeanOrZero, weight);
 }
@@ -139,8 +116,8 @@ struct CpuSoftmax {
     const SoftmaxSums total = loss.traits.reads_row && cuts_rows(args) ? of_parts(loss, args) : of_chunks(loss, args);
     check_bad_row(args, total.bad_row);
     const double divisor = divisor_from(total.weight, reduction);
-    if (reduction != kNone) set_value(results.loss, 0, total.loss / divisor);
-    set_value(results.statistics, results.statistics.numel() - 1, divisor);
+    if (reduction != kNone) set_number(results.loss, 0, total.loss / divisor);
+    set_number(results.statistics, results.statistics.numel() - 1, divisor);
   }
 
   static SoftmaxSums of_chunks(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
@@ -184,7 +161,7 @@ struct CpuSoftmax {
       args.upstream_second = second.tensor.const_data_ptr();
       args.upstream_second_stride = second.stride;
     }
-    args.scale = 1.0 / divisor_of(statistics);
+    args.scale = 1.0 / number_at(statistics, statistics.numel() - 1);
     run_backward(loss, args);
   }
 };
