@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "on_cpu_alone(reason): left out with --device cuda")
     config.addinivalue_line("markers", "deep(kind, minutes=0): for --deep and --rest alone")
-    config.addinivalue_line("markers", "thinned(n=2): without --deep, cases with every pair of values")
+    config.addinivalue_line("markers", "thinned(n=2, deep=0): cases with all of any n values, `deep` with --deep")
     config.addinivalue_line("markers", "examples: random calls, fewer without --deep")
     for profile, examples in (("default", 100), ("thorough", 2000)):
         options = {"derandomize": True, "deadline": None, "database": None}

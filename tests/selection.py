@@ -1,4 +1,7 @@
-"""Which tests run: without --deep none marked deep, and of a thinned grid a few cases with every value or pair."""
+"""Which tests run: without --deep none marked deep, and of a thinned grid a few cases with every value or pair.
+
+A grid whose cases take seconds may be thinned with --deep too.
+"""
 
 from collections import Counter
 from collections.abc import Hashable
@@ -11,6 +14,8 @@ Values = tuple[tuple[str, Hashable], ...]
 
 def selected(items: list[pytest.Item], wanted: str) -> tuple[list[pytest.Item], Counter[str]]:
     """The tests of a "default", "deep" or "rest" run, and how many of each kind a default run leaves out."""
+    never = set(_left_out_of_grids(items, deep=True))
+    items = [item for item in items if item not in never]
     kinds = dict.fromkeys(_left_out_of_grids(items), "cases of thinned grids: every value of each parameter ran")
     kinds |= {item: mark.args[0] for item in items if (mark := item.get_closest_marker("deep"))}
     examples = [item for item in items if item.get_closest_marker("examples")]
@@ -29,20 +34,25 @@ def minutes(item: pytest.Item) -> float:
     return mark.kwargs.get("minutes", 0) if mark else 0
 
 
-def _left_out_of_grids(items: list[pytest.Item]) -> list[pytest.Item]:
+def _left_out_of_grids(items: list[pytest.Item], deep: bool = False) -> list[pytest.Item]:
     grids: dict[Hashable, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("thinned"):
             grids.setdefault((item.path, item.originalname), []).append(item)
-    return [item for grid in grids.values() for item in _left_out_of(grid)]
+    left_out = []
+    for grid in grids.values():
+        mark = grid[0].get_closest_marker("thinned")
+        together = mark.kwargs.get("deep", 0) if deep else (mark.args or (2,))[0]
+        if together:
+            left_out += left_out_of(grid, together)
+    return left_out
 
 
-def _left_out_of(grid: list[pytest.Function]) -> list[pytest.Function]:
-    """All but some that together have every pair of values of any two parameters; every value, where marked (1).
+def left_out_of(grid: list[pytest.Function], together: int) -> list[pytest.Function]:
+    """All but some that together have every value of each parameter, or every pair of values of any two parameters.
 
     Those come first that have the most values or pairs that no other had before.
     """
-    together = (grid[0].get_closest_marker("thinned").args or (2,))[0]
     values = [(item, _values(item, together)) for item in grid]
     missing = {each for _, some in values for each in some}
     chosen = set()

@@ -132,7 +132,7 @@ MIXED = [(torch.float32, False), (torch.bfloat16, True)]
 
 
 @needs_extension
-@pytest.mark.thinned
+@pytest.mark.thinned(1, deep=2)
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("dtype, wide", MIXED, ids=str)
 @pytest.mark.parametrize(

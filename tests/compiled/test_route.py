@@ -24,7 +24,7 @@ def op_arguments(loss: Loss, reduction: int, layout: str, requires_grad: bool = 
     return (x.detach().requires_grad_(requires_grad), target, None, reduction, *middle, list(loss.params))
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(1, deep=2)
 @needs_extension
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
