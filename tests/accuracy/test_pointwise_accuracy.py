@@ -5,9 +5,12 @@ takes the logarithm of a rounded difference. Beside each number it gives its siz
 to: the magnitudes of the terms that it is a sum of, added up.
 """
 
+import itertools
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -75,27 +78,29 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     return tuple(draw(st.permutations(sizes)))
 
 
+def together(**values: list[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """A value of each list, in one draw, which takes as long as a call."""
+    return st.sampled_from([dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())])
+
+
 def recipes(loss: "Loss") -> st.SearchStrategy[Recipe]:
     return st.builds(
-        Recipe,
+        lambda *some, **others: Recipe(**ChainMap(*some, others)),
+        together(dtype=DTYPES, target_dtype=loss.target_dtypes, reduction=list(REDUCTIONS), target_grad=[False, True]),
+        together(
+            layouts=list(itertools.product(LAYOUTS, LAYOUTS)),
+            broadcast=["nothing", "nothing", "input", "target"] if loss.of_difference else ["nothing"],
+        ),
+        together(weight=loss.weights, weight_dtype=loss.weight_dtypes, pos_weight=loss.pos_weights),
+        together(target=["between", "certain", "nearly certain"], special=loss.specials, rate=[0.01, 0.3, 1.0]),
+        together(
+            param=loss.params,
+            gamma=[0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 5.5],
+            upstream=["random", "random", "expanded", "one", "a loss scale"],
+        ),
         seed=st.integers(0, 2**40),
-        dtype=st.sampled_from(DTYPES),
-        target_dtype=st.sampled_from(loss.target_dtypes),
         shape=shapes(),
-        layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
-        broadcast=st.sampled_from(["nothing", "nothing", "input", "target"] if loss.of_difference else ["nothing"]),
-        weight=st.sampled_from(loss.weights),
-        weight_dtype=st.sampled_from(loss.weight_dtypes),
-        pos_weight=st.sampled_from(loss.pos_weights),
-        reduction=st.sampled_from(REDUCTIONS),
         scale=st.integers(-30, 20).map(lambda tenths: 10 ** (tenths / 10)),
-        target=st.sampled_from(["between", "certain", "nearly certain"]),
-        special=st.sampled_from(loss.specials),
-        rate=st.sampled_from([0.01, 0.3, 1.0]),
-        param=st.sampled_from(loss.params),
-        gamma=st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 5.5]),
-        upstream=st.sampled_from(["random", "random", "expanded", "one", "a loss scale"]),
-        target_grad=st.booleans(),
     )
 
 
