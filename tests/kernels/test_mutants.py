@@ -17,7 +17,6 @@ from losses import (
     CROSS_ENTROPY,
     FOCAL_WITHOUT_FOCUS,
     LOSSES,
-    POINTWISE,
     SIGMOID_FOCAL_WITHOUT_FOCUS,
     SOFTMAX,
     Loss,
@@ -149,16 +148,17 @@ MUTANTS = {
 
 def build(folder: Path, loss: str, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     source = planted(folder, *edit) if edit else Path(shutil.copytree(CSRC, folder / "csrc"))
-    # One storage type and one loss of each family, the other of which compiles quickly.
+    # One storage type and one loss.
     keep_one_type(source, "double")
-    for family, losses, quick in (("pointwise", POINTWISE, "mse"), ("softmax", SOFTMAX, "nll")):
-        keep_one_loss(source, family, loss if any(each.op == loss for each in losses) else quick)
+    family = "softmax" if any(each.op == loss for each in SOFTMAX) else "pointwise"
+    keep_one_loss(source, family, loss)
     library = folder / "kernels.so"
     flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
-    driver = Path(__file__).with_name("kernel_driver.cpp")
+    driver = Path(__file__).with_name(f"{family}_driver.cpp")
     subprocess.run([*COMPILER.split(), *flags, f"-I{source}", str(driver), "-o", str(library)], check=True)
     kernels = ctypes.CDLL(str(library))
-    kernels.run_pointwise.restype = kernels.run_softmax.restype = kernels.run_indexed.restype = ctypes.c_double
+    for function in ("run_softmax",) if family == "softmax" else ("run_pointwise", "run_indexed"):
+        getattr(kernels, function).restype = ctypes.c_double
     return kernels
 
 
