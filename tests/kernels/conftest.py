@@ -11,5 +11,7 @@ from plant import CSRC, fingerprint
 
 @pytest.fixture(scope="session")
 def kernels(once) -> ctypes.CDLL:
-    name = fingerprint(" ".join(executor.FLAGS), CSRC, executor.HERE, Path(plant.__file__))  # which edits the sources
+    # The tools too: one says what is built, the other edits the sources.
+    tools = [Path(executor.__file__), Path(plant.__file__)]
+    name = fingerprint(" ".join(executor.FLAGS), CSRC, executor.HERE, *tools)
     return executor.loaded(once(f"cuda_on_cpu-{name}", executor.build))
