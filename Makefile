@@ -14,6 +14,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # What is never imported need not be compiled: half of the time.
 PIP := $(PYTHON) -m pip install -q --no-compile
+PIP_ITSELF := $(PIP) --no-build-isolation --no-deps -e .
+# Installed while the extension compiles: half a minute of one core.
+DEV := $(shell sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
 
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
@@ -25,10 +28,11 @@ build: $(READY)
 $(READY): $(SOURCES)
 ifneq ($(VENV),none)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PIP) $(TORCH)
-	$(PIP) $(shell sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
+	$(PIP) $(TORCH) "setuptools>=68" wheel ninja numpy pybind11
+	$(PIP) $(DEV) & $(PIP_ITSELF) && wait $$!
+else
+	$(PIP_ITSELF)
 endif
-	$(PIP) --no-build-isolation --no-deps -e .
 	mkdir -p build && rm -f build/ready-* && touch $@
 
 # Three minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
