@@ -1,6 +1,5 @@
-"""Trains one task with one side's loss, in a process of its own, and prints the result as one line of JSON."""
+"""Trains one task with one side's loss, and measures it."""
 
-import json
 import resource
 import statistics
 import sys
@@ -53,7 +52,3 @@ def main(name: str, side: str, ids_path: str, steps: int) -> dict[str, object]:
         "loss_ms": statistics.median(loss_times) * 1e3,
         "peak_mb": peak,
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))
