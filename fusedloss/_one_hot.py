@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import _torchs
 from ._dtypes import in_float, widened
 
 
@@ -36,7 +36,7 @@ def over_class_indices(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kept = target != ignore_index
         index = torch.where(kept & (target >= 0), target, classes)
         # This only rejects, as torch does, what names no class: the background stands for one more.
-        F.nll_loss(x.new_zeros(1, 1).expand(index.numel(), classes + 1), index.flatten(), reduction="sum")
+        _torchs.nll_loss(x.new_zeros(1, 1).expand(index.numel(), classes + 1), index.flatten(), reduction="sum")
         columns = torch.arange(classes, device=x.device).view(-1, *[1] * (x.dim() - 2))
         one_hot = (index.unsqueeze(1) == columns).to(x.dtype)
         kept = kept.unsqueeze(1)

@@ -1,10 +1,9 @@
 """Binary cross-entropy of probabilities and of logits."""
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from .. import _route
+from .. import _route, _torchs
 from ._elementwise import INDEX_DTYPES, check_broadcasts
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
@@ -12,14 +11,14 @@ __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
 @_route.pointwise("binary_cross_entropy", of_probabilities=True, class_indices=True)
 def _binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    return F.binary_cross_entropy(input, target, weight, reduction=reduction)
+    return _torchs.binary_cross_entropy(input, target, weight, reduction=reduction)
 
 
 @_route.pointwise("binary_cross_entropy_with_logits", class_indices=True)
 def _binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, pos_weight: Tensor | None = None
 ) -> Tensor:
-    return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    return _torchs.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
 
 
 def _class_indices(target: Tensor) -> Tensor:

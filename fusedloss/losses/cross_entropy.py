@@ -7,11 +7,10 @@ import math
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from .. import _route
+from .. import _route, _torchs
 from .._dtypes import in_float, widened
 from ._rows import class_dim, class_index, reduced
 
@@ -31,12 +30,12 @@ def _cross_entropy(
 ) -> Any:  # fmt: skip
     target = class_index(target)
     if not (z_loss or softcap or wide or second or zero):
-        return F.cross_entropy(
+        return _torchs.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
     z = _capped(in_float(logits), softcap)
     weight = weight if weight is None else weight.to(z.dtype)
-    losses = F.cross_entropy(
+    losses = _torchs.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
     )  # fmt: skip
     if reduction not in _route.REDUCTIONS:
@@ -58,13 +57,13 @@ def _soft_cross_entropy(
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Any:  # fmt: skip
     if not (z_loss or softcap or wide or second):
-        return F.cross_entropy(
+        return _torchs.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
     z = _capped(in_float(logits), softcap)
     dtype = torch.promote_types(z.dtype if widened(logits, wide) else logits.dtype, target.dtype)
     target = target.to(torch.promote_types(z.dtype, target.dtype))
-    losses = F.cross_entropy(
+    losses = _torchs.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
     )  # fmt: skip
     if reduction not in _route.REDUCTIONS:

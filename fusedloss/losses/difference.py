@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from .. import _route
+from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
 from ._elementwise import broadcast, reduced, warn_of_broadcasting
 
@@ -26,22 +25,22 @@ def _times_weight(
 
 @_route.pointwise("mse")
 def _mse(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    return _times_weight(F.mse_loss, input, target, weight, reduction)
+    return _times_weight(_torchs.mse_loss, input, target, weight, reduction)
 
 
 @_route.pointwise("l1")
 def _l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    return _times_weight(F.l1_loss, input, target, weight, reduction)
+    return _times_weight(_torchs.l1_loss, input, target, weight, reduction)
 
 
 @_route.pointwise("smooth_l1")
 def _smooth_l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, beta: float = 1.0) -> Tensor:
-    return _times_weight(F.smooth_l1_loss, input, target, weight, reduction, beta=beta)
+    return _times_weight(_torchs.smooth_l1_loss, input, target, weight, reduction, beta=beta)
 
 
 @_route.pointwise("huber")
 def _huber(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, delta: float = 1.0) -> Tensor:
-    return _times_weight(F.huber_loss, input, target, weight, reduction, delta=delta)
+    return _times_weight(_torchs.huber_loss, input, target, weight, reduction, delta=delta)
 
 
 def _prepared(
@@ -109,7 +108,7 @@ def mse_loss(
     tensor(4.6250)
     """
     reduction = _prepared(input, target, size_average, reduce, reduction)
-    return _weighted_mean(_mse, F.mse_loss, input, target, weight, reduction)
+    return _weighted_mean(_mse, _torchs.mse_loss, input, target, weight, reduction)
 
 
 def l1_loss(
@@ -130,7 +129,7 @@ def l1_loss(
     tensor(1.7500)
     """
     reduction = _prepared(input, target, size_average, reduce, reduction)
-    return _weighted_mean(_l1, F.l1_loss, input, target, weight, reduction)
+    return _weighted_mean(_l1, _torchs.l1_loss, input, target, weight, reduction)
 
 
 def smooth_l1_loss(

@@ -1,10 +1,9 @@
 """Softmax focal loss."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _route
+from .. import _route, _torchs
 from .._dtypes import in_float, widened
 from ._rows import class_dim, class_index, reduced
 
@@ -21,16 +20,16 @@ def _focal(
     dim = class_dim(x)
     target = class_index(target)
     # nll_loss picks the target's logit and rejects what torch rejects; its derivative does not take channels_last.
-    logit = -F.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
+    logit = -_torchs.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
     kept = target != ignore_index
     index = torch.where(kept, target, 0).long()
     # The target against all other classes is a problem of two classes, whose formula loses no digits in a confident
     # row. The target's place gets a finite number, because -infinity would leave a row of one class without a gradient.
     others = x.scatter(dim, index.unsqueeze(dim), torch.finfo(x.dtype).min)
     log_odds = others.logsumexp(dim) - logit
-    losses = -F.logsigmoid(-log_odds)
+    losses = -_torchs.logsigmoid(-log_odds)
     if gamma != 0:
-        losses = losses * torch.exp(gamma * F.logsigmoid(log_odds))
+        losses = losses * torch.exp(gamma * _torchs.logsigmoid(log_odds))
     losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[index])
     losses = torch.where(kept, losses, 0.0)
     return reduced(losses, kept.sum(), reduction, zero).to(x.dtype if widened(logits, wide) else logits.dtype)

@@ -3,10 +3,9 @@
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _route
+from .. import _route, _torchs
 from .._dtypes import HALVES, in_float
 from ._rows import class_dim, class_index, reduced
 
@@ -23,7 +22,7 @@ def _log_probs(
     dim = class_dim(x)
     log_p = x.log_softmax(dim)
     target = class_index(target)
-    picked = -F.nll_loss(log_p.contiguous(), target, ignore_index=ignore_index, reduction="none")
+    picked = -_torchs.nll_loss(log_p.contiguous(), target, ignore_index=ignore_index, reduction="none")
     dtype = x.dtype if wide else logits.dtype
     value = reduced(picked, (target != ignore_index).sum(), reduction, zero).to(dtype)
     if not second:

@@ -1,10 +1,9 @@
 """Negative log-likelihood of log-probabilities."""
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-from .. import _route
+from .. import _route, _torchs
 from .._dtypes import in_float
 from ._rows import class_index
 
@@ -19,7 +18,7 @@ def _nll(
     if wide:
         logits, weight = in_float(logits), weight if weight is None else in_float(weight)
     # torch's derivative takes no other strides
-    return F.nll_loss(
+    return _torchs.nll_loss(
         logits.contiguous(), class_index(target), weight, ignore_index=ignore_index, reduction=reduction
     )  # fmt: skip
 
