@@ -6,6 +6,7 @@ sizes that it may keep open. tests/compiled/test_captures.py holds the two again
 Both functions return why the kernels do not own a call, or None where they do.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def pointwise(
     pos_weight: Tensor | None = None, ignore_index: int | None = None,
 ) -> str | None:  # fmt: skip
     if why := _call((input, target, weight), reduction, params) or _tensor(pos_weight):
+        return why
+    if ignore_index is not None and (why := _integer(ignore_index)):
         return why
     takes_integers = ignore_index is not None or traits.result == "promoted"
     if target.device != input.device:
@@ -120,10 +123,8 @@ def softmax(
     traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     params: Sequence[Any], wide: bool, second: bool,
 ) -> str | None:  # fmt: skip
-    if why := _call((logits, target, weight), reduction, params):
+    if why := _call((logits, target, weight), reduction, params) or _integer(ignore_index):
         return why
-    if not isinstance(ignore_index, int | torch.SymInt):
-        return "an ignore_index that is no integer"
     if target.device != logits.device:
         return DIFFERENT_DEVICES
     if logits.dtype not in _DTYPES:
@@ -184,6 +185,16 @@ def _call(tensors: Sequence[Tensor | None], reduction: Any, params: Sequence[Any
         return "more parameters than the kernels take"
     if not all(isinstance(value, int | float | torch.SymInt | torch.SymFloat) for value in params):
         return "a parameter that is no number"
+    if any(isinstance(value, int) and abs(value) > sys.float_info.max for value in params):
+        return "a parameter beyond float64"
+    return None
+
+
+def _integer(ignore_index: Any) -> str | None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        return "an ignore_index that is no integer"
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        return "an ignore_index beyond 64 bits"
     return None
 
 

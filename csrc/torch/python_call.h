@@ -96,16 +96,20 @@ struct PythonCall {
   }
 
   static const char* take_ignore_index(py::handle from, int64_t& to) {
-    if (!PyLong_Check(from.ptr())) return "an ignore_index that is no integer";
-    to = from.cast<int64_t>();
-    return nullptr;
+    if (!PyLong_Check(from.ptr()) || PyBool_Check(from.ptr())) return "an ignore_index that is no integer";
+    int overflow;
+    to = PyLong_AsLongLongAndOverflow(from.ptr(), &overflow);
+    return overflow ? "an ignore_index beyond 64 bits" : nullptr;
   }
 
   const char* take_param(py::handle value) {
     if (count == kMaxParams) return "more parameters than the kernels take";
     if (!PyFloat_Check(value.ptr()) && !PyLong_Check(value.ptr())) return "a parameter that is no number";
-    values[count++] = PyFloat_AsDouble(value.ptr());
-    if (PyErr_Occurred()) throw py::error_already_set();
+    values[count] = PyFloat_AsDouble(value.ptr());
+    if (values[count++] == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      return "a parameter beyond float64";
+    }
     return nullptr;
   }
 };

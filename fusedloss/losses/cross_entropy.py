@@ -173,13 +173,14 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     loss = _soft_cross_entropy if soft else _cross_entropy
-    # As in torch, a negative or NaN smoothing is 0.
-    smoothing = label_smoothing if label_smoothing > 0 else 0.0
+    # As in torch, a negative or NaN smoothing is 0; torch names what is no number.
+    if label_smoothing and isinstance(label_smoothing, float | int) and not label_smoothing > 0:
+        label_smoothing = 0.0
     if not (z_loss or softcap is not None or out_dtype or all_ignored != "nan" or return_lse):
         if grad_in_forward is None and not inplace:
-            return loss(input, target, weight, reduction, ignore_index, smoothing, 0.0, 0.0)
+            return loss(input, target, weight, reduction, ignore_index, label_smoothing, 0.0, 0.0)
         return loss(
-            input, target, weight, reduction, ignore_index, smoothing, 0.0, 0.0,
+            input, target, weight, reduction, ignore_index, label_smoothing, 0.0, 0.0,
             grad_in_forward=grad_in_forward, inplace=inplace,
         )  # fmt: skip
 
@@ -200,7 +201,7 @@ def cross_entropy(
         input = input.to(computed)
         weight = weight if weight is None else weight.to(computed)
     result = loss(
-        input, target, weight, reduction, ignore_index, smoothing, z_loss, cap,
+        input, target, weight, reduction, ignore_index, label_smoothing, z_loss, cap,
         wide=wide, second=return_lse, zero=all_ignored == "zero", grad_in_forward=grad_in_forward, inplace=inplace,
     )  # fmt: skip
     if out_dtype is None:

@@ -69,7 +69,12 @@ def one_call(chance: random.Random, name: str) -> tuple[list[Any], dict[str, Any
     params = [number(chance, *limits) for limits in known.traits.params]
     if chance.random() < 0.03:
         params = [*params, *[0.0] * 9]
-    middle = [chance.choice([-100, 0, 3])] if known.family == "softmax" else []
+    if chance.random() < 0.02:
+        params = [*params[:-1], chance.choice(["1", 10**400, None])]
+    indices = [-100, 0, 3, -100, 0, 3, -100, 0, 3, True, 1.5, 2**63, -(2**63) - 1]
+    middle = [chance.choice(indices)] if known.family == "softmax" else []
+    if "ignore_index" in options:
+        options["ignore_index"] = chance.choice(indices)
     return [tensor(chance, shape, dtype), target, weight, reduction, *middle, *params], options, chance.random() < 0.2
 
 
@@ -103,6 +108,9 @@ def test_both_statements_give_the_same_answer_in_the_same_words(name):
 X, P, Y = torch.randn(4, 3), torch.randn(4, 3).softmax(1), torch.tensor([0, 2, 1, 0])
 REJECTED = {
     "smoothing above 1": ("cross_entropy", (X, Y), {"label_smoothing": 2.0}),
+    "smoothing that is no number": ("cross_entropy", (X, Y), {"label_smoothing": "0.1"}),
+    "an ignore_index beyond 64 bits": ("nll_loss", (X, Y), {"ignore_index": 2**63}),
+    "an ignore_index that is a bool": ("cross_entropy", (X, Y), {"ignore_index": True}),
     "probabilities beside ignore_index": ("cross_entropy", (X, P), {"ignore_index": 1}),
     "targets of another batch": ("cross_entropy", (X, Y[:2]), {}),
     "a weight of another length": ("cross_entropy", (X, Y, torch.ones(4)), {}),
