@@ -1,5 +1,6 @@
 #include "common.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/StringUtil.h>
@@ -91,38 +92,14 @@ Tensor empty_gradient(const Tensor& like) {
   return gradient;
 }
 
-namespace {
-
-template <class F>
-auto with_type(at::ScalarType type, F f) {
-  switch (type) {
-    case at::kDouble:
-      return f(double());
-    case at::kFloat:
-      return f(float());
-    case at::kHalf:
-      return f(at::Half());
-    default:
-      return f(at::BFloat16());
-  }
-}
-
-}  // namespace
-
 double number_at(const Tensor& tensor, int64_t index) {
-  return with_type(tensor.scalar_type(),
-                   [&](auto type) { return double(tensor.const_data_ptr<decltype(type)>()[index]); });
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "number_at",
+                                         [&] { return double(tensor.const_data_ptr<scalar_t>()[index]); });
 }
 
 void set_number(const Tensor& tensor, int64_t index, double value) {
-  with_type(tensor.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      tensor.mutable_data_ptr<T>()[index] = T(float(value));
-    } else {
-      tensor.mutable_data_ptr<T>()[index] = T(value);
-    }
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "set_number",
+                                  [&] { tensor.mutable_data_ptr<scalar_t>()[index] = static_cast<scalar_t>(value); });
 }
 
 bool is_one_value(const Tensor& tensor) {
