@@ -4,27 +4,43 @@
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
+// Rows whose classes lie side by side, or of which only the target's logit is read.
 template <class S, class P, class Loss>
-SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin, int64_t end) {
-  using T = Accumulate<S>;
-  const bool rows = parts || by_rows<Loss>(args, kShortestRowForward);
+SoftmaxSums forward_by_rows(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin,
+                            int64_t end) {
   SoftmaxSums sums = {0, 0, -1};
-  Tile<T> tile;
-  Columns<S, P, Loss> columns(loss, args);
-  for (int64_t first = begin, stop; first < end; first = stop) {
-    stop = first + least(end - first, rows ? kTile : columns.rows_left(first));
-    tile.open(args, first, stop, args.second && Loss::second_of_ignored);
-    if (rows || !Loss::reads_row) tile.template read_logits<S>(loss, args);
+  Tile<Accumulate<S>> tile;
+  for (int64_t first = begin; first < end; first += kTile) {
+    tile.open(args, first, least(end, first + kTile), args.second && Loss::second_of_ignored);
+    tile.template read_logits<S>(loss, args);
     if constexpr (Loss::reads_row) {
-      if (parts) {
-        merge_parts<Loss>(tile, args, parts);
-      } else {
-        rows ? collect_by_rows<S, P>(loss, tile, args) : columns.collect(tile);
-      }
+      parts ? merge_parts<Loss>(tile, args, parts) : collect_by_rows<S, P>(loss, tile, args);
     }
-    add(sums, finish<S>(loss, tile, args));
+    add(sums, finish(loss, tile, args));
   }
   return sums;
+}
+
+template <class S, class P, class Loss>
+SoftmaxSums forward_by_columns(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
+  SoftmaxSums sums = {0, 0, -1};
+  Tile<Accumulate<S>> tile;
+  Columns<S, P, Loss> columns(loss, args);
+  for (int64_t first = begin, stop; first < end; first = stop) {
+    stop = first + least(end - first, columns.rows_left(first));
+    tile.open(args, first, stop, args.second && Loss::second_of_ignored);
+    columns.collect(tile);
+    add(sums, finish(loss, tile, args));
+  }
+  return sums;
+}
+
+template <class S, class P, class Loss>
+SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin, int64_t end) {
+  if constexpr (Loss::reads_row) {
+    if (!parts && !by_rows<Loss>(args, kShortestRowForward)) return forward_by_columns<S, P>(loss, args, begin, end);
+  }
+  return forward_by_rows<S, P>(loss, args, parts, begin, end);
 }
 
 // A tile's worth of comparisons at a time, without a branch in between.

@@ -237,19 +237,41 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
   }
 }
 
+// Rows that lie inner_stride apart; bytes of zero are the number in every type.
+template <class S>
+void write_zeros(const SoftmaxLayout& layout, S* grad, int64_t rows) {
+  if (layout.class_stride == 1) {
+    for (int64_t j = 0; j < rows; ++j) std::memset(grad + j * layout.inner_stride, 0, layout.classes * sizeof(S));
+    return;
+  }
+  for (int64_t c = 0; c < layout.classes; ++c) {
+    S* column = grad + c * layout.class_stride;
+    if (layout.inner_stride == 1) {
+      std::memset(column, 0, rows * sizeof(S));
+    } else {
+      for (int64_t j = 0; j < rows; ++j) column[j * layout.inner_stride] = store<S>(Accumulate<S>(0));
+    }
+  }
+}
+
 // A loss that reads only the target's logit has zero gradient in all other columns.
 template <class S, class Loss, class T>
 void write_targets(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args) {
   const SoftmaxLayout& layout = args.grad_layout;
   RowOffsets offsets(layout, tile.row);
   T upstream[kTile];
-  read_upstream<S>(args.upstream, args.upstream_stride, args.wide, tile.row, tile.count, T(1), upstream);
-  for (int64_t j = 0; j < tile.count; ++j) {
-    S* grad = static_cast<S*>(args.grad) + offsets.next();
-    for (int64_t c = 0; c < layout.classes; ++c) grad[c * layout.class_stride] = store<S>(T(0));
-    if (tile.y[j] < 0) continue;
-    grad[tile.y[j] * layout.class_stride] =
-        store<S>(loss.gradient(tile.weight[j], T(double(upstream[j]) * args.scale)));
+  read_upstream(args, args.upstream, args.upstream_stride, tile.row, tile.count, T(1), upstream);
+  for (int64_t first = 0; first < tile.count;) {
+    const auto [offset, rows] = offsets.next(tile.count - first);
+    S* grad = static_cast<S*>(args.grad) + offset;
+    write_zeros(layout, grad, rows);
+    for (int64_t j = 0; j < rows; ++j) {
+      const int64_t i = first + j;
+      if (tile.y[i] < 0) continue;
+      grad[j * layout.inner_stride + tile.y[i] * layout.class_stride] =
+          store<S>(loss.gradient(tile.weight[i], T(double(upstream[i]) * args.scale)));
+    }
+    first += rows;
   }
 }
 

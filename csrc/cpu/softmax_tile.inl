@@ -42,30 +42,33 @@ auto with_targets(const SoftmaxArgs& args, F f) {
   return args.byte_target ? f(static_cast<const uint8_t*>(args.target)) : f(static_cast<const int64_t*>(args.target));
 }
 
-// Reads the upstream gradients of `count` rows: of dtype or of its arithmetic type, one for all rows or one each. Where
-// there is none, `otherwise` takes its place.
-template <class S>
-void read_upstream(const void* upstream, int64_t stride, bool wide, int64_t row, int64_t count, Accumulate<S> otherwise,
-                   Accumulate<S>* to) {
-  using T = Accumulate<S>;
-  const auto value = [&](int64_t j) {
-    const int64_t i = (row + j) * stride;
-    return wide ? static_cast<const T*>(upstream)[i] : T(load(static_cast<const S*>(upstream)[i]));
-  };
-  const bool one = !upstream || stride == 0;
-  const T of_all = upstream ? value(0) : otherwise;
-  for (int64_t j = 0; j < count; ++j) to[j] = one ? of_all : value(j);
+// Calls f with a value of the type of results and upstream gradients: dtype, or where `wide` its arithmetic type T.
+template <class T, class F>
+void with_result_type(const SoftmaxArgs& args, F f) {
+  if (args.wide) return f(T());
+  with_storage(args.dtype, [&](auto storage) {
+    if constexpr (std::is_same_v<Accumulate<decltype(storage)>, T>) f(storage);
+  });
 }
 
-template <class S>
-void store_results(void* to, bool wide, int64_t first, const Accumulate<S>* from, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) {
-    if (wide) {
-      static_cast<Accumulate<S>*>(to)[first + j] = from[j];
-    } else {
-      static_cast<S*>(to)[first + j] = store<S>(from[j]);
-    }
-  }
+// Reads the upstream gradients of `count` rows, one for all or one each; `otherwise` where there is none.
+template <class T>
+void read_upstream(const SoftmaxArgs& args, const void* upstream, int64_t stride, int64_t row, int64_t count,
+                   T otherwise, T* to) {
+  with_result_type<T>(args, [&](auto type) {
+    const auto* values = static_cast<const decltype(type)*>(upstream);
+    const bool one = !upstream || stride == 0;
+    const T of_all = upstream ? T(load(values[row * stride])) : otherwise;
+    for (int64_t j = 0; j < count; ++j) to[j] = one ? of_all : T(load(values[(row + j) * stride]));
+  });
+}
+
+template <class T>
+void store_results(const SoftmaxArgs& args, void* to, int64_t first, const T* from, int64_t count) {
+  with_result_type<T>(args, [&](auto type) {
+    using Result = decltype(type);
+    for (int64_t j = 0; j < count; ++j) static_cast<Result*>(to)[first + j] = store<Result>(from[j]);
+  });
 }
 
 // Neighbouring rows, padded to whole vectors with rows that count nowhere. y is -1 where there is no target: in ignored
@@ -166,9 +169,8 @@ inline void add(SoftmaxSums& to, const SoftmaxSums& from) {
 }
 
 // Finishes a tile: writes losses and statistics, returns the sums.
-template <class S, class Loss>
-SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args) {
-  using T = Accumulate<S>;
+template <class T, class Loss>
+SoftmaxSums finish(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args) {
   T losses[kTile], second[kTile], loss_lanes[kLanes] = {}, weight_lanes[kLanes] = {};
   const T all_active = T(tile.all_active);
   for (int64_t j = 0; j < tile.padded; j += kLanes) {
@@ -188,9 +190,9 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
       weight_lanes[lane] += tile.counts[i] * weight_in_mean<Loss>(tile.weight[i]);
     }
   }
-  if (args.losses) store_results<S>(args.losses, args.wide, tile.row, losses, tile.count);
+  if (args.losses) store_results(args, args.losses, tile.row, losses, tile.count);
   if constexpr (Loss::reads_row) {
-    if (args.second) store_results<S>(args.second, args.wide, tile.row, second, tile.count);
+    if (args.second) store_results(args, args.second, tile.row, second, tile.count);
     T* saved = static_cast<T*>(args.statistics) + tile.row;
     const int64_t rows = args.logits_layout.rows;
     for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
@@ -203,14 +205,11 @@ SoftmaxSums finish(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArg
 }
 
 // Turns a tile's statistics into the coefficients of its gradient, and its max into that over all columns.
-template <class S, class Loss>
-void coefficients(const Loss& loss, Tile<Accumulate<S>>& tile, const SoftmaxArgs& args,
-                  Gradients<Accumulate<S>>& gradients) {
-  using T = Accumulate<S>;
+template <class T, class Loss>
+void coefficients(const Loss& loss, Tile<T>& tile, const SoftmaxArgs& args, Gradients<T>& gradients) {
   T upstream[kTile], upstream_second[kTile];
-  read_upstream<S>(args.upstream, args.upstream_stride, args.wide, tile.row, tile.count, T(1), upstream);
-  read_upstream<S>(args.upstream_second, args.upstream_second_stride, args.wide, tile.row, tile.count, T(0),
-                   upstream_second);
+  read_upstream(args, args.upstream, args.upstream_stride, tile.row, tile.count, T(1), upstream);
+  read_upstream(args, args.upstream_second, args.upstream_second_stride, tile.row, tile.count, T(0), upstream_second);
   for (int64_t j = 0; j < tile.count; ++j) {
     upstream[j] = select(tile.counts[j] == T(0), T(0), T(double(upstream[j]) * args.scale));
   }

@@ -61,8 +61,8 @@ SoftmaxSums with_grad_by_rows(const Loss& loss, const SoftmaxArgs& args, int64_t
         tile.set(j, {0, 0, 0, 0});
       }
     }
-    add(sums, finish<S>(loss, tile, args));
-    coefficients<S>(loss, tile, args, gradients);
+    add(sums, finish(loss, tile, args));
+    coefficients(loss, tile, args, gradients);
     for (int64_t j = 0; j < tile.count; ++j) {
       S* grad = static_cast<S*>(args.grad) + offsets.next();
       if (tile.active(j)) {
@@ -89,9 +89,9 @@ SoftmaxSums with_grad_by_columns(const Loss& loss, const SoftmaxArgs& args, int6
     tile.open(args, first, stop, false);
     for (int64_t j = 0; j < tile.padded; ++j) tile.slope[j] = T(1);
     columns.template collect<true>(tile);
-    add(sums, finish<S>(loss, tile, args));
+    add(sums, finish(loss, tile, args));
     for (int64_t j = 0; j < tile.padded; ++j) max[j] = tile.max[j];
-    coefficients<S>(loss, tile, args, gradients);
+    coefficients(loss, tile, args, gradients);
     for (int64_t j = 0; j < tile.padded; ++j) gradients.exponential_coefficient[j] *= exp(max[j] - tile.max[j]);
     columns.write_kept(tile, gradients);
   }

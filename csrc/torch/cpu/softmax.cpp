@@ -122,7 +122,8 @@ struct CpuSoftmax {
 
   static SoftmaxSums of_chunks(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
     const CpuKernels& kernels = cpu_kernels();
-    return sum_chunks(args.logits_layout, args.logits_layout.classes, [&](int64_t begin, int64_t end) {
+    const int64_t work = loss.traits.reads_row ? args.logits_layout.classes : 1;
+    return sum_chunks(args.logits_layout, work, [&](int64_t begin, int64_t end) {
       SoftmaxSums sums = {0, 0, -1};
       if (args.grad && kernels.softmax_with_grad(loss.kernel(), args, begin, end, scratch_for(args), &sums))
         return sums;
