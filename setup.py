@@ -74,11 +74,11 @@ def files_in(*folders):
 
 
 def joined(sources):
-    """The files of csrc/torch in a unit for each family: three quarters of a file's 20 seconds are torch's headers."""
+    """The files of csrc/torch in two units, one for each core: most of a file's 20 seconds are torch's headers."""
     units = {}
     for source in sources:
-        family = re.match("pointwise|softmax|", source.name)[0] or "common"
-        units.setdefault(HERE / "build" / "torch" / f"{family}.cpp", []).append(source)
+        unit = "pointwise" if source.name.startswith("pointwise") else "others"
+        units.setdefault(HERE / "build" / "torch" / f"{unit}.cpp", []).append(source)
     for unit, members in units.items():
         text = "".join(f'#include "{os.path.relpath(member, unit.parent)}"\n' for member in members)
         unit.parent.mkdir(parents=True, exist_ok=True)
