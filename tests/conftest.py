@@ -15,10 +15,10 @@ import hypothesis
 import pytest
 import selection
 import torch
+from compiler import ROOT
 from filelock import FileLock
 from losses import ON_GPU
 from marks import UNDER_A_MODE
-from plant import ROOT
 
 import fusedloss
 
@@ -106,7 +106,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def once() -> Callable[[str, Callable[[Path], None]], Path]:
     """`once(name, make)`: a folder that `make` filled, in this run or an earlier one; other workers wait for it.
 
-    The name must change with everything that `make` reads: plant.fingerprint().
+    The name must change with everything that `make` reads: compiler.fingerprint().
     """
 
     def folder(name: str, make: Callable[[Path], None]) -> Path:

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
+from compiler import COMPILER
 from losses import extension
-from plant import COMPILER
 
 needs_extension = pytest.mark.skipif(
     extension is None, reason="no extension here; contract/test_fallback.py covers the native path"

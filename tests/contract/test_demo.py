@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from plant import ROOT
+from compiler import ROOT
 
 
 @pytest.mark.deep("the demo, a few steps of it; what it shows is in the other tests", minutes=1)

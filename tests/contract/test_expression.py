@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plant import COMPILER, CSRC, fingerprint
+from compiler import COMPILER, CSRC, fingerprint
 from torch import Tensor
 
 from fusedloss.custom._derivative import derivative

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import torch
+from compiler import ROOT
 from marks import needs_extension
-from plant import ROOT
 
 from fusedloss.__main__ import devices, rows
 

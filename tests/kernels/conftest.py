@@ -3,15 +3,16 @@
 import ctypes
 from pathlib import Path
 
+import compiler
 import executor
 import plant
 import pytest
-from plant import CSRC, fingerprint
+from compiler import CSRC, fingerprint
 
 
 @pytest.fixture(scope="session")
 def kernels(once) -> ctypes.CDLL:
-    # The tools too: one says what is built, the other edits the sources.
-    tools = [Path(executor.__file__), Path(plant.__file__)]
+    # The tools too, which say what is built and edit the sources.
+    tools = [Path(tool.__file__ or "") for tool in (executor, compiler, plant)]
     name = fingerprint(" ".join(executor.FLAGS), CSRC, executor.HERE, *tools)
     return executor.loaded(once(f"cuda_on_cpu-{name}", executor.build))

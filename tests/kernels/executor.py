@@ -11,8 +11,9 @@ from pathlib import Path
 
 import losses
 import torch
+from compiler import COMPILER, CSRC, WITHOUT_PRELOAD, precompiled
 from losses import number
-from plant import COMPILER, CSRC, keep_one_loss, keep_one_of_each_driver, keep_one_type
+from plant import keep_one_loss, keep_one_of_each_driver, keep_one_type
 from torch import Tensor
 
 LIBRARY = "cuda_on_cpu.so"
@@ -33,9 +34,7 @@ SANITIZED = bool(os.environ.get("FUSEDLOSS_SANITIZED_KERNELS"))
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Under sanitizers -O1 compiles for nearly three times as long, which its faster runs do not make up for.
 FLAGS += ["-O0", *SANITIZERS] if SANITIZED else ["-O1"]
-DTYPES = losses.DTYPES[:-1] if SANITIZED else losses.DTYPES  # see keep_one_of_each_driver
-# The sanitizers' runtime is preloaded for the kernels: a compiler runs for half as long again with it.
-WITHOUT_PRELOAD = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+DTYPES = [torch.float32, torch.bfloat16] if SANITIZED else losses.DTYPES  # see keep_one_of_each_driver
 
 
 def build(folder: Path, source: Path = CSRC, only: str = "", flags: Sequence[str] = ()) -> None:
@@ -47,6 +46,8 @@ def build(folder: Path, source: Path = CSRC, only: str = "", flags: Sequence[str
     if SANITIZED:
         source = Path(shutil.copytree(source, folder / "csrc", dirs_exist_ok=True))
         keep_one_of_each_driver(source)
+    if not only:
+        compiler += header(folder)
 
     def compile(file: Path) -> Path:
         to = folder / f"{file.stem}.o"
@@ -58,21 +59,19 @@ def build(folder: Path, source: Path = CSRC, only: str = "", flags: Sequence[str
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         if not (only or SANITIZED):
-            pool.submit(precompile, folder)
+            pool.submit(header, folder, *UNOPTIMISED)
         objects = list(pool.map(compile, [*sorted((source / "cuda").glob("*.cu")), HERE / "driver.cpp"]))
     command = [*compiler, "-shared", *map(str, objects), "-o", str(folder / LIBRARY)]
     subprocess.run(command, check=True, env=WITHOUT_PRELOAD)
 
 
-PRECOMPILED = "executor_unoptimised.h"
+def header(folder: Path, *flags: str) -> list[str]:
+    """The flags that read the executor's header as the compiler keeps it, for these flags beside its own."""
+    name = folder / f"executor{''.join(flags)}.h"
+    return precompiled(name, "#include <cuda_on_cpu.h>\n", [*FLAGS, *flags, f"-I{HERE}"])
 
 
-def precompile(folder: Path) -> None:
-    """The executor's header for rebuilt(), which spends half of its time on it otherwise."""
-    header = folder / PRECOMPILED
-    header.write_text("#include <cuda_on_cpu.h>\n")
-    command = [*COMPILER.split(), *FLAGS, "-O0", "-x", "c++-header", f"-I{HERE}", str(header), "-o", f"{header}.gch"]
-    subprocess.run(command, check=True, env=WITHOUT_PRELOAD)
+UNOPTIMISED = ("-O0",)  # as rebuilt() compiles
 
 
 def loaded(folder: Path) -> ctypes.CDLL:
@@ -93,7 +92,7 @@ def rebuilt(kernels: ctypes.CDLL, source: Path, only: str, **one_loss: str) -> c
     folder, built = source.parent, Path(kernels._name).parent
     for compiled in built.glob("*.o"):
         shutil.copy(compiled, folder)
-    build(folder, source, only, ["-O0", "-include", str(built / PRECOMPILED)])
+    build(folder, source, only, [*UNOPTIMISED, *header(built, *UNOPTIMISED)])
     return loaded(folder)
 
 
@@ -305,7 +304,7 @@ def run_scale(kernels: ctypes.CDLL, data: Tensor, factor: Tensor) -> None:
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 WIDTH = {torch.float64: 2, torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}  # elements of a vector of 16 bytes
-IN_FORWARD = [torch.float32, torch.float64, torch.bfloat16]  # fp16 never makes its gradient in forward
+IN_FORWARD = [dtype for dtype in DTYPES if dtype != torch.float16]  # which never makes its gradient in forward
 
 
 def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import CSRC
 from executor import DTYPES, GRAD, SANITIZED, SUM, WIDTH, Guarded, assert_close, filled, pretend, rebuilt, run_indexed
 from executor import LOSSES as LOSSES_OF_EACH
 from losses import NATIVE
 from marks import needs_compiler, needs_extension
-from plant import CSRC, planted
+from plant import planted
 from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]

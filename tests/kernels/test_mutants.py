@@ -13,6 +13,7 @@ import index_calls
 import pytest
 import torch
 import torch.nn.functional as F
+from compiler import COMPILER, CSRC, fingerprint, precompiled
 from losses import (
     CROSS_ENTROPY,
     FOCAL_WITHOUT_FOCUS,
@@ -24,7 +25,7 @@ from losses import (
     traits,
 )
 from marks import needs_compiler, needs_extension
-from plant import COMPILER, CSRC, keep_one_loss, keep_one_type, planted
+from plant import keep_one_loss, keep_one_type, planted
 from torch import Tensor
 
 pytestmark = needs_extension
@@ -146,16 +147,31 @@ MUTANTS = {
 }
 
 
-def build(folder: Path, loss: str, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
+FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+STANDARD = ("cfloat", "cmath", "cstdint", "cstring", "type_traits", "vector")
+
+
+@pytest.fixture(scope="session")
+def standard_headers(once) -> list[str]:
+    """A third of what a mutant takes to compile."""
+    includes = "".join(f"#include <{name}>\n" for name in STANDARD)
+    folder = once(
+        f"standard-{fingerprint(includes + ' '.join(FLAGS))}",
+        lambda to: precompiled(to / "standard.h", includes, FLAGS),
+    )
+    return precompiled(folder / "standard.h", includes, FLAGS)
+
+
+def build(folder: Path, headers: list[str], loss: str, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     source = planted(folder, *edit) if edit else Path(shutil.copytree(CSRC, folder / "csrc"))
     # One storage type and one loss.
     keep_one_type(source, "double")
     family = "softmax" if any(each.op == loss for each in SOFTMAX) else "pointwise"
     keep_one_loss(source, family, loss)
     library = folder / "kernels.so"
-    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
     driver = Path(__file__).with_name(f"{family}_driver.cpp")
-    subprocess.run([*COMPILER.split(), *flags, f"-I{source}", str(driver), "-o", str(library)], check=True)
+    command = [*COMPILER.split(), *FLAGS, *headers, "-shared", f"-I{source}", str(driver), "-o", str(library)]
+    subprocess.run(command, check=True)
     kernels = ctypes.CDLL(str(library))
     for function in ("run_softmax",) if family == "softmax" else ("run_pointwise", "run_indexed"):
         getattr(kernels, function).restype = ctypes.c_double
@@ -274,12 +290,12 @@ def agrees_with_class_indices(kernels: ctypes.CDLL) -> bool:
 @needs_compiler
 @pytest.mark.deep("mutants of the formulas and drivers, which must fail; the kernels as they are were compared")
 @pytest.mark.parametrize("loss", MUTANTS)
-def test_the_kernels_as_they_are_agree(loss, tmp_path):
-    assert agrees_with_native(build(tmp_path, loss, None), loss)
+def test_the_kernels_as_they_are_agree(loss, tmp_path, standard_headers):
+    assert agrees_with_native(build(tmp_path, standard_headers, loss, None), loss)
 
 
 @needs_compiler
 @pytest.mark.deep("mutants of the formulas and drivers, which must fail; the kernels as they are were compared")
 @pytest.mark.parametrize(("loss", "mutant"), [(loss, mutant) for loss, some in MUTANTS.items() for mutant in some])
-def test_a_mutant_is_caught(loss, mutant, tmp_path):
-    assert not agrees_with_native(build(tmp_path, loss, MUTANTS[loss][mutant]), loss)
+def test_a_mutant_is_caught(loss, mutant, tmp_path, standard_headers):
+    assert not agrees_with_native(build(tmp_path, standard_headers, loss, MUTANTS[loss][mutant]), loss)

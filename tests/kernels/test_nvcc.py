@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nvcc
 import pytest
-from plant import CSRC, fingerprint
+from compiler import CSRC, fingerprint
 
 from fusedloss import custom
 from fusedloss.custom import _build

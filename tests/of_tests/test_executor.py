@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compiler import COMPILER, fingerprint
 from marks import needs_compiler
-from plant import COMPILER, fingerprint
 
 SOURCE = Path(__file__).with_name("planted.cpp")
 EXECUTOR = SOURCE.parent.parent / "kernels" / "cuda_on_cpu"

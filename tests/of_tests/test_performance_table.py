@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from plant import ROOT
+from compiler import ROOT
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
