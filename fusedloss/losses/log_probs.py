@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _route, _torchs
-from .._dtypes import HALVES, in_float
+from .._dtypes import HALVES, in_float, widened
 from ._rows import class_dim, class_index, reduced
 
 __all__ = ["log_probs"]
@@ -23,7 +23,7 @@ def _log_probs(
     log_p = x.log_softmax(dim)
     target = class_index(target)
     picked = -_torchs.nll_loss(log_p.contiguous(), target, ignore_index=ignore_index, reduction="none")
-    dtype = x.dtype if wide else logits.dtype
+    dtype = x.dtype if widened(logits, wide) else logits.dtype
     value = reduced(picked, (target != ignore_index).sum(), reduction, zero).to(dtype)
     if not second:
         return value

@@ -1,0 +1,62 @@
+"""A cell: a loss with a reduction in a situation, run beside plain PyTorch."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from losses import ONE_OF_EACH, REDUCTIONS, loss_named
+from situations import SITUATIONS
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+PATHS = ("fused", "native", "refused")
+Cell = tuple[str, str, str]  # situation, loss, reduction
+CELLS: list[Cell] = [
+    (situation, loss.name, reduction) for situation in SITUATIONS for loss in ONE_OF_EACH for reduction in REDUCTIONS
+]
+
+
+def path_of(cell: Cell) -> str:
+    """Which path the call takes; compares what it gives or raises with what plain PyTorch does."""
+    situation, name, reduction = cell
+    loss = loss_named(name)
+    input, target = loss.data((6, 5), torch.float32, seed=2)
+
+    def run(function: Callable[..., Tensor]) -> Any:
+        torch.manual_seed(0)
+        call = functools.partial(_call, function, reduction)
+        try:
+            return list(_tensors(SITUATIONS[situation](call, input.clone(), target.clone())))
+        except Exception as error:
+            return error
+
+    ours, fused = _watched(lambda: run(loss.fused))
+    torchs = run(loss.native)
+    if isinstance(torchs, Exception):
+        assert type(ours) is type(torchs), f"expected {torchs!r} as from torch, got {ours!r}"
+        return "refused"
+    if isinstance(ours, Exception):
+        raise ours
+    in_half = "autocast" in situation
+    torch.testing.assert_close(ours, torchs, rtol=2e-2 if in_half else 1e-4, atol=1e-2 if in_half else 1e-5)
+    return "fused" if fused else "native"
+
+
+def _call(function: Callable[..., Tensor], reduction: str, input: Tensor, target: Tensor) -> Tensor:
+    return function(input, target, reduction)
+
+
+def _watched(run: Callable[[], Any]) -> tuple[Any, bool]:
+    """What it returns, and whether an operator of the package ran."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        result = run()
+    return result, any(event.name().startswith("fusedloss::") for event in profiled.profiler.kineto_results.events())
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for each in result:
+            yield from _tensors(each)
