@@ -132,6 +132,11 @@ def tell_native(reason: str) -> None:
         raise Path(f"native: {reason}")
 
 
+def overrides_apply() -> bool:
+    """Whether a ``__torch_function__`` that was found may be called: torch.compile finds disabled ones too."""
+    return not is_compiling() or torch._C._is_torch_function_enabled()
+
+
 def _defaults(formula: Formula) -> tuple[float, ...]:
     return tuple(
         parameter.default

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from ._elementwise import INDEX_DTYPES, check_broadcasts
@@ -77,6 +78,11 @@ def binary_cross_entropy(
             [0.6931, 0.2231],
             [0.0000, 0.0000]])
     """
+    if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+        return handle_torch_function(
+            binary_cross_entropy, (input, target, weight), input, target, weight=weight,
+            size_average=size_average, reduce=reduce, reduction=reduction, ignore_index=ignore_index,
+        )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if ignore_index is None:
@@ -135,6 +141,12 @@ def binary_cross_entropy_with_logits(
             [0.6931, 0.3133],
             [0.0000, 0.0000]])
     """
+    if has_torch_function_variadic(input, target, weight, pos_weight) and _route.overrides_apply():
+        return handle_torch_function(
+            binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target, weight=weight,
+            size_average=size_average, reduce=reduce, reduction=reduction, pos_weight=pos_weight,
+            ignore_index=ignore_index,
+        )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     loss = _binary_cross_entropy_with_logits

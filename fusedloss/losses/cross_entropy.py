@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
@@ -169,6 +170,13 @@ def cross_entropy(
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, -100]))
     tensor(0.1269)
     """
+    if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+        return handle_torch_function(
+            cross_entropy, (input, target, weight), input, target, weight=weight,
+            size_average=size_average, ignore_index=ignore_index, reduce=reduce, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, out_dtype=out_dtype,
+            all_ignored=all_ignored, return_lse=return_lse, grad_in_forward=grad_in_forward, inplace=inplace,
+        )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     soft = isinstance(target, Tensor) and target.is_floating_point()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
@@ -107,6 +108,11 @@ def mse_loss(
     >>> mse_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
     tensor(4.6250)
     """
+    if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+        return handle_torch_function(
+            mse_loss, (input, target, weight), input, target,
+            size_average=size_average, reduce=reduce, reduction=reduction, weight=weight,
+        )  # fmt: skip
     reduction = _prepared(input, target, size_average, reduce, reduction)
     return _weighted_mean(_mse, _torchs.mse_loss, input, target, weight, reduction)
 
@@ -128,6 +134,11 @@ def l1_loss(
     >>> l1_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
     tensor(1.7500)
     """
+    if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+        return handle_torch_function(
+            l1_loss, (input, target, weight), input, target,
+            size_average=size_average, reduce=reduce, reduction=reduction, weight=weight,
+        )  # fmt: skip
     reduction = _prepared(input, target, size_average, reduce, reduction)
     return _weighted_mean(_l1, _torchs.l1_loss, input, target, weight, reduction)
 
@@ -158,6 +169,11 @@ def smooth_l1_loss(
     >>> smooth_l1_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
     tensor(1.3125)
     """
+    if has_torch_function_variadic(input, target) and _route.overrides_apply():
+        return handle_torch_function(
+            smooth_l1_loss, (input, target), input, target,
+            size_average=size_average, reduce=reduce, reduction=reduction, beta=beta,
+        )  # fmt: skip
     reduction = _prepared(input, target, size_average, reduce, reduction)
     if beta == 0.0:
         return _l1(input, target, None, reduction)
@@ -186,6 +202,10 @@ def huber_loss(
     >>> huber_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0]))
     tensor(1.3125)
     """
+    if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+        return handle_torch_function(
+            huber_loss, (input, target, weight), input, target, reduction=reduction, delta=delta, weight=weight
+        )
     warn_of_broadcasting(input, target)
     if weight is not None:
         _check_weight(input, target, weight)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
@@ -89,6 +90,11 @@ def focal_loss(
     >>> focal_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
     tensor(0.0018)
     """
+    if has_torch_function_variadic(input, target, alpha) and _route.overrides_apply():
+        return handle_torch_function(
+            focal_loss, (input, target, alpha), input, target, alpha=alpha, gamma=gamma,
+            ignore_index=ignore_index, reduction=reduction,
+        )  # fmt: skip
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if reduction not in _route.REDUCTIONS:

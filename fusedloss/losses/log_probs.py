@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
@@ -89,6 +90,11 @@ def log_probs(
     >>> log_probs(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), return_entropy=True)
     (tensor([-0.1269]), tensor([0.3653]))
     """
+    if has_torch_function_variadic(logits, target) and _route.overrides_apply():
+        return handle_torch_function(
+            log_probs, (logits, target), logits, target,
+            temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
+        )  # fmt: skip
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     return _log_probs(

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route
 from .._dtypes import in_float, widened
@@ -96,6 +97,11 @@ def sigmoid_focal_loss(
             [0.1300, 0.1300],
             [0.0000, 0.0000]])
     """
+    if has_torch_function_variadic(inputs, targets, weight, normalizer) and _route.overrides_apply():
+        return handle_torch_function(
+            sigmoid_focal_loss, (inputs, targets, weight, normalizer), inputs, targets, alpha=alpha, gamma=gamma,
+            reduction=reduction, weight=weight, ignore_index=ignore_index, normalizer=normalizer,
+        )  # fmt: skip
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if reduction not in _route.REDUCTIONS:
