@@ -1,6 +1,6 @@
 """Losses of the difference x - t: MSE, L1, smooth L1 and Huber."""
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,34 +14,47 @@ from ._elementwise import broadcast, reduced, warn_of_broadcasting
 __all__ = ["huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss"]
 
 
-def _times_weight(
-    torchs: _route.Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, **param: Any
-) -> Tensor:
-    """The native formula of all four: torch's own loss, times the weight."""
-    input, target = broadcast(input, target)
-    if weight is None:
-        return torchs(input, target, reduction=reduction, **param)
-    return reduced(torchs(input, target, reduction="none", **param) * weight, reduction)
+# What torch computes beside a weight, step by step: also of dtypes that its mse_loss and l1_loss do not take.
+def _squared(input: Tensor, target: Tensor) -> Tensor:
+    return torch.pow(input - target, 2)
+
+
+def _absolute(input: Tensor, target: Tensor) -> Tensor:
+    return torch.abs(input - target)
+
+
+def _weighted(errors: _route.Formula, input: Tensor, target: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    return reduced(errors(*broadcast(input, target)) * weight, reduction)
 
 
 @_route.pointwise("mse")
 def _mse(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    return _times_weight(_torchs.mse_loss, input, target, weight, reduction)
+    if weight is not None:
+        return _weighted(_squared, input, target, weight, reduction)
+    return _torchs.mse_loss(*broadcast(input, target), reduction=reduction)
 
 
 @_route.pointwise("l1")
 def _l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    return _times_weight(_torchs.l1_loss, input, target, weight, reduction)
+    if weight is not None:
+        return _weighted(_absolute, input, target, weight, reduction)
+    return _torchs.l1_loss(*broadcast(input, target), reduction=reduction)
 
 
 @_route.pointwise("smooth_l1")
 def _smooth_l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, beta: float = 1.0) -> Tensor:
-    return _times_weight(_torchs.smooth_l1_loss, input, target, weight, reduction, beta=beta)
+    if weight is not None:
+        errors = partial(_torchs.smooth_l1_loss, reduction="none", beta=beta)
+        return _weighted(errors, input, target, weight, reduction)
+    return _torchs.smooth_l1_loss(*broadcast(input, target), reduction=reduction, beta=beta)
 
 
 @_route.pointwise("huber")
 def _huber(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, delta: float = 1.0) -> Tensor:
-    return _times_weight(_torchs.huber_loss, input, target, weight, reduction, delta=delta)
+    if weight is not None:
+        errors = partial(_torchs.huber_loss, reduction="none", delta=delta)
+        return _weighted(errors, input, target, weight, reduction)
+    return _torchs.huber_loss(*broadcast(input, target), reduction=reduction, delta=delta)
 
 
 def _prepared(
@@ -61,16 +74,18 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
 
 
 def _weighted_mean(
-    loss: _route.Formula, torchs: _route.Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
+    loss: _route.Formula, errors: _route.Formula, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> Tensor:
     """A loss whose mean divides by the sum of the weights."""
     if weight is None:
         return loss(input, target, None, reduction)
     _check_weight(input, target, weight)
+    kind = "sum" if reduction == "mean" else reduction
     if input.dtype in HALVES and widened(input):
         # Autocast widens some of torch's steps and not others, and only torch knows the dtype that comes out.
         _route.tell_native("a weight under autocast")
-        return torchs(*broadcast(input, target), reduction=reduction, weight=weight)
+        losses = _weighted(errors, input, target, weight, kind)
+        return losses / weight.sum() if reduction == "mean" else losses
     if reduction != "mean":
         return loss(input, target, weight, reduction)
     dtype = torch.promote_types(torch.promote_types(input.dtype, target.dtype), weight.dtype)
@@ -78,7 +93,8 @@ def _weighted_mean(
     wide = in_float(weight)
     if target.dim() and not wide.dim():
         wide = wide.reshape(1)  # without a dimension, its dtype would give way to that of half-precision losses
-    return (loss(input, target, wide, "sum") / wide.sum()).to(dtype)
+    mean = loss(input, target, wide, kind) / wide.sum()
+    return mean.to(dtype) if dtype.is_floating_point else mean
 
 
 def mse_loss(
@@ -114,7 +130,7 @@ def mse_loss(
             size_average=size_average, reduce=reduce, reduction=reduction, weight=weight,
         )  # fmt: skip
     reduction = _prepared(input, target, size_average, reduce, reduction)
-    return _weighted_mean(_mse, _torchs.mse_loss, input, target, weight, reduction)
+    return _weighted_mean(_mse, _squared, input, target, weight, reduction)
 
 
 def l1_loss(
@@ -140,7 +156,7 @@ def l1_loss(
             size_average=size_average, reduce=reduce, reduction=reduction, weight=weight,
         )  # fmt: skip
     reduction = _prepared(input, target, size_average, reduce, reduction)
-    return _weighted_mean(_l1, _torchs.l1_loss, input, target, weight, reduction)
+    return _weighted_mean(_l1, _absolute, input, target, weight, reduction)
 
 
 def smooth_l1_loss(
