@@ -1,6 +1,7 @@
 """The losses as modules: subclasses of torch.nn's where it has them, with ``forward`` replaced."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import deprecated  # torch depends on it
 
 from . import functional
+from .losses._numbers import NUMBERS, checked, factors_of_classes
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -249,11 +251,19 @@ def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
     return native
 
 
+def _focusing(module: str, gamma: float) -> float:
+    if not isinstance(gamma, NUMBERS):
+        gamma = checked(module, "gamma", gamma)
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    return gamma
+
+
 class FocalLoss(nn.Module):
     """Softmax focal loss; see :func:`fusedloss.functional.focal_loss`.
 
     Args:
-        alpha: None, one factor, or C class weights; a tensor becomes the buffer ``alpha``.
+        alpha: None, one factor, or C class weights: a tensor, list or tuple, which becomes the buffer ``alpha``.
         gamma: focusing exponent, at least 0.
         ignore_index: class indices of this value count nowhere and get no gradient.
         reduction: ``"mean"`` (over targets not ignored), ``"sum"`` or ``"none"``.
@@ -264,18 +274,19 @@ class FocalLoss(nn.Module):
 
     def __init__(
         self,
-        alpha: float | Tensor | None = None,
+        alpha: float | Sequence[float] | Tensor | None = None,
         gamma: float = 2.0,
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        if not gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
+        gamma = _focusing("FocalLoss", gamma)
+        if isinstance(alpha, list | tuple):
+            alpha = factors_of_classes("FocalLoss", "alpha", alpha, dtype=torch.get_default_dtype())
         if isinstance(alpha, Tensor):
             self.register_buffer("alpha", alpha)
         else:
-            self.alpha = alpha
+            self.alpha = alpha if alpha is None else checked("FocalLoss", "alpha", alpha)
         self.gamma = gamma
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -318,9 +329,8 @@ class SigmoidFocalLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        if not gamma >= 0:
-            raise ValueError(f"gamma must be at least 0, got {gamma}")
-        self.alpha = alpha
+        gamma = _focusing("SigmoidFocalLoss", gamma)
+        self.alpha = checked("SigmoidFocalLoss", "alpha", alpha)
         self.gamma = gamma
         self.reduction = reduction
         self.weight: Tensor | None

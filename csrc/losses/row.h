@@ -28,10 +28,11 @@ struct Column {
   T e, gap, factor;
 };
 
-// A term of SumLinear; a class of factor 0 adds nothing, even where it is masked by -infinity.
+// A term of SumLinear; a class of factor 0 adds nothing, even where it is masked by -infinity, and the highest class
+// adds nothing, even with a factor of infinity.
 template <class T>
 FUSEDLOSS_HD T linear_term(T factor, T below_max) {
-  return select(factor == T(0), T(0), factor * below_max);
+  return select((factor == T(0)) | (below_max == T(0)), T(0), factor * below_max);
 }
 
 // A term of SumEntropy: 0 where the exponential is.

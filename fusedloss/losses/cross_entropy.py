@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
+from ._numbers import NUMBERS, checked
 from ._rows import class_dim, class_index, reduced
 
 __all__ = ["cross_entropy"]
@@ -165,6 +166,7 @@ def cross_entropy(
         RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or that overlap in memory, or a
             backward through overwritten logits: a second one, or one with ``create_graph=True``.
         ValueError: ``z_loss`` is negative, ``softcap`` is not positive, ``out_dtype`` or ``all_ignored`` is unknown.
+        TypeError: ``z_loss`` or ``softcap`` is no number, nor a tensor of one.
         ValueError, RuntimeError: as torch, for shapes, dtypes and reductions that do not fit.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, -100]))
@@ -182,9 +184,11 @@ def cross_entropy(
     soft = isinstance(target, Tensor) and target.is_floating_point()
     loss = _soft_cross_entropy if soft else _cross_entropy
     # As in torch, a negative or NaN smoothing is 0; torch names what is no number.
-    if label_smoothing and isinstance(label_smoothing, float | int) and not label_smoothing > 0:
+    if isinstance(label_smoothing, NUMBERS) and not label_smoothing >= 0:
         label_smoothing = 0.0
-    if not (z_loss or softcap is not None or out_dtype or all_ignored != "nan" or return_lse):
+    if not isinstance(z_loss, NUMBERS):
+        z_loss = checked("cross_entropy", "z_loss", z_loss)
+    if not (z_loss or softcap is not None or out_dtype is not None or all_ignored != "nan" or return_lse):
         if grad_in_forward is None and not inplace:
             return loss(input, target, weight, reduction, ignore_index, label_smoothing, 0.0, 0.0)
         return loss(
@@ -194,6 +198,8 @@ def cross_entropy(
 
     if not z_loss >= 0:
         raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+    if softcap is not None and not isinstance(softcap, NUMBERS):
+        softcap = checked("cross_entropy", "softcap", softcap)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if all_ignored not in ("nan", "zero"):

@@ -1,11 +1,15 @@
 """Softmax focal loss."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
+from ._numbers import NUMBERS, checked, factors_of_classes
 from ._rows import class_dim, class_index, reduced
 
 __all__ = ["focal_loss"]
@@ -54,10 +58,16 @@ def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, ga
     return losses.to(x.dtype if widened(logits) else logits.dtype)
 
 
+def _factor(alpha: Any, input: Tensor) -> Any:
+    if isinstance(alpha, list | tuple):
+        return factors_of_classes("focal_loss", "alpha", alpha, dtype=input.dtype, device=input.device)
+    return alpha if isinstance(alpha, Tensor) else checked("focal_loss", "alpha", alpha)
+
+
 def focal_loss(
     input: Tensor,
     target: Tensor,
-    alpha: float | Tensor | None = None,
+    alpha: float | Sequence[float] | Tensor | None = None,
     gamma: float = 2.0,
     *,
     ignore_index: int = -100,
@@ -76,8 +86,8 @@ def focal_loss(
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...), as for :func:`cross_entropy`.
         target: class indices (), (N) or (N, d1, ...) in int64 or uint8, or class probabilities of the input's shape.
-        alpha: None, one factor, or a tensor of C class weights. The mean divides by the number of targets that are not
-            ignored, never by the weights.
+        alpha: None, one factor, or C class weights, as a tensor, a list or a tuple. The mean divides by the number of
+            targets that are not ignored, never by the weights.
         gamma: focusing exponent, at least 0.
         ignore_index: class indices of this value count nowhere and get no gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -85,6 +95,7 @@ def focal_loss(
     Raises:
         ValueError: ``gamma`` is negative or NaN, ``alpha`` has the wrong length, ``reduction`` is unknown, or
             probabilities are not of the input's shape.
+        TypeError: ``gamma`` or ``alpha`` is no number.
         IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
@@ -95,19 +106,22 @@ def focal_loss(
             focal_loss, (input, target, alpha), input, target, alpha=alpha, gamma=gamma,
             ignore_index=ignore_index, reduction=reduction,
         )  # fmt: skip
+    if not isinstance(gamma, NUMBERS):
+        gamma = checked("focal_loss", "gamma", gamma)
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if reduction not in _route.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    if isinstance(alpha, Tensor):
+    factor = alpha if alpha is None or isinstance(alpha, NUMBERS) else _factor(alpha, input)
+    if isinstance(factor, Tensor):
         classes = input.shape[class_dim(input)] if input.dim() else 0
-        if alpha.shape != (classes,):
-            raise ValueError(f"alpha must hold a weight for each of {classes} classes, got shape {tuple(alpha.shape)}")
+        if factor.shape != (classes,):
+            raise ValueError(f"alpha must hold a weight for each of {classes} classes, got shape {tuple(factor.shape)}")
     if target.is_floating_point():
         if target.shape != input.shape:
             raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
         _route.tell_native("class probabilities in a focal loss")
-        return _soft_focal(input, target, alpha, gamma, reduction)
-    if isinstance(alpha, Tensor):
-        return _focal(input, target, alpha, reduction, ignore_index, 1.0, gamma)
-    return _focal(input, target, None, reduction, ignore_index, 1.0 if alpha is None else alpha, gamma)
+        return _soft_focal(input, target, factor, gamma, reduction)
+    if isinstance(factor, Tensor):
+        return _focal(input, target, factor, reduction, ignore_index, 1.0, gamma)
+    return _focal(input, target, None, reduction, ignore_index, 1.0 if factor is None else factor, gamma)

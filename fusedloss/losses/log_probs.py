@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
+from ._numbers import NUMBERS, checked
 from ._rows import class_dim, class_index, reduced
 
 __all__ = ["log_probs"]
@@ -85,6 +86,7 @@ def log_probs(
 
     Raises:
         ValueError: ``temperature`` is not positive.
+        TypeError: ``temperature`` is no number, nor a tensor of one.
         IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
 
     >>> log_probs(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), return_entropy=True)
@@ -95,6 +97,8 @@ def log_probs(
             log_probs, (logits, target), logits, target,
             temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
         )  # fmt: skip
+    if not isinstance(temperature, NUMBERS):
+        temperature = checked("log_probs", "temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     return _log_probs(

@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _route
 from .._dtypes import in_float, widened
 from ._elementwise import INDEX_DTYPES, check_broadcasts, reduced
+from ._numbers import NUMBERS, checked
 
 __all__ = ["sigmoid_focal_loss"]
 
@@ -34,6 +35,8 @@ def _sigmoid_focal(
 ) -> Tensor:
     x = in_float(inputs)
     t = targets.to(x.dtype)
+    if not isinstance(alpha, NUMBERS):
+        alpha = checked("sigmoid_focal_loss", "alpha", alpha)
     if x.shape != t.shape:
         raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
     losses = _focal(x, t, alpha, gamma)
@@ -84,6 +87,7 @@ def sigmoid_focal_loss(
     Raises:
         ValueError: ``gamma`` is negative or NaN, ``reduction`` is unknown, ``normalizer`` stands beside another
             reduction than ``"mean"`` or has several elements, or the shapes do not fit.
+        TypeError: ``alpha``, ``gamma`` or ``normalizer`` is no number, nor a tensor of one.
         IndexError: a class index is above C and not ``ignore_index``. On a GPU the losses of its row are NaN instead,
             and the next forward outside a replayed graph or :func:`fusedloss.check` raises.
 
@@ -102,6 +106,8 @@ def sigmoid_focal_loss(
             sigmoid_focal_loss, (inputs, targets, weight, normalizer), inputs, targets, alpha=alpha, gamma=gamma,
             reduction=reduction, weight=weight, ignore_index=ignore_index, normalizer=normalizer,
         )  # fmt: skip
+    if not isinstance(gamma, NUMBERS):
+        gamma = checked("sigmoid_focal_loss", "gamma", gamma)
     if not gamma >= 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if reduction not in _route.REDUCTIONS:
@@ -110,6 +116,8 @@ def sigmoid_focal_loss(
         raise ValueError(f"normalizer needs reduction='mean', whose sum it divides, got {reduction!r}")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(normalizer.shape)}")
+    if normalizer is not None and not isinstance(normalizer, NUMBERS):
+        normalizer = checked("sigmoid_focal_loss", "normalizer", normalizer)
     check_broadcasts("weight", weight, inputs)
 
     kind = reduction if normalizer is None else "sum"
@@ -119,4 +127,4 @@ def sigmoid_focal_loss(
         loss = _sigmoid_focal(inputs, targets, weight, kind, alpha, gamma)
     if normalizer is None:
         return loss
-    return (loss / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)).to(loss.dtype)
+    return (loss / normalizer).to(loss.dtype)
