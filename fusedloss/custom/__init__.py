@@ -1,30 +1,47 @@
 """A user's own pointwise loss: an expression, compiled once into the kernels that the built-in losses run on.
 
 The steps: _expression.py reads it, _stable.py rewrites it, _derivative.py derives the slopes, _printing.py prints all
-three in C++, and _build.py compiles that.
+three in C++, _build.py compiles that, _cache.py keeps it, and _check.py checks it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from numbers import Real
+from threading import RLock
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route
 from .._dtypes import in_float, widened
 from .._library import extension
 from ..losses._elementwise import reduced, warn_of_broadcasting
+from ..losses._numbers import NUMBERS, checked
 from ._build import functor, library
-from ._expression import Tree, evaluate, parse
+from ._check import Trees, as_expressed, as_routed, check
+from ._expression import Tree, check_parameters, evaluate, parse
 from ._printing import text
 from ._stable import stable
 
 __all__ = ["PointwiseLoss", "pointwise_loss"]
 
+Definition = tuple[str, str, str, tuple[tuple[str, float], ...]]  # name, value, grad, params
 
-class PointwiseLoss:
+
+class Path(NamedTuple):
+    """How a compiled loss is computed; losses that differ in their defaults alone share it."""
+
+    native: _route.Formula
+    routed: _route.Formula
+    why_native: str
+
+
+class PointwiseLoss(nn.Module):
     """A loss made by :func:`pointwise_loss`: ``loss(input, target, reduction="mean", weight=None, **params)``.
+
+    A module without parameters and buffers. Copied or pickled, it is made anew from its expressions.
 
     Attributes:
         name: its name, as given.
@@ -33,19 +50,19 @@ class PointwiseLoss:
         fused: whether it was compiled. Where not, it runs natively, and ``why_native`` says why.
     """
 
-    def __init__(self, name: str, trees: tuple[Tree, Tree, Tree], params: Mapping[str, float]) -> None:
+    def __init__(self, name: str, trees: Trees, params: Mapping[str, float], path: Path) -> None:
+        super().__init__()
         self.name = name
         self.value, self.grad, self.grad_target = map(text, trees)
         self.params = dict(params)
-        self.why_native = ""
-        self._tree = trees[0]
-        self._routed: _route.Formula = self._native
+        self._native, self._routed, self.why_native = path
+        _MADE[self._definition] = self
 
     @property
     def fused(self) -> bool:
         return not self.why_native
 
-    def __call__(
+    def forward(
         self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None, **params: float
     ) -> Tensor:
         """Computes the loss.
@@ -58,39 +75,49 @@ class PointwiseLoss:
             params: parameters that differ from their defaults. Given as a tensor, one gets a gradient too, natively.
 
         Raises:
-            TypeError: a parameter that the loss does not have.
+            TypeError: a parameter that the loss does not have, or one that is no number.
             ValueError: an unknown ``reduction``.
         """
+        if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+            return handle_torch_function(
+                _call, (input, target, weight), input, target, reduction, weight, params, self._definition
+            )  # fmt: skip
         if reduction not in _route.REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         if unknown := params.keys() - self.params.keys():
             known = ", ".join(self.params) or "none"
             raise TypeError(f"{self.name}: unknown parameter {min(unknown)}; its parameters: {known}")
-        warn_of_broadcasting(input, target)
+        warn_of_broadcasting(input, target, stacklevel=5)
         return self._routed(input, target, weight, reduction, *{**self.params, **params}.values())
 
-    def _native(self, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: float) -> Tensor:
-        dtype = torch.promote_types(input.dtype, target.dtype)
-        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-        x, t = in_float(input), in_float(target)
-        losses = evaluate(self._tree, {"x": x, "t": t, **dict(zip(self.params, params, strict=True))})
-        if weight is not None:
-            losses = losses * weight
-        return reduced(losses, reduction).to(losses.dtype if widened(input) else dtype)
-
-    def _told_native(self, *arguments: Any) -> Tensor:
-        _route.tell_native(self.why_native)
-        return self._native(*arguments)
+    @property
+    def _definition(self) -> Definition:
+        return self.name, self.value, self.grad, tuple(self.params.items())
 
     def __reduce__(self) -> Any:
-        return pointwise_loss, (self.name, self.value, self.grad, self.params)
+        return _made, self._definition, {name: value for name, value in vars(self).items() if name not in _DEFINED}
 
     def __repr__(self) -> str:
         params = "".join(f", {name}={value}" for name, value in self.params.items())
         return f"{self.name}(x, t{params}) = {self.value}\n  d/dx = {self.grad}\n  d/dt = {self.grad_target}"
 
 
-_KNOWN: dict[str, PointwiseLoss] = {}
+# The attributes that follow from the definition; the others, such as hooks, are copied and pickled.
+_DEFINED = ("name", "value", "grad", "grad_target", "params", "why_native", "_native", "_routed")
+_MADE: dict[Definition, PointwiseLoss] = {}
+
+
+def _made(name: str, value: str, grad: str, params: tuple[tuple[str, float], ...]) -> PointwiseLoss:
+    return pointwise_loss(name, value, grad, dict(params))
+
+
+def _call(
+    input: Tensor, target: Tensor, reduction: str, weight: Tensor | None, params: dict[str, float],
+    definition: Definition,
+) -> Tensor:  # fmt: skip
+    """A call of a loss as ``__torch_function__`` sees it: a function that a graph of torch.fx can hold and pickle."""
+    loss = _MADE[definition] if definition in _MADE else _made(*definition)
+    return loss.forward(input, target, reduction, weight, **params)
 
 
 def pointwise_loss(
@@ -103,7 +130,7 @@ def pointwise_loss(
     content. Without a C++ compiler the loss runs natively, with a warning.
 
     Args:
-        name: the name of the loss, an identifier.
+        name: the name of the loss, an identifier of at most 100 letters.
         value: the loss of a prediction ``x`` and a target ``t`` in the syntax of C++: numbers (all are real:
             1/2 is 0.5), ``+ - * /``, comparisons, ``c ? a : b``, and the functions abs, sign, sqrt, square, exp,
             expm1, log, log1p, sinh, cosh, tanh, log_cosh, sigmoid, softplus, sin, cos, atan, pow, min, max and clamp.
@@ -111,13 +138,14 @@ def pointwise_loss(
         params: the loss's parameters, eight at most, with their defaults; the expressions use them by name.
 
     Returns:
-        A function of ``(input, target, reduction="mean", weight=None, **params)`` with derivatives of every order, to
+        A module, called with ``(input, target, reduction="mean", weight=None, **params)`` with derivatives of every order, to
         the input and to the target, that runs in float32, float64, bfloat16 and float16, under autocast, ``torch.func``
         and ``torch.compile``.
 
     Raises:
-        ValueError: an unknown name or a mistake in an expression, before anything is compiled; a ``grad`` that does not
-            agree with finite differences of the value.
+        ValueError: an unknown name or a mistake in an expression, or a ``grad`` that does not agree with finite
+            differences of the value, before anything is compiled.
+        TypeError: a default that is no number.
         RuntimeError: the compiler refuses the expression.
 
     >>> pseudo_huber = pointwise_loss(
@@ -130,40 +158,49 @@ def pointwise_loss(
       d/dx = tanh(x - t)
       d/dt = -tanh(x - t)
     """
-    params = dict(params or {})
-    if not name.isidentifier():
-        raise ValueError(f"expected an identifier for the name of a loss, got {name!r}")
-    if len(params) > _MOST_PARAMS:
-        raise ValueError(f"expected at most {_MOST_PARAMS} parameters, got {len(params)}")
-    trees = _trees(value, grad, params)
-    source = functor(trees, params)
-    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    op = f"custom_{name}_{digest}"
-    if op not in _KNOWN:
-        loss = PointwiseLoss(name, trees, params)
-        address, loss.why_native = library(op, source, name)
-        if address is None:
-            loss._routed = loss._told_native
-        else:
-            assert extension is not None
-            extension.add_pointwise(op, address)
-            loss._routed = _route.pointwise(op, listed=False)(loss._native)
-        _check(loss)
-        _KNOWN[op] = loss
-    loss = _KNOWN[op]
-    if loss.params == params:
-        return loss
-    # The same expressions with other defaults need no second compilation.
-    other = PointwiseLoss(name, trees, params)
-    other._routed, other.why_native = loss._routed, loss.why_native
-    return other
+    params = _checked_params(name, params or {})
+    try:
+        trees = _trees(value, grad, params)
+        source = functor(trees, params)
+    except RecursionError:
+        raise ValueError("the expression is nested too deeply, or has too many terms") from None
+    op = f"custom_{name}_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    native = _formula(name, trees[0], tuple(params))
+    with _LOCK:
+        if op not in _CHECKED:
+            check(name, trees, params, as_expressed(trees, params))  # before a compiler runs
+        if op not in _PATHS:
+            _PATHS[op] = _path(op, source, name, native)
+        path = _PATHS[op]
+        if op not in _CHECKED:
+            check(name, trees, params, as_routed(path.routed, params))
+            _CHECKED.add(op)
+    return PointwiseLoss(name, trees, params, path)
 
 
 _MOST_PARAMS = 8  # the kernels' own number, which tests/contract/test_custom.py compares with this one
+_LONGEST_NAME = 100  # beside two hashes, in the name of a file
+
+_LOCK = RLock()  # of several threads that make the same loss, one compiles and registers it
+_PATHS: dict[str, Path] = {}
+_CHECKED: set[str] = set()  # a registered loss whose check failed is checked again, with the next defaults
 
 
-def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> tuple[Tree, Tree, Tree]:
-    """The value and its slopes by x and t."""
+def _checked_params(name: str, params: Mapping[str, float]) -> dict[str, float]:
+    if not name.isidentifier() or not name.isascii():
+        raise ValueError(f"expected an identifier for the name of a loss, got {name!r}")
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"expected at most {_LONGEST_NAME} letters in the name of a loss, got {len(name)}")
+    if len(params) > _MOST_PARAMS:
+        raise ValueError(f"expected at most {_MOST_PARAMS} parameters, got {len(params)}")
+    check_parameters(params)
+    for parameter, value in params.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name}: the default of {parameter} must be a real number, got {type(value).__name__}")
+    return {parameter: value if isinstance(value, NUMBERS) else float(value) for parameter, value in params.items()}
+
+
+def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> Trees:
     from ._derivative import derivative  # imports SymPy, which takes half a second
 
     tree = stable(parse(value, params))
@@ -171,46 +208,30 @@ def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> tuple[T
     return tree, by_input, derivative(tree, "t")
 
 
-def _check(loss: PointwiseLoss) -> None:
-    """Compares the compiled value with the native one, and the slopes with finite differences, in float64."""
-    generator = torch.Generator("cpu").manual_seed(0)
+def _formula(name: str, tree: Tree, parameters: tuple[str, ...]) -> _route.Formula:
+    def native(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any) -> Tensor:
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+        values = {"x": in_float(input), "t": in_float(target)}
+        for parameter, value in zip(parameters, params, strict=True):
+            values[parameter] = value if isinstance(value, NUMBERS) else checked(name, parameter, value)
+        losses = evaluate(tree, values)
+        if weight is not None:
+            losses = losses * weight
+        return reduced(losses, reduction).to(losses.dtype if widened(input) else dtype)
 
-    def random(scale: float, offset: float) -> Tensor:
-        return scale * torch.rand(256, generator=generator, dtype=torch.float64, device="cpu") + offset
-
-    for x, t in (
-        (random(6, -3), random(6, -3)),
-        (random(0.9, 0.05), random(0.9, 0.05)),
-        (random(4, 0.1), random(1, 0)),
-    ):
-        x, t = x.requires_grad_(), t.requires_grad_()
-        with torch.enable_grad():
-            got = loss._routed(x, t, None, "none", *loss.params.values())
-            slopes = torch.autograd.grad(got.sum(), (x, t), allow_unused=True)
-        native: Callable[..., Tensor] = lambda x, t: loss._native(x, t, None, "none", *loss.params.values())  # noqa: E731
-        with torch.no_grad():
-            _compare(loss, "value", loss.value, got, native(x, t), x, t, 1e-9)
-            step = 1e-6
-            by_input = (native(x + step, t) - native(x - step, t)) / (2 * step)
-            by_target = (native(x, t + step) - native(x, t - step)) / (2 * step)
-            for what, expression, slope, expected in (
-                ("d/dx", loss.grad, slopes[0], by_input),
-                ("d/dt", loss.grad_target, slopes[1], by_target),
-            ):
-                slope = torch.zeros_like(x) if slope is None else slope
-                _compare(loss, what, expression, slope, expected, x, t, 1e-4)
+    return native
 
 
-def _compare(
-    loss: PointwiseLoss, what: str, expression: str, got: Tensor, expected: Tensor, x: Tensor, t: Tensor, bound: float
-) -> None:
-    off = (got - expected).abs() > bound * (1 + expected.abs())
-    off &= got.isfinite() & expected.isfinite()
-    # A kink between the two points of a difference puts one or two of the 256 elements off; a mistake more.
-    if off.sum() > 2:
-        i = int(off.nonzero()[0])
-        against = "PyTorch" if what == "value" else "a difference of values"
-        raise ValueError(
-            f"{loss.name}: {what} = {expression} is {got[i]:.6g} at x = {x[i]:.6g}, t = {t[i]:.6g}, "
-            f"where {against} gives {expected[i]:.6g}"
-        )
+def _path(op: str, source: str, name: str, native: _route.Formula) -> Path:
+    address, why_native = library(op, source, name)
+    if address is not None:
+        assert extension is not None
+        extension.add_pointwise(op, address)
+        return Path(native, _route.pointwise(op, listed=False)(native), "")
+
+    def told(*arguments: Any) -> Tensor:
+        _route.tell_native(why_native)
+        return native(*arguments)
+
+    return Path(native, told, why_native)

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from .._library import extension, why_native
-from ._expression import Tree, of_difference
+from ._cache import cached
+from ._expression import Tree, of_difference, renamed
 from ._printing import cpp
 
 
 def functor(trees: tuple[Tree, Tree, Tree], params: Mapping[str, float]) -> str:
     """The functor of a loss with these expressions for the value and its slopes by x and t."""
-    value, grad, grad_target = map(cpp, trees)
-    declared = f"T {', '.join(params)};" if params else ""
-    members = ", ".join(f"{name}(T(given[{i}]))" for i, name in enumerate(params))
+    # With a name of its own a parameter can be called as it likes: double, M_PI, result.
+    own = {name: f"param_{name}" for name in params}
+    value, grad, grad_target = (cpp(renamed(tree, own)) for tree in trees)
+    declared = f"T {', '.join(own.values())};" if params else ""
+    members = ", ".join(f"{name}(T(given[{i}]))" for i, name in enumerate(own.values()))
     arguments = "([[maybe_unused]] T x, [[maybe_unused]] T t) const"
     return f"""
 namespace fusedloss::FUSEDLOSS_ISA::functions {{
@@ -89,7 +92,7 @@ def library(op: str, functor: str, name: str) -> tuple[int | None, str]:
     if extension is None:
         return None, why_native
     if shutil.which(cpp_extension.get_cxx_compiler().split()[0]) is None:
-        warnings.warn(f"{name} runs natively: no C++ compiler", stacklevel=3)
+        warnings.warn(f"{name} runs natively: no C++ compiler", stacklevel=4)
         return None, "no C++ compiler"
     isa = extension.cpu_isa()
     architectures = _cuda_architectures()
@@ -140,21 +143,25 @@ def _compiled(module: str, source: str, cuda_source: str | None, cuda_options: l
     """Compiles a library, or finds it in torch's extension cache; returns its path."""
     from torch.utils import cpp_extension
 
-    try:
-        cpp_extension.load_inline(
-            module,
-            cpp_sources=[source],
-            cuda_sources=[] if cuda_source is None else [cuda_source],
-            extra_cflags=extension.compile_flags.split(),  # type: ignore[union-attr]
-            extra_cuda_cflags=["-O3", *cuda_options],
-            extra_include_paths=[str(_sources())],
-            with_cuda=cuda_source is not None,
-            is_python_module=False,
-            no_implicit_headers=True,
-        )
-    except RuntimeError as error:
-        # The first line of the compiler's errors, without the page of templates that follows.
-        found = re.search(r"^.*\berror: .*$", str(error), re.MULTILINE)
-        raise RuntimeError(f"{name} did not compile: {found[0] if found else error}") from None
-    folder = cpp_extension._get_build_directory(module, verbose=False)
-    return str(Path(folder) / f"{module}{cpp_extension.LIB_EXT}")
+    def build(folder: Path) -> Path:
+        try:
+            cpp_extension.load_inline(
+                module,
+                cpp_sources=[source],
+                cuda_sources=[] if cuda_source is None else [cuda_source],
+                extra_cflags=extension.compile_flags.split(),  # type: ignore[union-attr]
+                extra_cuda_cflags=["-O3", *cuda_options],
+                extra_include_paths=[str(_sources())],
+                build_directory=str(folder),
+                with_cuda=cuda_source is not None,
+                is_python_module=False,
+                no_implicit_headers=True,
+            )
+        except RuntimeError as error:
+            # The first line of the compiler's errors, without the page of templates that follows.
+            found = re.search(r"^.*\berror: .*$", str(error), re.MULTILINE)
+            raise RuntimeError(f"{name} did not compile: {found[0] if found else error}") from None
+        return next(folder.glob(f"*{cpp_extension.LIB_EXT}"))
+
+    folder = Path(cpp_extension._get_build_directory(module, verbose=False))
+    return str(cached(folder / f"{module}{cpp_extension.LIB_EXT}", name, build))

@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -77,32 +77,21 @@ PRECEDENCE = {"||": 1, "&&": 2, "==": 3, "!=": 3, "<": 4, "<=": 4, ">": 4, ">=":
 _LOGICAL = ("&&", "||", "!")
 CONDITIONS = ("==", "!=", "<", "<=", ">", ">=", *_LOGICAL)
 
-# Names that a parameter cannot have: C++ keywords, and names in the code around the expression.
-_RESERVED = frozenset(
-    """
-    alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class compl
-    concept const consteval constexpr constinit const_cast continue co_await co_return co_yield decltype default delete
-    do double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
-    namespace new noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast
-    requires return short signed sizeof static static_assert static_cast struct switch template this thread_local throw
-    true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq
-    T std fusedloss functions of_difference valid value grad params integer_power sigmoid_of_minus softplus_of_minus
-    NAN INFINITY linux unix
-    """.split()
-)
+# What a call of the loss takes by name.
+_ARGUMENTS = ("self", "input", "target", "reduction", "weight")
 
 
 def check_parameters(names: Iterable[str]) -> None:
     """Raises ValueError for the first name that no parameter can have."""
     for name in names:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or keyword.iskeyword(name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or keyword.iskeyword(name):
             raise ValueError(f"expected an identifier for the name of a parameter, got {name!r}")
         if name in ("x", "t"):
             raise ValueError(f"a parameter cannot be named {name}: x is the prediction and t the target")
         if name in FUNCTIONS or name in _ALIASES:
             raise ValueError(f"a parameter cannot be named {name}: that is a function")
-        if name in _RESERVED or "__" in name or re.match("_[A-Z]", name):
-            raise ValueError(f"a parameter cannot be named {name}: C++ reserves that name")
+        if name in _ARGUMENTS:
+            raise ValueError(f"a parameter cannot be named {name}: that is an argument of every loss")
 
 
 _TOKEN = re.compile(
@@ -323,6 +312,13 @@ def evaluate(tree: Tree, values: Mapping[str, Tensor | float]) -> Tensor:
 def names(tree: Tree) -> frozenset[str]:
     """x, t and the parameters that a tree depends on."""
     return frozenset([tree.name]) if tree.op == "name" else frozenset().union(*map(names, tree.args))
+
+
+def renamed(tree: Tree, names: Mapping[str, str]) -> Tree:
+    """The tree with other names for some of its parameters."""
+    if tree.op == "name":
+        return replace(tree, name=names.get(tree.name, tree.name))
+    return replace(tree, args=tuple(renamed(a, names) for a in tree.args))
 
 
 _X, _T = Tree("name", name="x"), Tree("name", name="t")

@@ -41,7 +41,8 @@ EXPRESSIONS = {
     "own_huber": (HUBER, "clamp(x - t, -delta, delta)", {"delta": 1.0}),
     "log_cosh": ("log(cosh(x - t))", None, {}),
     "poisson": ("exp(x) - t * x", None, {}),
-    "of_logits": ("(1 - t) * softplus(x) + beta * t * softplus(-x)", None, {"beta": 2.0}),
+    # Parameters with names that C++ has already.
+    "of_logits": ("(1 - t) * softplus(x) + M_PI * result * t * softplus(-x)", None, {"M_PI": 4.0, "result": 0.5}),
 }
 
 

@@ -143,7 +143,7 @@ def test_too_deep() -> None:
         parse("(" * 100_000 + "x" + ")" * 100_000)
 
 
-@pytest.mark.parametrize("name", ["x", "t", "2a", "", "a b", "é", "abs", "fmax", "double", "lambda", "T", "_A", "a__b"])
+@pytest.mark.parametrize("name", ["x", "t", "2a", "", "a b", "é", "abs", "fmax", "lambda", "weight", "self"])
 def test_names_no_parameter_can_have(name: str) -> None:
     with pytest.raises(ValueError, match="parameter"):
         parse("x", (name,))
