@@ -80,6 +80,8 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
     """The dtype of torch's result, which is that of the input or float32 beside a half-precision one; or why not."""
     half, result = input.dtype in HALVES, input.dtype
     of_weight = result if weight is None else weight.dtype
+    if weight is not None and traits.result == "promoted" and not weight.dim() and (input.dim() or target.dim()):
+        of_weight = result  # a weight without dimensions gives way to losses that have some
     if half and torch.is_autocast_enabled(input.device.type):
         if torch.float64 in (target.dtype, result if traits.result == "of target" else of_weight):
             return DIFFERENT_DTYPES
@@ -87,10 +89,7 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
             return "probabilities under autocast, which torch refuses"
         return torch.float32
     if traits.result == "promoted":
-        result = torch.promote_types(result, target.dtype)
-        # A weight without dimensions gives way to losses that have some.
-        if weight is not None and (weight.dim() or not (input.dim() or target.dim())):
-            result = torch.promote_types(result, of_weight)
+        result = torch.promote_types(torch.promote_types(result, target.dtype), of_weight)
     elif traits.result == "of target":
         result = target.dtype
     elif traits.result == "same" and not (target.dtype == result == of_weight):

@@ -85,17 +85,18 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
   const at::ScalarType type = input.scalar_type(), of_target = target.scalar_type();
   const at::ScalarType of_weight = call.weight ? call.weight->scalar_type() : type;
   const ResultDType rule = loss.traits.result;
+  // A weight without dimensions gives way to losses that have some.
+  const bool gives_way = call.weight && rule == ResultDType::Promoted && call.weight->dim() == 0 && !sizes.empty();
   at::ScalarType result = type;
   if (autocast && is_half(type)) {
-    if (of_target == at::kDouble || (of_weight == at::kDouble && rule != ResultDType::OfTarget))
+    if (of_target == at::kDouble || (of_weight == at::kDouble && rule != ResultDType::OfTarget && !gives_way))
       return kDifferentDtypes;
     if (loss.traits.of_probabilities && device_for(input).autocast_refuses_probabilities)
       return "probabilities under autocast, which torch refuses";
     result = at::kFloat;
   } else if (rule == ResultDType::Promoted) {
     result = c10::promoteTypes(type, of_target);
-    // A weight without dimensions gives way to losses that have some.
-    if (call.weight && (call.weight->dim() || sizes.empty())) result = c10::promoteTypes(result, of_weight);
+    if (!gives_way) result = c10::promoteTypes(result, of_weight);
   } else if (rule == ResultDType::OfTarget) {
     result = of_target;
   } else if (rule == ResultDType::Same) {

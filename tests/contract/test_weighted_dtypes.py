@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import same, warned
-from losses import REDUCTIONS
+from losses import HALVES, REDUCTIONS
 from marks import on_cpu_alone
 from torch import Tensor
 
@@ -44,3 +44,19 @@ def test_results_warnings_and_errors_are_torchs(function, reduction, autocast):
         else:
             assert got == expected
         assert [warning[1] for warning in caught] == [warning[1] for warning in torchs]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("function", ["mse_loss", "l1_loss"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_wide_weight_without_dimensions_gives_way(function, reduction, dtype):
+    """Also where the other operands' result is float32."""
+    x, weight = torch.tensor(1.5, dtype=dtype), torch.tensor(0.75, dtype=torch.float64)
+    for other in (torch.float32, dtype):
+        t = torch.arange(5).to(other)
+        (got, _), (expected, _) = (
+            warned(lambda: getattr(module, function)(x, t, reduction=reduction, weight=weight))  # noqa: B023
+            for module in (L, F)
+        )
+        assert got.dtype == expected.dtype
+        same(got, expected)
