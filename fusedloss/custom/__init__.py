@@ -79,8 +79,9 @@ class PointwiseLoss(nn.Module):
             ValueError: an unknown ``reduction``.
         """
         if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+            given = {**self.params, **params}
             return handle_torch_function(
-                _call, (input, target, weight), input, target, reduction, weight, params, self._definition
+                _call, (input, target, weight), input, target, reduction, weight, given, self._definition
             )  # fmt: skip
         if reduction not in _route.REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
@@ -138,9 +139,9 @@ def pointwise_loss(
         params: the loss's parameters, eight at most, with their defaults; the expressions use them by name.
 
     Returns:
-        A module, called with ``(input, target, reduction="mean", weight=None, **params)`` with derivatives of every order, to
-        the input and to the target, that runs in float32, float64, bfloat16 and float16, under autocast, ``torch.func``
-        and ``torch.compile``.
+        A module, called with ``(input, target, reduction="mean", weight=None, **params)``. It has derivatives of every
+        order, to the input and to the target, and runs in float32, float64, bfloat16 and float16, under autocast,
+        ``torch.func`` and ``torch.compile``.
 
     Raises:
         ValueError: an unknown name or a mistake in an expression, or a ``grad`` that does not agree with finite
