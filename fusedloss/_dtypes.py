@@ -12,7 +12,7 @@ _WITHOUT_AUTOCAST = (
 
 def in_float(tensor: Tensor) -> Tensor:
     """float32 for half-precision tensors; others stay as they are."""
-    return tensor.float() if tensor.dtype in HALVES else tensor
+    return tensor.float() if tensor.dtype == torch.bfloat16 or tensor.dtype == torch.float16 else tensor
 
 
 def widened(input: Tensor, wide: bool = False) -> bool:

@@ -1,5 +1,6 @@
 """The losses as functions, with the names and positional arguments of ``torch.nn.functional``."""
 
+from . import _scripted
 from .losses.binary import *  # noqa: F403
 from .losses.binary import __all__ as _binary
 from .losses.cross_entropy import *  # noqa: F403
@@ -16,3 +17,6 @@ from .losses.sigmoid_focal import *  # noqa: F403
 from .losses.sigmoid_focal import __all__ as _sigmoid_focal
 
 __all__ = [*_binary, *_cross_entropy, *_difference, *_focal, *_log_probs, *_nll, *_sigmoid_focal]
+
+for _name in __all__:
+    _scripted.let_script(globals()[_name])

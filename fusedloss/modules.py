@@ -77,6 +77,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
+        _check_scriptable(self, "z_loss", "softcap", "out_dtype", "all_ignored", "return_lse")
         return _as_native(self, nn.CrossEntropyLoss)
 
 
@@ -193,7 +194,7 @@ class BCELoss(nn.BCELoss):
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
-        _check_scriptable(self)
+        _check_scriptable(self, "ignore_index")
         return _as_native(self, nn.BCELoss)
 
 
@@ -235,13 +236,15 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
-        _check_scriptable(self)
+        _check_scriptable(self, "ignore_index")
         return _as_native(self, nn.BCEWithLogitsLoss)
 
 
-def _check_scriptable(module: BCELoss | BCEWithLogitsLoss) -> None:
-    if module.ignore_index is not None:
-        raise RuntimeError(f"TorchScript runs torch's {type(module).__name__}, which knows no ignore_index")
+def _check_scriptable(module: nn.Module, *attributes: str) -> None:
+    """Raises where the module has more to it than torch's module; the class holds the defaults."""
+    for name in attributes:
+        if getattr(module, name) != getattr(type(module), name):
+            raise RuntimeError(f"TorchScript runs torch's {type(module).__name__}, which knows no {name}")
 
 
 def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
@@ -249,6 +252,16 @@ def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
     native = native_class.__new__(native_class)
     native.__dict__.update(module.__dict__)
     return native
+
+
+def _with_floats(module: nn.Module, *attributes: str) -> nn.Module:
+    """A copy for TorchScript, which takes no int for a float."""
+    copied = type(module).__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    for name in attributes:
+        if isinstance(getattr(module, name), int):
+            setattr(copied, name, float(getattr(module, name)))
+    return copied
 
 
 def _focusing(module: str, gamma: float) -> float:
@@ -295,6 +308,9 @@ class FocalLoss(nn.Module):
         return functional.focal_loss(
             input, target, self.alpha, self.gamma, ignore_index=self.ignore_index, reduction=self.reduction
         )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _with_floats(self, "alpha", "gamma")
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
@@ -348,6 +364,9 @@ class SigmoidFocalLoss(nn.Module):
             ignore_index=self.ignore_index,
             normalizer=normalizer,
         )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _with_floats(self, "alpha", "gamma")
 
     def extra_repr(self) -> str:
         ignored = "" if self.ignore_index == -100 else f", ignore_index={self.ignore_index}"

@@ -95,6 +95,9 @@ class PointwiseLoss(nn.Module):
     def _definition(self) -> Definition:
         return self.name, self.value, self.grad, tuple(self.params.items())
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(f"{self.name}: TorchScript compiles no loss of your own; torch.jit.trace runs it natively")
+
     def __reduce__(self) -> Any:
         return _made, self._definition, {name: value for name, value in vars(self).items() if name not in _DEFINED}
 

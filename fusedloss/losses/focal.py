@@ -15,53 +15,72 @@ from ._rows import class_dim, class_index, reduced
 __all__ = ["focal_loss"]
 
 
+# TorchScript compiles these two as well, hence their annotations, the limits as arguments, and no star.
+def of_rows(x: Tensor, target: Tensor, gamma: float, ignore_index: int, lowest: float) -> Tensor:
+    """The losses of the rows, without their factor; ``lowest`` is the least finite number."""
+    dim = class_dim(x)
+    # nll_loss picks the target's logit and rejects what torch rejects; its derivative does not take channels_last.
+    logit = -_torchs.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
+    index = torch.where(target != ignore_index, target, 0).long()
+    # The target against all other classes is a problem of two classes, whose formula loses no digits in a confident
+    # row. The target's place gets a finite number, because -infinity would leave a row of one class without a gradient.
+    others = x.scatter(dim, index.unsqueeze(dim), lowest)
+    log_odds = others.logsumexp(dim) - logit
+    losses = -_torchs.logsigmoid(-log_odds)
+    if gamma != 0:
+        losses = losses * torch.exp(gamma * _torchs.logsigmoid(log_odds))
+    return losses
+
+
+def of_probabilities(
+    x: Tensor, target: Tensor, factor: float, weight: Tensor | None, gamma: float, tiny: float
+) -> Tensor:
+    """The losses of the rows for class probabilities; ``tiny`` is the least normal number."""
+    dim = class_dim(x)
+    log_p = x.log_softmax(dim)
+    losses = -target * log_p
+    if gamma != 0:
+        q = -torch.expm1(log_p)  # 1 - p, without the rounding of p
+        losses = losses * torch.exp(gamma * q.clamp_min(tiny).log())
+    if weight is not None:
+        losses = losses * weight.to(x.dtype).view([-1] + [1] * (x.dim() - 1 - dim))
+    return (losses * factor).sum(dim)
+
+
 @_route.softmax("focal")
 def _focal(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     factor: float = 1.0, gamma: float = 2.0,
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Tensor:  # fmt: skip
-    x = in_float(logits)
-    dim = class_dim(x)
-    target = class_index(target)
-    # nll_loss picks the target's logit and rejects what torch rejects; its derivative does not take channels_last.
-    logit = -_torchs.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
+    x, target = in_float(logits), class_index(target)
     kept = target != ignore_index
-    index = torch.where(kept, target, 0).long()
-    # The target against all other classes is a problem of two classes, whose formula loses no digits in a confident
-    # row. The target's place gets a finite number, because -infinity would leave a row of one class without a gradient.
-    others = x.scatter(dim, index.unsqueeze(dim), torch.finfo(x.dtype).min)
-    log_odds = others.logsumexp(dim) - logit
-    losses = -_torchs.logsigmoid(-log_odds)
-    if gamma != 0:
-        losses = losses * torch.exp(gamma * _torchs.logsigmoid(log_odds))
-    losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[index])
+    losses = of_rows(x, target, gamma, ignore_index, torch.finfo(x.dtype).min)
+    losses = losses * (factor if weight is None else factor * weight.to(x.dtype)[torch.where(kept, target, 0).long()])
     losses = torch.where(kept, losses, 0.0)
     return reduced(losses, kept.sum(), reduction, zero).to(x.dtype if widened(logits, wide) else logits.dtype)
 
 
-def _soft_focal(logits: Tensor, target: Tensor, alpha: float | Tensor | None, gamma: float, reduction: str) -> Tensor:
+def _soft_focal(
+    logits: Tensor, target: Tensor, factor: float, weight: Tensor | None, gamma: float, reduction: str
+) -> Tensor:
     x = in_float(logits)
-    dim = class_dim(x)
-    log_p = x.log_softmax(dim)
-    losses = -target * log_p
-    if gamma != 0:
-        q = -torch.expm1(log_p)  # 1 - p, without the rounding of p
-        losses = losses * torch.exp(gamma * q.clamp_min(torch.finfo(x.dtype).tiny).log())
-    if isinstance(alpha, Tensor):
-        losses = losses * alpha.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim))
-    elif alpha is not None:
-        losses = losses * alpha
-    losses = losses.sum(dim)
+    losses = of_probabilities(x, target, factor, weight, gamma, torch.finfo(x.dtype).tiny)
     if reduction != "none":
         losses = losses.mean() if reduction == "mean" else losses.sum()
     return losses.to(x.dtype if widened(logits) else logits.dtype)
 
 
-def _factor(alpha: Any, input: Tensor) -> Any:
-    if isinstance(alpha, list | tuple):
-        return factors_of_classes("focal_loss", "alpha", alpha, dtype=input.dtype, device=input.device)
-    return alpha if isinstance(alpha, Tensor) else checked("focal_loss", "alpha", alpha)
+_OF_CLASSES = (Tensor, list, tuple)
+
+
+def _weight(alpha: Tensor | Sequence[float], input: Tensor) -> Tensor:
+    if not isinstance(alpha, Tensor):
+        alpha = factors_of_classes("focal_loss", "alpha", alpha, dtype=input.dtype, device=input.device)
+    classes = input.shape[class_dim(input)] if input.dim() else 0
+    if alpha.shape != (classes,):
+        raise ValueError(f"alpha must hold a weight for each of {classes} classes, got shape {tuple(alpha.shape)}")
+    return alpha
 
 
 def focal_loss(
@@ -112,16 +131,17 @@ def focal_loss(
         raise ValueError(f"gamma must be at least 0, got {gamma}")
     if reduction not in _route.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    factor = alpha if alpha is None or isinstance(alpha, NUMBERS) else _factor(alpha, input)
-    if isinstance(factor, Tensor):
-        classes = input.shape[class_dim(input)] if input.dim() else 0
-        if factor.shape != (classes,):
-            raise ValueError(f"alpha must hold a weight for each of {classes} classes, got shape {tuple(factor.shape)}")
-    if target.is_floating_point():
-        if target.shape != input.shape:
-            raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
-        _route.tell_native("class probabilities in a focal loss")
-        return _soft_focal(input, target, factor, gamma, reduction)
-    if isinstance(factor, Tensor):
-        return _focal(input, target, factor, reduction, ignore_index, 1.0, gamma)
-    return _focal(input, target, None, reduction, ignore_index, 1.0 if factor is None else factor, gamma)
+    factor: Any = 1.0
+    weight = None
+    if isinstance(alpha, NUMBERS):
+        factor = alpha
+    elif isinstance(alpha, _OF_CLASSES):
+        weight = _weight(alpha, input)
+    elif alpha is not None:
+        factor = checked("focal_loss", "alpha", alpha)
+    if not target.is_floating_point():
+        return _focal(input, target, weight, reduction, ignore_index, factor, gamma)
+    if target.shape != input.shape:
+        raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
+    _route.tell_native("class probabilities in a focal loss")
+    return _soft_focal(input, target, factor, weight, gamma, reduction)

@@ -12,7 +12,8 @@ from ._numbers import NUMBERS, checked
 __all__ = ["sigmoid_focal_loss"]
 
 
-def _focal(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
+def of_elements(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The losses of the elements; TorchScript compiles this too."""
     # Everything comes from u = e^-|x| and from 0 and 1, which are exact, so that a confident element loses no digit.
     positive = x >= 0
     distance = torch.where(positive, x, -x)
@@ -39,7 +40,7 @@ def _sigmoid_focal(
         alpha = checked("sigmoid_focal_loss", "alpha", alpha)
     if x.shape != t.shape:
         raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
-    losses = _focal(x, t, alpha, gamma)
+    losses = of_elements(x, t, alpha, gamma)
     if weight is not None:
         losses = losses * weight
     return reduced(losses, reduction).to(x.dtype if widened(inputs) else inputs.dtype)
