@@ -249,7 +249,7 @@ struct Columns {
     for (int64_t j = 0; j < tile.count; ++j) {
       const T gap = totals.max[j] - tile.max[j], shrunk = exp(gap);
       if constexpr (Loss::Sum::has_factors) {
-        const double moved = totals.mass[j] == 0 ? 0 : totals.mass[j] * double(gap);
+        const double moved = totals.mass[j] == 0 || gap == 0 ? 0 : totals.mass[j] * double(gap);
         totals.sum[j] += double(tile.sum[j]) - moved;
         totals.mass[j] += double(tile.mass[j]);
       }
