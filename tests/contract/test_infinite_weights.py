@@ -1,4 +1,4 @@
-"""Class weights that are no finite positive numbers give what torch gives."""
+"""Class weights that are no finite numbers give what torch gives."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def data(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> tuple[Tensor,
 
 
 @pytest.mark.thinned
-@pytest.mark.parametrize("weight", [*INFINITE, torch.nan, 0.0, -1.0])
+@pytest.mark.parametrize("weight", [*INFINITE, torch.nan])
 @pytest.mark.parametrize("kind, smoothing", [("probabilities", 0.0), ("probabilities", 0.1), ("indices", 0.1)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
