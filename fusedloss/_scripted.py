@@ -129,5 +129,6 @@ _OWN: dict[str, Callable[..., Any]] = {
 def let_script(function: Callable[..., Any]) -> None:
     """Tells ``torch.jit.script`` what stands for a public function."""
     name = function.__name__
-    native = _OWN[name] if name in _OWN else getattr(_torchs, name)
-    function.__prepare_scriptable__ = lambda: native  # type: ignore[attr-defined]
+    native = _OWN.get(name) or getattr(_torchs, name, None)
+    if native is not None:  # otherwise TorchScript says what it cannot compile
+        function.__prepare_scriptable__ = lambda: native  # type: ignore[attr-defined]
