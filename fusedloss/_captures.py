@@ -175,7 +175,13 @@ def is_wide(traits: Any, logits: Tensor, target: Tensor, wide: bool) -> bool:
 
 def _call(tensors: Sequence[Tensor | None], reduction: Any, params: Sequence[Any]) -> str | None:
     """What the reading of the arguments refuses, in csrc/torch/python_call.h."""
-    for tensor in tensors:
+    for tensor in tensors[:2]:
+        if why := _tensor(tensor):
+            return why
+    # As the compiler answers it while it traces; the op itself sees to dual tensors of forward-mode AD.
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func, or tracing"
+    for tensor in tensors[2:]:
         if why := _tensor(tensor):
             return why
     if reduction not in REDUCTIONS:

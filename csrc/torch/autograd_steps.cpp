@@ -2,6 +2,7 @@
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/_local_scalar_dense.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
 #include <utility>
@@ -19,6 +20,14 @@ SavedCall SavedCall::of(AutogradContext* ctx) {
   SavedCall call = {numbers[0].toInt(), numbers[1].toInt(), numbers[2].toInt(), numbers[3].toInt(), {}};
   for (size_t i = 4; i < numbers.size(); ++i) call.params.push_back(numbers[i].toDouble());
   return call;
+}
+
+bool needs_formula(std::initializer_list<OptionalTensor> tensors) {
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode)) return true;
+  for (const OptionalTensor& tensor : tensors) {
+    if (tensor && tensor->_fw_grad(0).defined()) return true;
+  }
+  return false;
 }
 
 bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {

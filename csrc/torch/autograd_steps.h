@@ -34,6 +34,11 @@ const auto& handles_of(const Loss& loss) {
   return *handles;
 }
 
+// Whether an op must leave a call to the native formula, because a C++ Function cannot answer it: inside a transform of
+// torch.func, and for dual tensors of forward-mode AD, whose tangents it would lose. The eager route declines these
+// calls by itself; the op meets them in a captured graph.
+bool needs_formula(std::initializer_list<OptionalTensor> tensors);
+
 // Whether forward may make the gradient of a call before its upstream gradient is known. Only a reduction to one value
 // has one upstream gradient to multiply by. In fp16 the gradient of a mean would underflow before a loss scale could
 // lift it.

@@ -152,8 +152,10 @@ void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& 
   m.impl(base_name(loss.op).c_str(),
          [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                  Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
+           const PointwiseCall call = {weight, pos_weight, reduction, params, wide, ignore_index};
+           if (needs_formula({input, target, weight, pos_weight})) return native(loss, input, target, call);
            // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
-           return pointwise(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index}, false);
+           return pointwise(loss, input, target, call, false);
          });
 }
 

@@ -164,6 +164,15 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
   return {values[0], call.second ? values[1] : Tensor(), statistics};
 }
 
+// The native formula in the shape of the op's results; its backward needs no statistics, which are zeros.
+std::tuple<Tensor, Tensor, Tensor> native(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
+  const variable_list values = loss.formula(logits, call);
+  const c10::SymInt rows = logits.sym_numel() / logits.sym_size(class_dim(logits));
+  return {values[0], call.second ? values[1] : Tensor(),
+          at::zeros_symint({rows * loss.saved_statistics(call.params) + 1},
+                           logits.options().dtype(arithmetic_type(logits.scalar_type())))};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
@@ -192,9 +201,10 @@ void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss
   m.impl(base_name(loss.op).c_str(), [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              int64_t reduction, int64_t ignore_index, Params params, bool wide,
                                              bool second) {
+    const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second};
     // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
-    auto results =
-        with_statistics(loss, logits, {target, weight, reduction, ignore_index, params, wide, second}, false, false);
+    auto results = needs_formula({logits, target, weight}) ? native(loss, logits, call)
+                                                           : with_statistics(loss, logits, call, false, false);
     Tensor& of_second = std::get<1>(results);
     if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
     return results;
