@@ -179,7 +179,7 @@ def _call(tensors: Sequence[Tensor | None], reduction: Any, params: Sequence[Any
         if why := _tensor(tensor):
             return why
     # As the compiler answers it while it traces; the op itself sees to dual tensors of forward-mode AD.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "a transform of torch.func, or tracing"
     for tensor in tensors[2:]:
         if why := _tensor(tensor):

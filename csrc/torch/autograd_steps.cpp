@@ -3,6 +3,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
 #include <cmath>
 #include <utility>
@@ -28,6 +29,10 @@ bool needs_formula(std::initializer_list<OptionalTensor> tensors) {
     if (tensor && tensor->_fw_grad(0).defined()) return true;
   }
   return false;
+}
+
+void refuse_derivatives(torch::Library& m, const std::string& op) {
+  m.impl(base_name(op).c_str(), torch::autograd::autogradNotImplementedFallback());
 }
 
 bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction) {
@@ -69,12 +74,14 @@ variable_list differentiable_gradients(const std::string& op, const variable_lis
                                        const variable_list& upstreams,
                                        const std::function<variable_list(const variable_list&)>& formula) {
   TORCH_CHECK(formula, op, ": no native formula to differentiate twice");
+  const bool create_graph = at::GradMode::is_enabled();  // or else the upstream gradient asks for the formula
+  const at::AutoGradMode enabled(true);
   variable_list views, wanted;
   for (const Tensor& input : inputs) {
     views.push_back(input.view_as(input));
     if (views.back().requires_grad()) wanted.push_back(views.back());
   }
-  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, true, true, true);
+  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, create_graph, create_graph, true);
   variable_list gradients(inputs.size());
   size_t next = 0;
   for (size_t i = 0; i < inputs.size(); ++i) {

@@ -39,6 +39,9 @@ const auto& handles_of(const Loss& loss) {
 // calls by itself; the op meets them in a captured graph.
 bool needs_formula(std::initializer_list<OptionalTensor> tensors);
 
+// The ops that autograd calls are not differentiable themselves, and say so instead of losing a gradient or tangent.
+void refuse_derivatives(torch::Library& m, const std::string& op);
+
 // Whether forward may make the gradient of a call before its upstream gradient is known. Only a reduction to one value
 // has one upstream gradient to multiply by. In fp16 the gradient of a mean would underflow before a loss scale could
 // lift it.

@@ -84,7 +84,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (tensors[2].defined()) call.weight = tensors[2];
     if (tensors[3].defined()) call.pos_weight = tensors[3];
     if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || needs_formula({upstream})) {
       std::function<variable_list(const variable_list&)> formula;
       if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
       const variable_list found = differentiable_gradients(loss.op, {input, target}, {upstream}, formula);
@@ -157,6 +157,7 @@ void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& 
            // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
            return pointwise(loss, input, target, call, false);
          });
+  for (const char* suffix : {"_with_grad", "_backward"}) refuse_derivatives(m, loss.op + suffix);
 }
 
 }  // namespace fusedloss

@@ -32,6 +32,7 @@ TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
 
 TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   using namespace fusedloss;
+  refuse_derivatives(m, "fusedloss::scale_");
   for (int i = 0; i < kPointwiseLosses; ++i) implement_pointwise_under_autograd(m, pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) implement_softmax_under_autograd(m, softmax_loss(i));
 }

@@ -105,7 +105,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       gradients[0] = in_place(loss, logits, call, statistics, upstream, second);
       return gradients;
     }
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || needs_formula({upstream, second})) {
       gradients[0] = differentiable(loss, logits, call, upstream, second);
       return gradients;
     }
@@ -209,6 +209,9 @@ void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss
     if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
     return results;
   });
+  for (const char* suffix : {"_with_grad", "_with_grad_", "_backward", "_backward_"}) {
+    refuse_derivatives(m, loss.op + suffix);
+  }
 }
 
 }  // namespace fusedloss
