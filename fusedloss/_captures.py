@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._dtypes import HALVES
 from ._library import extension
+from ._sizes import broadcasts_to, broadcasts_with, is_empty, is_open, same_shape, same_size
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 
@@ -41,7 +42,7 @@ def pointwise(
         return DIFFERENT_DEVICES
     if input.dtype not in _DTYPES or not (target.dtype in _DTYPES or (takes_integers and target.dtype in _INTEGERS)):
         return "an input or target that is no float64, float32, bfloat16 or float16"
-    if input.numel() == 0 or target.numel() == 0:
+    if is_empty(input) or is_empty(target):
         return "an empty input"
     if input.device.type == "cuda" and not traits.on_cuda:
         return "a loss that was compiled for the CPU alone"
@@ -56,9 +57,11 @@ def pointwise(
     else:
         if target.requires_grad and not (traits.of_difference or traits.has_target_slope):
             return "a target that requires a gradient"
-        if input.shape != target.shape and not (traits.of_difference and _broadcasts_with(input.shape, target.shape)):
-            return "an input and a target whose shapes do not fit"
-        sizes = torch.broadcast_shapes(input.shape, target.shape)
+        sizes = input.shape
+        if not same_shape(input.shape, target.shape):
+            if not (traits.of_difference and broadcasts_with(input.shape, target.shape)):
+                return "an input and a target whose shapes do not fit"
+            sizes = torch.broadcast_shapes(input.shape, target.shape)
     for factor in (weight, pos_weight):
         if factor is None:
             continue
@@ -105,7 +108,7 @@ def _class_indices(
         return "class indices, which the loss does not take"
     if target.dtype != torch.int64:
         return "class indices that are not int64"
-    if input.dim() < 2 or target.shape != _rows(input):
+    if input.dim() < 2 or not same_shape(target.shape, _rows(input)):
         return "class indices that do not fit the input"
     if input.shape[1] > device.most_classes:
         return "more classes than a kernel counts"
@@ -128,7 +131,7 @@ def softmax(
         return DIFFERENT_DEVICES
     if logits.dtype not in _DTYPES:
         return "the logits are no float64, float32, bfloat16 or float16"
-    if logits.dim() < 1 or logits.numel() == 0:
+    if logits.dim() < 1 or is_empty(logits):
         return "the logits are empty or a single number"
     if second and not traits.reads_row:
         return "no second result of a loss of the target's logit alone"
@@ -138,7 +141,7 @@ def softmax(
     if not _in_range(params, traits.params):
         return "a parameter is out of range"
     if traits.soft:
-        if target.shape != logits.shape:
+        if not same_shape(target.shape, logits.shape):
             return "the probabilities are not of the logits' shape"
         if target.dtype not in _same_or_wider(logits):
             return "the probabilities are of another dtype"
@@ -149,7 +152,7 @@ def softmax(
     else:
         if target.dtype not in (torch.int64, torch.uint8):
             return "the target holds no class indices in int64 or uint8"
-        if target.shape != _rows(logits):
+        if not same_shape(target.shape, _rows(logits)):
             return "the target does not fit the logits"
     if weight is None:
         return None
@@ -161,7 +164,7 @@ def softmax(
         is_wide(traits, logits, target, wide) and weight.dtype in _same_or_wider(logits)
     ):
         return "the weight is of another dtype than the logits"
-    if weight.dim() != 1 or weight.shape[0] != classes:
+    if weight.dim() != 1 or not same_size(weight.shape[0], classes):
         return "the weight does not fit the classes"
     return None
 
@@ -200,6 +203,8 @@ def _integer(ignore_index: Any) -> str | None:
         return "an ignore_index that is no integer"
     if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
         return "an ignore_index beyond 64 bits"
+    if is_open(ignore_index):  # the op would pin it down, and each value get a graph of its own
+        return "an ignore_index that changes from call to call"
     return None
 
 
@@ -229,12 +234,3 @@ def _rows(logits: Tensor) -> torch.Size:
 
 def _same_or_wider(logits: Tensor) -> tuple[torch.dtype, ...]:
     return (logits.dtype, torch.float32) if logits.dtype in HALVES else (logits.dtype,)
-
-
-# Compared one by one: `n in (1, m)` does not ask a size that the compiler keeps open.
-def broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:
-    return len(shape) <= len(full) and all(n == 1 or n == m for n, m in zip(shape[::-1], full[::-1], strict=False))
-
-
-def _broadcasts_with(shape: torch.Size, other: torch.Size) -> bool:
-    return all(n == m or n == 1 or m == 1 for n, m in zip(shape[::-1], other[::-1], strict=False))

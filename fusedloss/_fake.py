@@ -1,5 +1,6 @@
 """Fake kernels: what shape, dtype and strides each op returns, for tracing without data."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
         dtype = arithmetic if wide else logits.dtype
         loss = logits.new_empty(rows if reduction == 0 else (), dtype=dtype)
         of_second = logits.new_empty(rows if second else (0,), dtype=dtype)
-        return loss, of_second, logits.new_empty((saved_by(params) * rows.numel() + 1,), dtype=arithmetic)
+        return loss, of_second, logits.new_empty((saved_by(params) * math.prod(rows) + 1,), dtype=arithmetic)
 
     def with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, _, statistics = forward(logits, *rest)

@@ -25,9 +25,10 @@ from torch.compiler import is_compiling
 
 from . import _captures, _fake
 from ._captures import REDUCTIONS as REDUCTIONS
-from ._captures import broadcasts_to as broadcasts_to
 from ._library import extension, why_native
 from ._one_hot import over_class_indices
+from ._sizes import broadcasts_to as broadcasts_to
+from ._sizes import same_shape
 
 Formula = Callable[..., Tensor]
 
@@ -197,7 +198,7 @@ def _capture_pointwise(
     wide = False
     if ignore_index is None:
         wide = _captures.result_dtype(traits, input, target, weight) != input.dtype
-        if input.shape != target.shape:
+        if not same_shape(input.shape, target.shape):
             input, target = torch.broadcast_tensors(input, target)
         if not target.is_floating_point():
             target = target.to(torch.float32 if wide else input.dtype)

@@ -64,7 +64,8 @@ bool scales_exactly(const Tensor& input, const Tensor& upstream) {
 Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
                                   const std::function<Tensor()>& again) {
   const auto left = ctx->saved_data.find("grad");
-  if (left == ctx->saved_data.end()) return Tensor();
+  // A graph of the backward, which may run again, makes its gradient anew: one that was left is written over.
+  if (left == ctx->saved_data.end() || !device_for(input).plain.has_all(upstream.key_set())) return Tensor();
   const at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
   if (!scales_exactly(input, upstream)) return Tensor();
   return scale_(grad.isTensor() ? grad.toTensor() : again(), upstream);

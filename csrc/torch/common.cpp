@@ -10,6 +10,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <limits>
+
 namespace fusedloss {
 
 std::optional<DType> kernel_dtype(at::ScalarType type) {
@@ -100,6 +102,10 @@ double number_at(const Tensor& tensor, int64_t index) {
 void set_number(const Tensor& tensor, int64_t index, double value) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "set_number",
                                   [&] { tensor.mutable_data_ptr<scalar_t>()[index] = static_cast<scalar_t>(value); });
+}
+
+void set_of_nothing(const Tensor& value, int64_t reduction) {
+  value.fill_(reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : 0.0);
 }
 
 bool is_one_value(const Tensor& tensor) {

@@ -71,6 +71,9 @@ struct Upstream {
 bool is_one_value(const Tensor& upstream);
 Upstream read_upstream(const Tensor& upstream);  // in contiguous order
 
+// What a reduction makes of no losses at all, which no kernel is given: NaN for a mean, as in torch.
+void set_of_nothing(const Tensor& value, int64_t reduction);
+
 // data *= factor, one element: left alone where that is 1, which a GPU finds out by itself. Returns data.
 Tensor scale_(const Tensor& data, const Tensor& factor);
 void check_factor(const Tensor& data, const Tensor& factor);

@@ -50,10 +50,10 @@ PointwiseLoss& pointwise_loss(int64_t number);
 PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& custom);
 
 // What the kernels own: why they do not own a call, tensors being plain ones; null where they do. `wide` is what
-// call.wide must be, which follows from the dtypes. fusedloss/_captures.py states the same for graphs that are being
-// captured.
+// call.wide must be, which follows from the dtypes. An op takes empty inputs, because a graph that was captured with
+// open sizes may be run with them. fusedloss/_captures.py states the same for graphs that are being captured.
 const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
-                     bool autocast, bool& wide);
+                     bool autocast, bool& wide, bool takes_empty = false);
 
 // The autograd side, callable without the dispatcher: a differentiable loss. Inputs of different shapes broadcast.
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
@@ -97,7 +97,11 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
            Tensor value = reduction == kNone ? inputs.empty_losses(loss, wide)
                                              : empty_beside(input, {}, inputs.result_dtype(wide));
-           OnDevice::forward(loss, inputs, reduction, value, nullptr);
+           if (input.numel() == 0) {
+             set_of_nothing(value, reduction);
+           } else {
+             OnDevice::forward(loss, inputs, reduction, value, nullptr);
+           }
            return value;
          });
   m.impl((name + "_with_grad").c_str(),
@@ -107,7 +111,11 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            check_gradient_in_forward(loss.op.c_str(), input, reduction);
            Tensor value = empty_beside(input, {}, inputs.result_dtype(wide));
            Tensor grad = empty_gradient(input);
-           OnDevice::forward(loss, inputs, reduction, value, &grad);
+           if (input.numel() == 0) {
+             set_of_nothing(value, reduction);
+           } else {
+             OnDevice::forward(loss, inputs, reduction, value, &grad);
+           }
            return std::make_tuple(value, grad);
          });
   m.impl((name + "_backward").c_str(),
@@ -119,7 +127,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            TORCH_CHECK(!of_target || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
                        " is not differentiable with respect to its target");
            Tensor grad = empty_gradient(of_target ? target : input);
-           OnDevice::backward(loss, inputs, upstream, reduction, of_target, grad);
+           if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of_target, grad);
            return grad;
          });
 }

@@ -58,6 +58,8 @@ Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& targ
 }
 
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const PointwiseLoss& loss,
                         const PointwiseCall& call, bool grad_in_forward) {
     ctx->save_for_backward({input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
@@ -107,6 +109,16 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   }
 };
 
+// Sizes that a compiler keeps open differ only where it can say so without the data.
+bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
+  if (a.size() != b.size()) return true;
+  for (size_t d = 0; d < a.size(); ++d) {
+    const bool known = !a[d].is_symbolic() && !b[d].is_symbolic();
+    if (known ? a[d] != b[d] : TORCH_GUARD_OR_FALSE(a[d].sym_ne(b[d]))) return true;
+  }
+  return false;
+}
+
 bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
 
 }  // namespace
@@ -115,10 +127,10 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
                  bool grad_in_forward) {
   Tensor input = input_, target = target_;
   if (!call.ignore_index) {
-    if (input.sizes() != target.sizes()) {
-      const auto sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
-      input = input.expand(sizes);
-      target = target.expand(sizes);
+    if (differ(input.sym_sizes(), target.sym_sizes())) {
+      const auto sizes = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
+      input = input.expand_symint(sizes);
+      target = target.expand_symint(sizes);
     }
     if (at::isIntegralType(target.scalar_type(), false)) {
       target = target.to(call.wide ? at::kFloat : input.scalar_type());

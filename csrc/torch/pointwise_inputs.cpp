@@ -131,14 +131,14 @@ const char* declines_factor(const Tensor& factor, const Tensor& input, at::IntAr
 }  // namespace
 
 const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
-                     bool autocast, bool& wide) {
+                     bool autocast, bool& wide, bool takes_empty) {
   const PointwiseTraits& traits = loss.traits;
   const bool takes_integers = call.ignore_index || traits.result == ResultDType::Promoted;
   if (target.device() != input.device()) return "tensors on different devices";
   if (!kernel_dtype(input.scalar_type()) ||
       !(kernel_dtype(target.scalar_type()) || (takes_integers && at::isIntegralType(target.scalar_type(), false))))
     return "an input or target that is no float64, float32, bfloat16 or float16";
-  if (input.numel() == 0 || target.numel() == 0) return "an empty input";
+  if (!takes_empty && (input.numel() == 0 || target.numel() == 0)) return "an empty input";
   if (!device_for(input).runs(loss)) return "a loss that was compiled for the CPU alone";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
   if (call.pos_weight && !traits.has_positive_weight) return "a pos_weight, which the loss does not take";
@@ -200,7 +200,7 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
                                  const PointwiseCall& call)
     : input(input_), target(target_), ignore_index(call.ignore_index), params(call.params) {
   bool wide;
-  if (const char* why = declines(loss, input, target, call, /*autocast=*/call.wide, wide))
+  if (const char* why = declines(loss, input, target, call, /*autocast=*/call.wide, wide, /*takes_empty=*/true))
     raise_declined(loss.op, why, input, target, call.weight, params);
   TORCH_CHECK(call.wide == wide, loss.op, ": expected wide=", wide ? "True" : "False", " for ", input.scalar_type(),
               " beside ", target.scalar_type(), ", got wide=", call.wide ? "True" : "False");

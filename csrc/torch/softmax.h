@@ -57,9 +57,10 @@ struct SoftmaxLoss {
 // Those of FUSEDLOSS_SOFTMAX, in its order.
 SoftmaxLoss& softmax_loss(int64_t number);
 
-// What the kernels own: why they do not own a call, tensors being plain ones; null where they do.
-// fusedloss/_captures.py states the same for graphs that are being captured.
-const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call);
+// What the kernels own: why they do not own a call, tensors being plain ones; null where they do. An op takes logits
+// without rows, because a graph that was captured with open sizes may be run with them. fusedloss/_captures.py states
+// the same for graphs that are being captured.
+const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call, bool takes_no_rows = false);
 
 // The autograd side, callable without the dispatcher: the loss, and the second result or an undefined tensor.
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
@@ -93,6 +94,7 @@ struct SoftmaxResults {
   Tensor loss, second, statistics;  // second is empty where it is not wanted
 
   SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction);
+  void set_of_no_rows(int64_t reduction);
 };
 
 void check_with_grad(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction);
@@ -121,7 +123,11 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
                                int64_t reduction, int64_t ignore_index, Params params, bool wide, bool second) {
     const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide, second});
     SoftmaxResults results(loss, inputs, reduction);
-    OnDevice::forward(loss, inputs, reduction, results, nullptr);
+    if (logits.numel() == 0) {
+      results.set_of_no_rows(reduction);
+    } else {
+      OnDevice::forward(loss, inputs, reduction, results, nullptr);
+    }
     return std::make_tuple(results.loss, results.second, results.statistics);
   });
   m.impl((name + "_with_grad").c_str(),
@@ -131,7 +137,11 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
            check_with_grad(loss, inputs, reduction);
            SoftmaxResults results(loss, inputs, reduction);
            Destination to = Destination::fresh(logits, inputs);
-           OnDevice::forward(loss, inputs, reduction, results, &to.writable);
+           if (logits.numel() == 0) {
+             results.set_of_no_rows(reduction);
+           } else {
+             OnDevice::forward(loss, inputs, reduction, results, &to.writable);
+           }
            return std::make_tuple(results.loss, results.statistics, to.finish());
          });
   m.impl((name + "_with_grad_").c_str(), [&loss](Tensor logits, const Tensor& target, const OptionalTensor& weight,
@@ -140,14 +150,19 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     check_with_grad(loss, inputs, reduction);
     SoftmaxResults results(loss, inputs, reduction);
     Destination to(logits, inputs.logits);
-    OnDevice::forward(loss, inputs, reduction, results, &to.writable);
+    if (logits.numel() == 0) {
+      results.set_of_no_rows(reduction);
+    } else {
+      OnDevice::forward(loss, inputs, reduction, results, &to.writable);
+    }
     to.finish();
     return std::make_tuple(results.loss, results.statistics);
   });
   const auto make = [](const SoftmaxLoss& loss, Destination& to, const SoftmaxInputs& inputs, const Tensor& upstream,
                        const OptionalTensor& upstream_second, const Tensor& statistics, int64_t reduction) {
     check_backward(loss, inputs, upstream, upstream_second, statistics, reduction);
-    OnDevice::backward(loss, inputs, upstream, upstream_second, statistics, reduction, to.writable);
+    if (to.result.numel() != 0)
+      OnDevice::backward(loss, inputs, upstream, upstream_second, statistics, reduction, to.writable);
     return to.finish();
   };
   m.impl((name + "_backward").c_str(),

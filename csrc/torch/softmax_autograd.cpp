@@ -50,6 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tens
 }
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   // The statistics go out beside the differentiable outputs: compiled autograd knows no others.
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const SoftmaxLoss& loss,
                                const SoftmaxCall& call, bool grad_in_forward, bool in_place, Tensor* statistics_out) {
@@ -96,7 +98,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
     if (!upstream.defined()) {
       if (!second) return gradients;
-      upstream = at::zeros(call.reduction == kNone ? second->sizes() : at::IntArrayRef(), second->options());
+      upstream = at::zeros_symint(call.reduction == kNone ? second->sym_sizes() : c10::SymIntArrayRef(),
+                                  second->options());
     }
     if (saved.flags & kInPlace) {
       TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,

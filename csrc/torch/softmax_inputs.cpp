@@ -77,12 +77,13 @@ std::optional<SoftmaxLayout> layout_of(const Tensor& logits) {
   return layout;
 }
 
-const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
+const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call, bool takes_no_rows) {
   const SoftmaxTraits& traits = loss.traits;
   const Tensor& target = call.target;
   if (target.device() != logits.device()) return "tensors on different devices";
   if (!kernel_dtype(logits.scalar_type())) return "the logits are no float64, float32, bfloat16 or float16";
-  if (logits.dim() < 1 || logits.numel() == 0) return "the logits are empty or a single number";
+  if (logits.dim() < 1 || (takes_no_rows ? classes_of(logits) : logits.numel()) == 0)
+    return "the logits are empty or a single number";
   if (call.second && !traits.reads_row) return "no second result of a loss of the target's logit alone";
   if (classes_of(logits) > device_for(logits).most_classes) return "more classes than a kernel counts";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter is out of range";
@@ -113,7 +114,8 @@ SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, con
       params(call.params),
       wide(call.wide),
       second(call.second) {
-  if (const char* why = declines(loss, logits, call)) raise_declined(loss.op, why, logits, target, call.weight, params);
+  if (const char* why = declines(loss, logits, call, /*takes_no_rows=*/true))
+    raise_declined(loss.op, why, logits, target, call.weight, params);
   row_sizes = row_sizes_of(logits);
   if (!layout_of(logits)) logits = logits.contiguous();
   if (!loss.traits.soft || !layout_of(target)) target = target.contiguous();
@@ -149,6 +151,11 @@ SoftmaxResults::SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inp
   this->loss = empty_beside(logits, reduction == kNone ? inputs.row_sizes : at::IntArrayRef(), dtype);
   second = inputs.second ? empty_beside(logits, inputs.row_sizes, dtype) : empty_beside(logits, {0}, dtype);
   statistics = empty_beside(logits, {numbers}, arithmetic_type(logits.scalar_type()));
+}
+
+void SoftmaxResults::set_of_no_rows(int64_t reduction) {
+  set_of_nothing(loss, reduction);
+  statistics.zero_();
 }
 
 void check_with_grad(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction) {

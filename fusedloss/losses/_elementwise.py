@@ -27,7 +27,7 @@ def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def warn_of_broadcasting(input: Tensor, target: Tensor, stacklevel: int = 3) -> None:
     """Warns as torch does where the sizes differ; the default stacklevel names the caller of a public loss."""
-    if target.size() != input.size() and not is_compiling():  # a warning would break the graph
+    if not is_compiling() and target.size() != input.size():  # a warning would break the graph
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
