@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _torchs
 from ._dtypes import in_float, widened
+from ._sizes import same_shape
 
 
 def over_class_indices(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -24,7 +25,7 @@ def over_class_indices(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         if ignore_index is None:
             return formula(input, target, weight, reduction, *params, **options)
-        if input.dim() < 2 or target.shape != input.shape[:1] + input.shape[2:]:
+        if input.dim() < 2 or not same_shape(target.shape, input.shape[:1] + input.shape[2:]):
             raise ValueError(
                 f"Target size ({target.shape}) must be the same as input size ({input.shape}), "
                 "or for class indices that of inputs (N, C, d1, ...) without C"

@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
+from .._sizes import same_shape
 from ._numbers import NUMBERS, checked, factors_of_classes
 from ._rows import class_dim, class_index, reduced
 
@@ -141,7 +142,7 @@ def focal_loss(
         factor = checked("focal_loss", "alpha", alpha)
     if not target.is_floating_point():
         return _focal(input, target, weight, reduction, ignore_index, factor, gamma)
-    if target.shape != input.shape:
+    if not same_shape(target.shape, input.shape):
         raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
     _route.tell_native("class probabilities in a focal loss")
     return _soft_focal(input, target, factor, weight, gamma, reduction)

@@ -6,6 +6,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route
 from .._dtypes import in_float, widened
+from .._sizes import same_shape
 from ._elementwise import INDEX_DTYPES, check_broadcasts, reduced
 from ._numbers import NUMBERS, checked
 
@@ -38,7 +39,7 @@ def _sigmoid_focal(
     t = targets.to(x.dtype)
     if not isinstance(alpha, NUMBERS):
         alpha = checked("sigmoid_focal_loss", "alpha", alpha)
-    if x.shape != t.shape:
+    if not same_shape(x.shape, t.shape):
         raise ValueError(f"Target size ({t.shape}) must be the same as input size ({x.shape})")
     losses = of_elements(x, t, alpha, gamma)
     if weight is not None:
@@ -122,7 +123,7 @@ def sigmoid_focal_loss(
     check_broadcasts("weight", weight, inputs)
 
     kind = reduction if normalizer is None else "sum"
-    if targets.dtype in INDEX_DTYPES and targets.shape != inputs.shape:
+    if targets.dtype in INDEX_DTYPES and not same_shape(targets.shape, inputs.shape):
         loss = _sigmoid_focal(inputs, targets.long(), weight, kind, alpha, gamma, ignore_index=ignore_index)
     else:
         loss = _sigmoid_focal(inputs, targets, weight, kind, alpha, gamma)
