@@ -92,7 +92,9 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
             return "probabilities under autocast, which torch refuses"
         return torch.float32
     if traits.result == "promoted":
-        result = torch.promote_types(torch.promote_types(result, target.dtype), of_weight)
+        for other in (target.dtype, of_weight):
+            if other != result:  # torch.export would write the call into the graph
+                result = torch.promote_types(result, other)
     elif traits.result == "of target":
         result = target.dtype
     elif traits.result == "same" and not (target.dtype == result == of_weight):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _captures, _fake
+from . import _captures, _decomposed, _fake
 from ._captures import REDUCTIONS as REDUCTIONS
 from ._library import extension, why_native
 from ._one_hot import over_class_indices
@@ -63,7 +63,7 @@ def pointwise(
 
     def route(formula: Formula) -> Formula:
         native = over_class_indices(formula) if class_indices else formula
-        routed = _unfused(native) if extension is None else _fused(name, native, _capture_pointwise, _fake_pointwise)
+        routed = _unfused(native) if extension is None else _fused(name, native, _POINTWISE)
         if listed:
             params = _defaults(formula)
             LOSSES[name] = Loss(
@@ -85,7 +85,7 @@ def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
     """
 
     def route(formula: Formula) -> Formula:
-        routed = _unfused(formula) if extension is None else _fused(name, formula, _capture_softmax, _fake_softmax)
+        routed = _unfused(formula) if extension is None else _fused(name, formula, _SOFTMAX)
         LOSSES[name] = Loss("softmax", routed, formula, _defaults(formula), soft=soft)
         return routed
 
@@ -162,18 +162,26 @@ def _unfused(formula: Formula) -> Formula:
     return loss
 
 
-def _fused(name: str, formula: Formula, capture: Callable[..., Any], fakes: Callable[..., _fake.Fakes]) -> Formula:
-    """``capture(op, traits, *arguments, **options)`` puts the op into a graph, or returns None."""
+class _Family(NamedTuple):
+    """What the ops of a family need in Python."""
+
+    capture: Callable[..., Any]  # capture(op, traits, *arguments, **options) puts an op into a graph, or returns None
+    fakes: Callable[[Any], _fake.Fakes]  # of a loss as the extension knows it
+    decomposed: Callable[[Formula, Any], Callable[..., Any]]
+
+
+def _fused(name: str, formula: Formula, family: _Family) -> Formula:
     known = extension.losses[name]  # type: ignore[union-attr]
     known.native = formula
     kernel, explained, traits = known.run, known.explain, known.traits
     op = getattr(torch.ops.fusedloss, name)
-    for suffix, fake in fakes(known).items():
+    for suffix, fake in family.fakes(known).items():
         torch.library.register_fake(f"fusedloss::{name}{suffix}", fake)
+    _decomposed.register(op.default, family.decomposed(formula, known))
 
     def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any) -> Any:
         if is_compiling():
-            value = capture(op, traits, input, target, weight, reduction, *rest, **_without_hints(options))
+            value = family.capture(op, traits, input, target, weight, reduction, *rest, **_without_hints(options))
         elif _asking.get():
             raise Path(explained(input, target, weight, reduction, *rest, **options))
         else:
@@ -183,10 +191,6 @@ def _fused(name: str, formula: Formula, capture: Callable[..., Any], fakes: Call
         return formula(input, target, weight, reduction, *rest, **_without_hints(options))
 
     return loss
-
-
-def _fake_pointwise(known: Any) -> _fake.Fakes:
-    return _fake.pointwise(known.traits.result)
 
 
 def _capture_pointwise(
@@ -206,10 +210,6 @@ def _capture_pointwise(
     return op(input, target, weight, REDUCTIONS[reduction], numbers, pos_weight, wide, ignore_index)
 
 
-def _fake_softmax(known: Any) -> _fake.Fakes:
-    return _fake.softmax(known.saved_by)
-
-
 def _capture_softmax(
     op: Any, traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     *params: Any, wide: bool = False, second: bool = False, zero: bool = False,
@@ -221,3 +221,15 @@ def _capture_softmax(
     numbers = [float(value) for value in params]
     value, of_second, _ = op(logits, target, weight, kind, ignore_index, numbers, wide, second)
     return (value, of_second) if second else value
+
+
+_POINTWISE = _Family(
+    _capture_pointwise,
+    lambda known: _fake.pointwise(known.traits.result),
+    lambda formula, known: _decomposed.pointwise(formula),
+)
+_SOFTMAX = _Family(
+    _capture_softmax,
+    lambda known: _fake.softmax(known.saved_by),
+    lambda formula, known: _decomposed.softmax(formula, known.saved_by),
+)

@@ -1,0 +1,81 @@
+"""What an op stands for in PyTorch's own operators: the native formula under the op's arguments.
+
+``ExportedProgram.run_decompositions()`` and ``torch.onnx.export`` take it in the op's place. torch.compile keeps the op.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._captures import REDUCTIONS
+from ._library import extension
+
+_NAMES = {number: name for name, number in REDUCTIONS.items()}
+
+
+def register(op: Any, decomposed: Callable[..., Any]) -> None:
+    """Makes an op known to torch.export as one that has a decomposition.
+
+    Both are kernels in Python, which only a tracer asks for. Because the op has kernels for its devices, torch would
+    still keep it, so the kernel for autograd decomposes it; a caller who takes the op out of the table of
+    decompositions has the decomposition return NotImplemented.
+    """
+    op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(decomposed)
+    for device in extension.devices:  # type: ignore[union-attr]
+        key = getattr(torch._C.DispatchKey, f"Autograd{device.upper()}")
+        op.py_impl(key)(_under_autograd(op, key))
+
+
+def _under_autograd(op: Any, key: torch._C.DispatchKey) -> Callable[..., Any]:
+    def kernel(*arguments: Any, **options: Any) -> Any:
+        values = op.decompose(*arguments, **options) if _is_decomposing() else NotImplemented
+        return op._op_dk(key, *arguments, **options) if values is NotImplemented else values
+
+    return kernel
+
+
+def _is_decomposing() -> bool:
+    """Whether an exported program is being decomposed; torch.export itself and torch.compile keep the op."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+    return torch.compiler.is_exporting() and mode is not None and not mode.pre_dispatch
+
+
+def pointwise(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decomposed(
+        input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
+        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        if wide:
+            input = input.float()
+            target = target.float() if target.is_floating_point() else target
+            weight, pos_weight = (factor if factor is None else factor.float() for factor in (weight, pos_weight))
+        options: dict[str, Any] = {} if pos_weight is None else {"pos_weight": pos_weight}
+        if ignore_index is not None:
+            options["ignore_index"] = ignore_index
+        return formula(input, target, weight, _NAMES[reduction], *params, **options)
+
+    return decomposed
+
+
+def softmax(formula: Callable[..., Any], saved_by: Callable[[list[float]], int]) -> Callable[..., Any]:
+    """The statistics, which only the op's own backward reads, are zeros."""
+
+    def decomposed(
+        logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
+        wide: bool = False, second: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        zero = reduction == extension.mean_or_zero  # type: ignore[union-attr]
+        values = formula(
+            logits, target, weight, "mean" if zero else _NAMES[reduction], ignore_index, *params,
+            wide=wide, second=second, zero=zero,
+        )  # fmt: skip
+        value, of_second = values if second else (values, values.new_empty(0))
+        class_dim = min(logits.dim() - 1, 1)
+        rows = math.prod(logits.shape[:class_dim] + logits.shape[class_dim + 1 :])
+        arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return value, of_second, logits.new_zeros((saved_by(params) * rows + 1,), dtype=arithmetic)
+
+    return decomposed
