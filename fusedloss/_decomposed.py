@@ -26,13 +26,15 @@ def register(op: Any, decomposed: Callable[..., Any]) -> None:
     op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(decomposed)
     for device in extension.devices:  # type: ignore[union-attr]
         key = getattr(torch._C.DispatchKey, f"Autograd{device.upper()}")
-        op.py_impl(key)(_under_autograd(op, key))
+        op.py_impl(key)(_under_autograd(op))
 
 
-def _under_autograd(op: Any, key: torch._C.DispatchKey) -> Callable[..., Any]:
+def _under_autograd(op: Any) -> Callable[..., Any]:
     def kernel(*arguments: Any, **options: Any) -> Any:
         values = op.decompose(*arguments, **options) if _is_decomposing() else NotImplemented
-        return op._op_dk(key, *arguments, **options) if values is NotImplemented else values
+        # Under this key the C++ side has registered its own, which serves every device.
+        own = torch._C.DispatchKey.Autograd
+        return op._op_dk(own, *arguments, **options) if values is NotImplemented else values
 
     return kernel
 
