@@ -20,10 +20,13 @@ def register(op: Any, decomposed: Callable[..., Any]) -> None:
     """Makes an op known to torch.export as one that has a decomposition.
 
     Both are kernels in Python, which only a tracer asks for. Because the op has kernels for its devices, torch would
-    still keep it, so the kernel for autograd decomposes it; a caller who takes the op out of the table of
-    decompositions has the decomposition return NotImplemented.
+    still keep it, so the kernel for autograd decomposes it. It keeps the op where the decomposition says NotImplemented:
+    ours outside such a decomposition, and torch's own in its place where the caller took the op out of the table.
     """
-    op.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(decomposed)
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    op.py_impl(composite)(
+        lambda *given, **options: decomposed(*given, **options) if _is_decomposing() else NotImplemented
+    )
     for device in extension.devices:  # type: ignore[union-attr]
         key = getattr(torch._C.DispatchKey, f"Autograd{device.upper()}")
         op.py_impl(key)(_under_autograd(op))
@@ -31,7 +34,7 @@ def register(op: Any, decomposed: Callable[..., Any]) -> None:
 
 def _under_autograd(op: Any) -> Callable[..., Any]:
     def kernel(*arguments: Any, **options: Any) -> Any:
-        values = op.decompose(*arguments, **options) if _is_decomposing() else NotImplemented
+        values = op.decompose(*arguments, **options)
         # Under this key the C++ side has registered its own, which serves every device.
         own = torch._C.DispatchKey.Autograd
         return op._op_dk(own, *arguments, **options) if values is NotImplemented else values

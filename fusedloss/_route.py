@@ -28,7 +28,7 @@ from ._captures import REDUCTIONS as REDUCTIONS
 from ._library import extension, why_native
 from ._one_hot import over_class_indices
 from ._sizes import broadcasts_to as broadcasts_to
-from ._sizes import same_shape
+from ._sizes import pinned, same_shape
 
 Formula = Callable[..., Tensor]
 
@@ -197,6 +197,7 @@ def _capture_pointwise(
     op: Any, traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any,
     pos_weight: Tensor | None = None, ignore_index: int | None = None,
 ) -> Any:  # fmt: skip
+    params = tuple(map(pinned, params))
     if _captures.pointwise(traits, input, target, weight, reduction, params, pos_weight, ignore_index) is not None:
         return None
     wide = False
@@ -206,20 +207,19 @@ def _capture_pointwise(
             input, target = torch.broadcast_tensors(input, target)
         if not target.is_floating_point():
             target = target.to(torch.float32 if wide else input.dtype)
-    numbers = [float(value) for value in params]
-    return op(input, target, weight, REDUCTIONS[reduction], numbers, pos_weight, wide, ignore_index)
+    return op(input, target, weight, REDUCTIONS[reduction], list(map(float, params)), pos_weight, wide, ignore_index)
 
 
 def _capture_softmax(
     op: Any, traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     *params: Any, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Any:  # fmt: skip
+    params = tuple(map(pinned, params))
     if _captures.softmax(traits, logits, target, weight, reduction, ignore_index, params, wide, second) is not None:
         return None
     wide = _captures.is_wide(traits, logits, target, wide)
     kind = extension.mean_or_zero if zero and reduction == "mean" else REDUCTIONS[reduction]  # type: ignore[union-attr]
-    numbers = [float(value) for value in params]
-    value, of_second, _ = op(logits, target, weight, kind, ignore_index, numbers, wide, second)
+    value, of_second, _ = op(logits, target, weight, kind, ignore_index, list(map(float, params)), wide, second)
     return (value, of_second) if second else value
 
 

@@ -4,6 +4,8 @@ What only the data can tell, such as the number of rows that a mask picks, is ta
 runs.
 """
 
+from typing import Any
+
 import torch
 from torch.compiler import is_compiling
 
@@ -30,9 +32,7 @@ def broadcasts_to(shape: torch.Size, full: torch.Size) -> bool:
 
 
 def broadcasts_with(shape: torch.Size, other: torch.Size) -> bool:
-    return all(
-        _is_one(n) or _is_one(m) or same_size(n, m) for n, m in zip(shape[::-1], other[::-1], strict=False)
-    )
+    return all(_is_one(n) or _is_one(m) or same_size(n, m) for n, m in zip(shape[::-1], other[::-1], strict=False))
 
 
 def is_empty(tensor: torch.Tensor) -> bool:
@@ -51,6 +51,15 @@ def is_open(number: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return not has_static_value(number)
+
+
+def pinned(number: Any) -> Any:
+    """The number that a compiler keeps open, or what is given as it is: an op's parameters are part of the graph."""
+    if not isinstance(number, int | float | torch.SymInt | torch.SymFloat):
+        return number
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(number)
 
 
 def _is_one(n: int) -> bool:

@@ -82,7 +82,8 @@ variable_list differentiable_gradients(const std::string& op, const variable_lis
     views.push_back(input.view_as(input));
     if (views.back().requires_grad()) wanted.push_back(views.back());
   }
-  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, create_graph, create_graph, true);
+  const variable_list found =
+      torch::autograd::grad(formula(views), wanted, upstreams, create_graph, create_graph, true);
   variable_list gradients(inputs.size());
   size_t next = 0;
   for (size_t i = 0; i < inputs.size(); ++i) {

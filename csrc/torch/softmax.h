@@ -60,7 +60,8 @@ SoftmaxLoss& softmax_loss(int64_t number);
 // What the kernels own: why they do not own a call, tensors being plain ones; null where they do. An op takes logits
 // without rows, because a graph that was captured with open sizes may be run with them. fusedloss/_captures.py states
 // the same for graphs that are being captured.
-const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call, bool takes_no_rows = false);
+const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                     bool takes_no_rows = false);
 
 // The autograd side, callable without the dispatcher: the loss, and the second result or an undefined tensor.
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,

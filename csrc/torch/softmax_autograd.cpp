@@ -98,8 +98,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
     if (!upstream.defined()) {
       if (!second) return gradients;
-      upstream = at::zeros_symint(call.reduction == kNone ? second->sym_sizes() : c10::SymIntArrayRef(),
-                                  second->options());
+      upstream =
+          at::zeros_symint(call.reduction == kNone ? second->sym_sizes() : c10::SymIntArrayRef(), second->options());
     }
     if (saved.flags & kInPlace) {
       TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
@@ -201,17 +201,17 @@ void define_softmax(torch::Library& m, const SoftmaxLoss& loss) {
 }
 
 void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss) {
-  m.impl(base_name(loss.op).c_str(), [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                             int64_t reduction, int64_t ignore_index, Params params, bool wide,
-                                             bool second) {
-    const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second};
-    // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
-    auto results = needs_formula({logits, target, weight}) ? native(loss, logits, call)
-                                                           : with_statistics(loss, logits, call, false, false);
-    Tensor& of_second = std::get<1>(results);
-    if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
-    return results;
-  });
+  m.impl(base_name(loss.op).c_str(),
+         [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 int64_t ignore_index, Params params, bool wide, bool second) {
+           const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second};
+           // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
+           auto results = needs_formula({logits, target, weight}) ? native(loss, logits, call)
+                                                                  : with_statistics(loss, logits, call, false, false);
+           Tensor& of_second = std::get<1>(results);
+           if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
+           return results;
+         });
   for (const char* suffix : {"_with_grad", "_with_grad_", "_backward", "_backward_"}) {
     refuse_derivatives(m, loss.op + suffix);
   }

@@ -1,0 +1,43 @@
+"""Compiled autograd: the backward of an eager loss in one graph, with eager's gradients."""
+
+import pytest
+import torch
+from losses import ONE_OF_EACH, each_of
+
+import fusedloss.functional as L
+
+
+def captured(backward):
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        backward()
+
+
+@each_of(ONE_OF_EACH)
+@pytest.mark.parametrize("reduction, scale", [("mean", 1.0), ("sum", 3.0), ("none", 1.0)])
+def test_gradients_are_those_of_eager(loss, reduction, scale, dtype=torch.float32):
+    torch._dynamo.reset()
+    x, target = loss.data((6, 5), dtype)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss.fused(leaf, target, reduction).sum() * scale, leaf)
+    value = loss.fused(leaf, target, reduction).sum() * scale
+    for _ in range(2):  # a graph that runs again must not find its gradient scaled already
+        leaf.grad = None
+        captured(lambda: value.backward(retain_graph=True))
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_a_bfloat16_gradient_asks_for_no_number_of_its_upstream_one():
+    x, y = torch.randn(6, 5).bfloat16().requires_grad_(), torch.randint(5, (6,))
+    (expected,) = torch.autograd.grad(L.cross_entropy(x, y) * 3, x)
+    captured(lambda: (L.cross_entropy(x, y) * 3).backward())
+    assert torch.equal(x.grad, expected)
+
+
+def test_each_call_keeps_its_own_parameters():
+    torch._dynamo.reset()
+    x, t = 3 * torch.randn(6, 5), torch.randn(6, 5)
+    for delta in (0.5, 1.0, 2.0):
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(L.huber_loss(leaf, t, delta=delta), leaf)
+        captured(lambda: L.huber_loss(leaf, t, delta=delta).backward())  # noqa: B023
+        torch.testing.assert_close(leaf.grad, expected)
