@@ -1,6 +1,7 @@
 """What an op stands for in PyTorch's own operators: the native formula under the op's arguments.
 
-``ExportedProgram.run_decompositions()`` and ``torch.onnx.export`` take it in the op's place. torch.compile keeps the op.
+``ExportedProgram.run_decompositions()`` and ``torch.onnx.export`` take it in the op's place; torch.compile keeps the
+op.
 """
 
 import math
@@ -20,8 +21,8 @@ def register(op: Any, decomposed: Callable[..., Any]) -> None:
     """Makes an op known to torch.export as one that has a decomposition.
 
     Both are kernels in Python, which only a tracer asks for. Because the op has kernels for its devices, torch would
-    still keep it, so the kernel for autograd decomposes it. It keeps the op where the decomposition says NotImplemented:
-    ours outside such a decomposition, and torch's own in its place where the caller took the op out of the table.
+    still keep it, so the kernel for autograd decomposes it. It keeps the op where the decomposition says
+    NotImplemented: ours in any other tracing, and torch's in its place where the caller took the op out of the table.
     """
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     op.py_impl(composite)(

@@ -1,4 +1,4 @@
-"""Sizes that a compiler keeps open: as many graphs as torch.nn makes, the fused op in each, right results at any size."""
+"""Sizes that a compiler keeps open: as many graphs as torch.nn makes, the fused op in each, and right results."""
 
 import pytest
 import torch

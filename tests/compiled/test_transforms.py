@@ -1,4 +1,4 @@
-"""Transforms of torch.func and forward-mode AD, inside torch.compile and over the ops themselves: never a silent zero."""
+"""Transforms of torch.func and forward-mode AD, inside torch.compile and over the ops: never a silent zero."""
 
 import pytest
 import torch
