@@ -36,24 +36,18 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
 
 void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
 
-namespace {
+GradientOfForward take_gradient(AutogradContext* ctx) {
+  const auto left = ctx->saved_data.find("grad");
+  if (left == ctx->saved_data.end()) return {};
+  const at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
+  return {true, grad.isTensor() ? grad.toTensor() : Tensor()};
+}
 
 // On a GPU nobody asks: reading the upstream gradient would wait for it.
 bool scales_exactly(const Tensor& input, const Tensor& upstream) {
   if (input.scalar_type() != at::kBFloat16 || !device_for(input).host_reads) return true;
   int exponent;
   return std::abs(std::frexp(at::_local_scalar_dense(upstream).toDouble(), &exponent)) == 0.5;
-}
-
-}  // namespace
-
-Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
-                                  const std::function<Tensor()>& again) {
-  const auto left = ctx->saved_data.find("grad");
-  if (left == ctx->saved_data.end()) return Tensor();
-  const at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
-  if (!scales_exactly(input, upstream)) return Tensor();
-  return scale_(grad.isTensor() ? grad.toTensor() : again(), upstream);
 }
 
 variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,

@@ -47,12 +47,18 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
 // The gradient that forward made for an upstream gradient of 1, left for the first backward.
 void leave_gradient(AutogradContext* ctx, const Tensor& grad);
 
-// The gradient that forward left, times the upstream one; undefined where forward made none, or where the product would
-// not be to the last digit what backward makes: a bfloat16 gradient would be rounded twice. The first backward scales
-// the tensor that was left and gives it away. A later one calls `again`, which makes it in the same way, so that it
-// gets the same bits: gradcheck compares them.
-Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
-                                  const std::function<Tensor()>& again);
+// What forward left. Taken at every backward, of which the first alone finds the tensor: it scales it and gives it away,
+// without a look at the tensors that forward saved, which may have been overwritten since. A later backward makes it
+// again in the same way, so that it gets the same bits: gradcheck compares them.
+struct GradientOfForward {
+  bool made = false;
+  Tensor left;  // undefined where it was not made, or was given away
+};
+GradientOfForward take_gradient(AutogradContext* ctx);
+
+// Whether a gradient of forward times the upstream one is to the last digit what backward makes. `like` has the dtype
+// and device of the input: a bfloat16 gradient would be rounded twice.
+bool scales_exactly(const Tensor& like, const Tensor& upstream);
 
 // Gradients that carry a graph of their own, by native autograd through the native formula. Entries are undefined for
 // inputs that require none. `formula` is called with views of the inputs, so that a target that was computed from the

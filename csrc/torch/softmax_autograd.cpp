@@ -80,6 +80,14 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     variable_list gradients(6);  // one for each argument of forward
+    const GradientOfForward of_forward = take_gradient(ctx);
+    const bool differentiable = at::GradMode::is_enabled();
+    if (!differentiable && of_forward.left.defined() && upstreams[0].defined() &&
+        scales_exactly(of_forward.left, upstreams[0])) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      gradients[0] = scale_(of_forward.left, upstreams[0]);
+      return gradients;
+    }
     const SavedCall saved = SavedCall::of(ctx);
     const SoftmaxLoss& loss = softmax_loss(saved.loss);
     const auto tensors = ctx->get_saved_variables();
@@ -99,20 +107,20 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       upstream = at::zeros(call.reduction == kNone ? second->sizes() : at::IntArrayRef(), second->options());
     }
     if (saved.flags & kInPlace) {
-      TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
+      TORCH_CHECK(!differentiable, loss.op,
                   ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
                   "(create_graph=True)");
       gradients[0] = in_place(loss, logits, call, statistics, upstream, second);
       return gradients;
     }
-    if (at::GradMode::is_enabled()) {
-      gradients[0] = differentiable(loss, logits, call, upstream, second);
+    if (differentiable) {
+      gradients[0] = differentiable_gradient(loss, logits, call, upstream, second);
       return gradients;
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    gradients[0] =
-        scaled_gradient_of_forward(ctx, logits, upstream, [&] { return std::get<2>(with_grad(loss, logits, call)); });
-    if (!gradients[0].defined()) {
+    if (of_forward.made && scales_exactly(logits, upstream)) {
+      gradients[0] = scale_(std::get<2>(with_grad(loss, logits, call)), upstream);
+    } else {
       gradients[0] = handles_of(loss).backward.call(upstream, second, logits, call.target, weight, statistics,
                                                     call.reduction, call.ignore_index, call.params);
     }
@@ -132,8 +140,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     return logits.detach();
   }
 
-  static Tensor differentiable(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
-                               const Tensor& upstream, const OptionalTensor& second) {
+  static Tensor differentiable_gradient(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                                        const Tensor& upstream, const OptionalTensor& second) {
     std::function<variable_list(const variable_list&)> formula;
     if (loss.formula) {
       formula = [&](const variable_list& x) {
