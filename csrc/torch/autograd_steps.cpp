@@ -39,8 +39,12 @@ void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data[
 GradientOfForward take_gradient(AutogradContext* ctx) {
   const auto left = ctx->saved_data.find("grad");
   if (left == ctx->saved_data.end()) return {};
-  const at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
-  return {true, grad.isTensor() ? grad.toTensor() : Tensor()};
+  at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
+  return {true, grad.isTensor() ? std::move(grad).toTensor() : Tensor()};
+}
+
+Tensor scaled(const Tensor& left, const Tensor& upstream) {
+  return scale_(left.use_count() == 1 ? left : left.clone(), upstream);
 }
 
 // On a GPU nobody asks: reading the upstream gradient would wait for it.

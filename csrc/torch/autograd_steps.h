@@ -47,9 +47,9 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
 // The gradient that forward made for an upstream gradient of 1, left for the first backward.
 void leave_gradient(AutogradContext* ctx, const Tensor& grad);
 
-// What forward left. Taken at every backward, of which the first alone finds the tensor: it scales it and gives it away,
-// without a look at the tensors that forward saved, which may have been overwritten since. A later backward makes it
-// again in the same way, so that it gets the same bits: gradcheck compares them.
+// What forward left. Taken at every backward, of which the first alone finds the tensor: it scales it and gives it
+// away, without a look at the tensors that forward saved, which may have been overwritten since. A later backward makes
+// it again in the same way, so that it gets the same bits: gradcheck compares them.
 struct GradientOfForward {
   bool made = false;
   Tensor left;  // undefined where it was not made, or was given away
@@ -59,6 +59,10 @@ GradientOfForward take_gradient(AutogradContext* ctx);
 // Whether a gradient of forward times the upstream one is to the last digit what backward makes. `like` has the dtype
 // and device of the input: a bfloat16 gradient would be rounded twice.
 bool scales_exactly(const Tensor& like, const Tensor& upstream);
+// What was left times the upstream gradient, in the same memory unless something else holds it: compiled autograd hands
+// every backward a copy of the context.
+Tensor scaled(const Tensor& left, const Tensor& upstream);
+
 
 // Gradients that carry a graph of their own, by native autograd through the native formula. Entries are undefined for
 // inputs that require none. `formula` is called with views of the inputs, so that a target that was computed from the

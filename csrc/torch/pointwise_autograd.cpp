@@ -91,7 +91,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (!differentiable && of_forward.left.defined() && (mirrored || !of_target) &&
         scales_exactly(of_forward.left, upstream)) {
       at::AutoDispatchBelowADInplaceOrView guard;
-      return mirror(scale_(of_forward.left, upstream));
+      return mirror(scaled(of_forward.left, upstream));
     }
     const auto tensors = ctx->get_saved_variables();
     const Tensor &input = tensors[0], &target = tensors[1];
@@ -109,12 +109,13 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     }
     at::AutoDispatchBelowADInplaceOrView guard;
     if (of_input || (mirrored && of_forward.made)) {
-      Tensor gradient = of_forward.left;
+      Tensor gradient;
       if (!of_forward.made || !scales_exactly(input, upstream)) {
         gradient = backward_of(loss, upstream, input, target, call, false);
+      } else if (of_forward.left.defined()) {
+        gradient = scaled(of_forward.left, upstream);
       } else {
-        if (!gradient.defined()) gradient = std::get<1>(with_grad(loss, input, target, call));
-        scale_(gradient, upstream);
+        gradient = scale_(std::get<1>(with_grad(loss, input, target, call)), upstream);
       }
       if (mirrored) return mirror(gradient);
       gradients[0] = gradient;

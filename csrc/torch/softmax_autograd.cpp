@@ -85,7 +85,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     if (!differentiable && of_forward.left.defined() && upstreams[0].defined() &&
         scales_exactly(of_forward.left, upstreams[0])) {
       at::AutoDispatchBelowADInplaceOrView guard;
-      gradients[0] = scale_(of_forward.left, upstreams[0]);
+      gradients[0] = scaled(of_forward.left, upstreams[0]);
       return gradients;
     }
     const SavedCall saved = SavedCall::of(ctx);
