@@ -2,6 +2,7 @@
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/_local_scalar_dense.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
 #include <utility>
@@ -56,14 +57,23 @@ bool scales_exactly(const Tensor& input, const Tensor& upstream) {
 
 variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
                                        const variable_list& upstreams,
+bool is_batched(const Tensor& upstream) {
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet kWrapped({Key::Batched, Key::FuncTorchBatched, Key::FuncTorchGradWrapper});
+  return upstream.key_set().has_any(kWrapped) ||
+         c10::impl::tls_is_dispatch_key_included(Key::FuncTorchDynamicLayerFrontMode);
+}
+
                                        const std::function<variable_list(const variable_list&)>& formula) {
   TORCH_CHECK(formula, op, ": no native formula to differentiate twice");
   variable_list views, wanted;
   for (const Tensor& input : inputs) {
+  const bool create_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode enabled(true);
     views.push_back(input.view_as(input));
     if (views.back().requires_grad()) wanted.push_back(views.back());
   }
-  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, true, true, true);
+  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, true, create_graph, true);
   variable_list gradients(inputs.size());
   size_t next = 0;
   for (size_t i = 0; i < inputs.size(); ++i) {

@@ -63,6 +63,13 @@ bool scales_exactly(const Tensor& like, const Tensor& upstream);
 // every backward a copy of the context.
 Tensor scaled(const Tensor& left, const Tensor& upstream);
 
+// Whether a gradient of forward times the upstream one is to the last digit what backward makes. `like` has the dtype
+// and device of the input: a bfloat16 gradient would be rounded twice.
+bool scales_exactly(const Tensor& like, const Tensor& upstream);
+
+// Whether an upstream gradient is many of them, or wrapped by torch.func, which ops of one gradient do not read:
+// is_grads_batched, jacobian(vectorize=True), vmap over a backward. Such a backward goes through the native formula.
+bool is_batched(const Tensor& upstream);
 
 // Gradients that carry a graph of their own, by native autograd through the native formula. Entries are undefined for
 // inputs that require none. `formula` is called with views of the inputs, so that a target that was computed from the

@@ -82,7 +82,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (!upstream.defined()) return gradients;
     const SavedCall saved = SavedCall::of(ctx);
     const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
-    const bool mirrored = saved.flags & kMirrored, differentiable = at::GradMode::is_enabled();
+    const bool mirrored = saved.flags & kMirrored, differentiable = at::GradMode::is_enabled() || is_batched(upstream);
     const auto mirror = [&](const Tensor& gradient) {
       if (of_target) gradients[1] = gradient.neg();
       if (of_input) gradients[0] = gradient;

@@ -81,7 +81,9 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     variable_list gradients(6);  // one for each argument of forward
     const GradientOfForward of_forward = take_gradient(ctx);
-    const bool differentiable = at::GradMode::is_enabled();
+    const bool batched = (upstreams[0].defined() && is_batched(upstreams[0])) ||
+                         (upstreams.size() > 1 && upstreams[1].defined() && is_batched(upstreams[1]));
+    const bool differentiable = at::GradMode::is_enabled() || batched;
     if (!differentiable && of_forward.left.defined() && upstreams[0].defined() &&
         scales_exactly(of_forward.left, upstreams[0])) {
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -107,9 +109,10 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       upstream = at::zeros(call.reduction == kNone ? second->sizes() : at::IntArrayRef(), second->options());
     }
     if (saved.flags & kInPlace) {
-      TORCH_CHECK(!differentiable, loss.op,
+      TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
                   ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
                   "(create_graph=True)");
+      TORCH_CHECK(!batched, loss.op, ": inplace=True has room for one gradient, got a batch of upstream gradients");
       gradients[0] = in_place(loss, logits, call, statistics, upstream, second);
       return gradients;
     }
