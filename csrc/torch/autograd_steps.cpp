@@ -31,8 +31,10 @@ void check_gradient_in_forward(const char* name, const Tensor& input, int64_t re
   TORCH_CHECK(may_make_gradient_in_forward(input, reduction), name, ": no gradient in forward in ", at::kHalf);
 }
 
+bool under_saved_tensor_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
+
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
-  return may_make_gradient_in_forward(input, reduction) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+  return may_make_gradient_in_forward(input, reduction) && !under_saved_tensor_hooks();
 }
 
 void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
@@ -55,8 +57,6 @@ bool scales_exactly(const Tensor& input, const Tensor& upstream) {
   return std::abs(std::frexp(at::_local_scalar_dense(upstream).toDouble(), &exponent)) == 0.5;
 }
 
-variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
-                                       const variable_list& upstreams,
 bool is_batched(const Tensor& upstream) {
   using Key = c10::DispatchKey;
   constexpr c10::DispatchKeySet kWrapped({Key::Batched, Key::FuncTorchBatched, Key::FuncTorchGradWrapper});
@@ -64,12 +64,14 @@ bool is_batched(const Tensor& upstream) {
          c10::impl::tls_is_dispatch_key_included(Key::FuncTorchDynamicLayerFrontMode);
 }
 
+variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
+                                       const variable_list& upstreams,
                                        const std::function<variable_list(const variable_list&)>& formula) {
   TORCH_CHECK(formula, op, ": no native formula to differentiate twice");
-  variable_list views, wanted;
-  for (const Tensor& input : inputs) {
   const bool create_graph = at::GradMode::is_enabled();
   const at::AutoGradMode enabled(true);
+  variable_list views, wanted;
+  for (const Tensor& input : inputs) {
     views.push_back(input.view_as(input));
     if (views.back().requires_grad()) wanted.push_back(views.back());
   }

@@ -40,8 +40,11 @@ const auto& handles_of(const Loss& loss) {
 bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction);
 void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction);
 
-// Whether to make it unasked. Under saved-tensor hooks (checkpointing, offloading) everything that forward leaves must
-// pass through the hooks, and a gradient does not.
+// Checkpointing, offloading.
+bool under_saved_tensor_hooks();
+
+// Whether to make it unasked. Under saved-tensor hooks everything that forward leaves must pass through the hooks, and
+// a gradient does not.
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
 
 // The gradient that forward made for an upstream gradient of 1, left for the first backward.
@@ -56,9 +59,6 @@ struct GradientOfForward {
 };
 GradientOfForward take_gradient(AutogradContext* ctx);
 
-// Whether a gradient of forward times the upstream one is to the last digit what backward makes. `like` has the dtype
-// and device of the input: a bfloat16 gradient would be rounded twice.
-bool scales_exactly(const Tensor& like, const Tensor& upstream);
 // What was left times the upstream gradient, in the same memory unless something else holds it: compiled autograd hands
 // every backward a copy of the context.
 Tensor scaled(const Tensor& left, const Tensor& upstream);
@@ -71,9 +71,9 @@ bool scales_exactly(const Tensor& like, const Tensor& upstream);
 // is_grads_batched, jacobian(vectorize=True), vmap over a backward. Such a backward goes through the native formula.
 bool is_batched(const Tensor& upstream);
 
-// Gradients that carry a graph of their own, by native autograd through the native formula. Entries are undefined for
-// inputs that require none. `formula` is called with views of the inputs, so that a target that was computed from the
-// input does not count twice.
+// Gradients by native autograd through the native formula; under create_graph they carry a graph of their own. Entries
+// are undefined for inputs that require none. `formula` is called with views of the inputs, so that a target that was
+// computed from the input does not count twice.
 variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
                                        const variable_list& upstreams,
                                        const std::function<variable_list(const variable_list&)>& formula);

@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include "in_place.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -127,6 +129,8 @@ void check_factor(const Tensor& data, const Tensor& factor) {
 
 void check_upstream(const char* name, const Tensor& upstream, at::ScalarType dtype, int64_t reduction,
                     at::IntArrayRef sizes, const Tensor& like) {
+  TORCH_CHECK(kernel_dtype(data.scalar_type()), "scale_: expected floating point data, got ", data.scalar_type());
+  check_overwritten(data, {data.is_same(factor) ? nullptr : &factor});
   TORCH_CHECK(upstream.scalar_type() == dtype, name, "_backward: expected an upstream gradient of ", dtype, ", got ",
               upstream.scalar_type());
   check_device(name, "an upstream gradient", upstream, like);

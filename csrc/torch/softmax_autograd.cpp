@@ -1,9 +1,9 @@
 // The softmax family under autograd.
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "softmax.h"
 
@@ -165,9 +165,10 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
     return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
                                          call.params, call.wide, call.second);
   }
-  TORCH_CHECK(!in_place || !logits.is_leaf(),
-              "a leaf Variable that requires grad is being used in an in-place operation.");
-  if (in_place) at::assert_no_internal_overlap(logits);
+  if (in_place) {
+    torch::autograd::check_inplace(logits, true);
+    check_overwritten(logits, {&call.target, call.weight ? &*call.weight : nullptr});
+  }
   grad_in_forward =
       grad_in_forward && !call.second && loss.traits.reads_row && may_make_gradient_in_forward(logits, call.reduction);
   Tensor statistics;
@@ -180,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
                                    std::optional<bool> grad_in_forward, bool in_place) {
   const bool in_forward = grad_in_forward.value_or(!in_place && device_for(logits).row_gradient_in_forward_pays &&
-                                                   gradient_in_forward_pays(logits, call.reduction));
+                                                   gradient_in_forward_pays(logits, call.reduction)) &&
+                          !(in_place && under_saved_tensor_hooks());  // one may raise: nothing is overwritten yet
   const auto results = with_statistics(loss, logits, call, in_forward, in_place);
   return {std::get<0>(results), std::get<1>(results)};
 }

@@ -123,6 +123,12 @@ SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, con
 at::ScalarType SoftmaxInputs::result_dtype() const {
   return wide ? arithmetic_type(logits.scalar_type()) : logits.scalar_type();
 }
+void SoftmaxInputs::keep_apart_from(const Tensor& overwritten) {
+  check_overwritten(overwritten, {&target, &weight});
+  target = apart_from(overwritten, target);
+  weight = apart_from(overwritten, weight);
+}
+
 
 void SoftmaxInputs::fill(SoftmaxArgs& args) const {
   args.dtype = *kernel_dtype(logits.scalar_type());
