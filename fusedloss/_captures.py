@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ._dtypes import HALVES
 from ._library import extension
@@ -108,7 +109,7 @@ def _class_indices(
         return "class indices that are not int64"
     if input.dim() < 2 or target.shape != _rows(input):
         return "class indices that do not fit the input"
-    if input.shape[1] > device.most_classes:
+    if _exceeds(input.shape[1], device.most_classes):
         return "more classes than a kernel counts"
     if pos_weight is not None and not device.takes_pos_weight_with_class_indices:
         return "class indices beside a pos_weight"
@@ -134,7 +135,7 @@ def softmax(
     if second and not traits.reads_row:
         return "no second result of a loss of the target's logit alone"
     classes = logits.shape[min(logits.dim() - 1, 1)]
-    if classes > _DEVICES[logits.device.type].most_classes:
+    if _exceeds(classes, _DEVICES[logits.device.type].most_classes):
         return "more classes than a kernel counts"
     if not _in_range(params, traits.params):
         return "a parameter is out of range"
@@ -224,6 +225,15 @@ def _rows(logits: Tensor) -> torch.Size:
 
 def _same_or_wider(logits: Tensor) -> tuple[torch.dtype, ...]:
     return (logits.dtype, torch.float32) if logits.dtype in HALVES else (logits.dtype,)
+
+
+def _exceeds(size: int, most: int) -> bool:
+    """A size that the compiler keeps open stays open: the op looks again when it runs."""
+    if not is_compiling():
+        return size > most
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads SymPy, half a second
+
+    return statically_known_true(size > most)
 
 
 # Compared one by one: `n in (1, m)` does not ask a size that the compiler keeps open.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from losses import ONE_OF_EACH, SOFTMAX, each_of, traits
+from compare import outcome
+from losses import ONE_OF_EACH, SOFTMAX, each_of, extension, traits
 from marks import needs_extension, on_cpu_alone
 from torch import Tensor
 
@@ -204,3 +205,127 @@ def test_a_hook_that_raises_finds_the_logits_as_they_were(grad_in_forward):
     with torch.autograd.graph.save_on_cpu():
         (found,) = torch.autograd.grad(L.cross_entropy(logits, torch.arange(4), **options), x)
     torch.testing.assert_close(found, torch.autograd.grad(F.cross_entropy(x, torch.arange(4)), x)[0])
+
+
+# ---- sizes beyond what a kernel counts, of tensors that hold one number
+
+
+@needs_extension
+@on_cpu_alone("the line of CUDA in the table of devices is CUDA's; the tests of its kernels know it")
+@each_of([loss for loss in ROWS if not loss.soft])
+def test_more_classes_than_32_bits_count(loss):
+    x = torch.full((1, 1), -1.0).expand(1, 2**31)
+    y = torch.tensor([2**31 - 1])
+    middle = (1, -100, list(loss.params))
+    known = extension.losses[loss.op]
+    assert known.run(x, y, None, "mean", -100, *loss.params) is None
+    assert known.explain(x, y, None, "mean", -100, *loss.params) == "native: more classes than a kernel counts"
+    with pytest.raises(RuntimeError, match="more classes than a kernel counts"):
+        getattr(OPS, loss.op)(x, y, None, *middle)
+
+
+@needs_extension
+@on_cpu_alone("a GPU's kernels take as many classes there")
+def test_the_last_class_that_32_bits_count():
+    x = torch.full((1, 1), -1.0).expand(1, 2**31 - 1)
+    assert L.nll_loss(x, torch.tensor([2**31 - 2])) == 1
+    with pytest.raises(IndexError, match="out of bounds"):
+        L.nll_loss(x, torch.tensor([2**32 + 1]))
+
+
+@needs_extension
+@on_cpu_alone("the line of CUDA in the table of devices is CUDA's; the tests of its kernels know it")
+def test_more_classes_of_a_pointwise_loss_than_32_bits_count():
+    x = torch.full((1, 1), -1.0).expand(1, 2**31)
+    explained = fusedloss.explain(L.sigmoid_focal_loss, x, torch.tensor([3]))
+    assert explained == "native: more classes than a kernel counts"
+    with pytest.raises(RuntimeError, match="more classes than a kernel counts"):
+        OPS.sigmoid_focal(x, torch.tensor([3]), None, 1, [0.25, 2.0], None, False, -100)
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62])
+@each_of(ONE_OF_EACH)
+def test_expanded_inputs_that_torch_has_no_memory_for(loss, size):
+    if loss.family == "pointwise":
+        x, target = torch.full((1,), 0.5).expand(size), torch.ones(1).expand(size)
+    elif loss.soft:
+        x, target = (torch.ones(1, 1).expand(size // 4, 4) for _ in range(2))
+    else:
+        x, target = torch.full((1, 1), -1.0).expand(size // 4, 4), torch.zeros(1, dtype=torch.int64).expand(size // 4)
+    for reduction in ("mean", "none"):
+        with pytest.raises(
+            RuntimeError, match="can't allocate memory|Storage size calculation overflowed|out of memory"
+        ):
+            loss.fused(x, target, reduction)
+
+
+def test_more_elements_than_torch_counts():
+    x, t = torch.zeros(1, 1).expand(2**33, 1), torch.zeros(1, 1).expand(1, 2**33)
+    with pytest.warns(UserWarning, match="Using a target size"):
+        assert fusedloss.explain(L.mse_loss, x, t).startswith("native: ")
+    for ours, torchs in [(L.mse_loss, F.mse_loss), (L.l1_loss, F.l1_loss), (L.huber_loss, F.huber_loss)]:
+        assert outcome(lambda: ours(x, t)) == outcome(lambda: torchs(x, t))  # noqa: B023
+
+
+# ---- arguments of another kind
+
+
+@needs_extension
+@each_of(ONE_OF_EACH)
+@pytest.mark.parametrize("reduction", [-1, 4, 7, 257, 2**40])
+def test_a_reduction_that_no_loss_has(loss, reduction):
+    x, target = loss.data((4, 5), torch.float32)
+    for requires_grad in (False, True):
+        call = (x.requires_grad_(requires_grad), target, None, reduction)
+        with pytest.raises(ValueError, match="expected a reduction from 0"):
+            getattr(OPS, loss.op)(*call, *([-100] if loss in SOFTMAX else []), list(loss.params))
+
+
+@needs_extension
+def test_a_mean_or_zero_of_a_pointwise_loss():
+    with pytest.raises(ValueError, match=r"expected a reduction from 0 to 2 \(none, mean, sum\), got 3"):
+        OPS.mse(torch.ones(3), torch.ones(3), None, 3, [])
+
+
+@needs_extension
+def test_no_second_result_of_a_loss_that_has_none():
+    with pytest.raises(RuntimeError, match="no second result"):
+        OPS.nll(torch.randn(4, 5), torch.arange(4), None, 1, -100, [], False, True)
+
+
+@needs_extension
+def test_no_loss_at_no_address():
+    with pytest.raises(ValueError, match="expected the address of a compiled loss"):
+        extension.add_pointwise("nowhere", 0)
+
+
+def kinds_of(function, *arguments, **options):
+    """The type of the error, and what it names."""
+    with pytest.raises(Exception) as caught:
+        function(*arguments, **options)
+    return caught.type
+
+
+INPUTS = {
+    "a list": lambda: [1.0, 2.0],
+    "a number": lambda: 1.0,
+    "None": lambda: None,
+    "sparse": lambda: torch.randn(4, 5).to_sparse(),
+    "integers": lambda: torch.ones(4, 5, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("what", INPUTS)
+@pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
+def test_inputs_that_are_no_dense_tensor(name, what):
+    assert kinds_of(getattr(L, name), INPUTS[what](), torch.arange(4)) == kinds_of(
+        getattr(F, name), INPUTS[what](), torch.arange(4)
+    )
+
+
+@pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
+def test_an_ignore_index_that_is_a_bool(name):
+    arguments = (torch.randn(4, 5), torch.arange(4))
+    assert outcome(lambda: getattr(L, name)(*arguments, ignore_index=True)) == outcome(
+        lambda: getattr(F, name)(*arguments, ignore_index=True)
+    )
