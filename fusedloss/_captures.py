@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._dtypes import HALVES
 from ._library import extension
-from ._sizes import broadcasts_to, broadcasts_with, is_empty, is_open, same_shape, same_size
+from ._sizes import broadcasts_to, broadcasts_with, exceeds, is_empty, is_open, same_shape, same_size
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 
@@ -112,7 +112,7 @@ def _class_indices(
         return "class indices that are not int64"
     if input.dim() < 2 or not same_shape(target.shape, _rows(input)):
         return "class indices that do not fit the input"
-    if input.shape[1] > device.most_classes:
+    if exceeds(input.shape[1], device.most_classes):
         return "more classes than a kernel counts"
     if pos_weight is not None and not device.takes_pos_weight_with_class_indices:
         return "class indices beside a pos_weight"
@@ -138,7 +138,7 @@ def softmax(
     if second and not traits.reads_row:
         return "no second result of a loss of the target's logit alone"
     classes = logits.shape[min(logits.dim() - 1, 1)]
-    if classes > _DEVICES[logits.device.type].most_classes:
+    if exceeds(classes, _DEVICES[logits.device.type].most_classes):
         return "more classes than a kernel counts"
     if not _in_range(params, traits.params):
         return "a parameter is out of range"

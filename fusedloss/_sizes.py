@@ -44,6 +44,15 @@ def is_empty(tensor: torch.Tensor) -> bool:
     return statically_known_true(tensor.numel() == 0)
 
 
+def exceeds(size: int, most: int) -> bool:
+    """Whether a size is known to be above a number."""
+    if not is_compiling():
+        return size > most
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size > most)
+
+
 def is_open(number: int) -> bool:
     """Whether a compiler keeps a number open that is no size."""
     if not is_compiling():

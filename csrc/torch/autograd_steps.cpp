@@ -24,9 +24,14 @@ SavedCall SavedCall::of(AutogradContext* ctx) {
 }
 
 bool needs_formula(std::initializer_list<OptionalTensor> tensors) {
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode)) return true;
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet kWrapped({Key::Batched, Key::FuncTorchBatched, Key::FuncTorchGradWrapper});
+  for (const Key mode : {Key::FuncTorchDynamicLayerFrontMode, Key::FuncTorchDynamicLayerBackMode}) {
+    if (c10::impl::tls_is_dispatch_key_included(mode)) return true;
+  }
   for (const OptionalTensor& tensor : tensors) {
-    if (tensor && tensor->_fw_grad(0).defined()) return true;
+    if (tensor && tensor->defined() && (tensor->key_set().has_any(kWrapped) || tensor->_fw_grad(0).defined()))
+      return true;
   }
   return false;
 }
@@ -44,31 +49,31 @@ void check_gradient_in_forward(const char* name, const Tensor& input, int64_t re
   TORCH_CHECK(may_make_gradient_in_forward(input, reduction), name, ": no gradient in forward in ", at::kHalf);
 }
 
+bool under_saved_tensor_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
+
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
-  return may_make_gradient_in_forward(input, reduction) && at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+  return may_make_gradient_in_forward(input, reduction) && !under_saved_tensor_hooks();
 }
 
 void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
 
-namespace {
+GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream) {
+  const auto left = ctx->saved_data.find("grad");
+  if (left == ctx->saved_data.end() || !upstream.defined()) return {};
+  if (!device_for(upstream).plain.has_all(upstream.key_set())) return {};
+  at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
+  return {true, grad.isTensor() ? std::move(grad).toTensor() : Tensor()};
+}
+
+Tensor scaled(const Tensor& left, const Tensor& upstream) {
+  return scale_(left.use_count() == 1 ? left : left.clone(), upstream);
+}
 
 // On a GPU nobody asks: reading the upstream gradient would wait for it.
 bool scales_exactly(const Tensor& input, const Tensor& upstream) {
   if (input.scalar_type() != at::kBFloat16 || !device_for(input).host_reads) return true;
   int exponent;
   return std::abs(std::frexp(at::_local_scalar_dense(upstream).toDouble(), &exponent)) == 0.5;
-}
-
-}  // namespace
-
-Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
-                                  const std::function<Tensor()>& again) {
-  const auto left = ctx->saved_data.find("grad");
-  // A graph of the backward, which may run again, makes its gradient anew: one that was left is written over.
-  if (left == ctx->saved_data.end() || !device_for(input).plain.has_all(upstream.key_set())) return Tensor();
-  const at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
-  if (!scales_exactly(input, upstream)) return Tensor();
-  return scale_(grad.isTensor() ? grad.toTensor() : again(), upstream);
 }
 
 variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
@@ -82,8 +87,7 @@ variable_list differentiable_gradients(const std::string& op, const variable_lis
     views.push_back(input.view_as(input));
     if (views.back().requires_grad()) wanted.push_back(views.back());
   }
-  const variable_list found =
-      torch::autograd::grad(formula(views), wanted, upstreams, create_graph, create_graph, true);
+  const variable_list found = torch::autograd::grad(formula(views), wanted, upstreams, true, create_graph, true);
   variable_list gradients(inputs.size());
   size_t next = 0;
   for (size_t i = 0; i < inputs.size(); ++i) {

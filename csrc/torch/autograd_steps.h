@@ -34,9 +34,10 @@ const auto& handles_of(const Loss& loss) {
   return *handles;
 }
 
-// Whether an op must leave a call to the native formula, because a C++ Function cannot answer it: inside a transform of
-// torch.func, and for dual tensors of forward-mode AD, whose tangents it would lose. The eager route declines these
-// calls by itself; the op meets them in a captured graph.
+// Whether an op or a backward must leave its work to the native formula, because a C++ Function cannot answer it:
+// inside a transform of torch.func, for a batch of upstream gradients (is_grads_batched, jacobian(vectorize=True)), and
+// for dual tensors of forward-mode AD, whose tangents it would lose. The eager route declines such calls by itself; the
+// op meets them in a captured graph.
 bool needs_formula(std::initializer_list<OptionalTensor> tensors);
 
 // The ops that autograd calls are not differentiable themselves, and say so instead of losing a gradient or tangent.
@@ -48,23 +49,37 @@ void refuse_derivatives(torch::Library& m, const std::string& op);
 bool may_make_gradient_in_forward(const Tensor& input, int64_t reduction);
 void check_gradient_in_forward(const char* name, const Tensor& input, int64_t reduction);
 
-// Whether to make it unasked. Under saved-tensor hooks (checkpointing, offloading) everything that forward leaves must
-// pass through the hooks, and a gradient does not.
+// Checkpointing, offloading.
+bool under_saved_tensor_hooks();
+
+// Whether to make it unasked. Under saved-tensor hooks everything that forward leaves must pass through the hooks, and
+// a gradient does not.
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
 
 // The gradient that forward made for an upstream gradient of 1, left for the first backward.
 void leave_gradient(AutogradContext* ctx, const Tensor& grad);
 
-// The gradient that forward left, times the upstream one; undefined where forward made none, or where the product would
-// not be to the last digit what backward makes: a bfloat16 gradient would be rounded twice. The first backward scales
-// the tensor that was left and gives it away. A later one calls `again`, which makes it in the same way, so that it
-// gets the same bits: gradcheck compares them.
-Tensor scaled_gradient_of_forward(AutogradContext* ctx, const Tensor& input, const Tensor& upstream,
-                                  const std::function<Tensor()>& again);
+// What forward left. Taken at every backward, of which the first alone finds the tensor: it scales it and gives it
+// away, without a look at the tensors that forward saved, which may have been overwritten since. A later backward makes
+// it again in the same way, so that it gets the same bits: gradcheck compares them. A graph of the backward, which may
+// run many times, takes nothing.
+struct GradientOfForward {
+  bool made = false;
+  Tensor left;  // undefined where it was not made, or was given away
+};
+GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream);
 
-// Gradients that carry a graph of their own, by native autograd through the native formula. Entries are undefined for
-// inputs that require none. `formula` is called with views of the inputs, so that a target that was computed from the
-// input does not count twice.
+// What was left times the upstream gradient, in the same memory unless something else holds it: compiled autograd hands
+// every backward a copy of the context.
+Tensor scaled(const Tensor& left, const Tensor& upstream);
+
+// Whether a gradient of forward times the upstream one is to the last digit what backward makes. `like` has the dtype
+// and device of the input: a bfloat16 gradient would be rounded twice.
+bool scales_exactly(const Tensor& like, const Tensor& upstream);
+
+// Gradients by native autograd through the native formula; under create_graph they carry a graph of their own. Entries
+// are undefined for inputs that require none. `formula` is called with views of the inputs, so that a target that was
+// computed from the input does not count twice.
 variable_list differentiable_gradients(const std::string& op, const variable_list& inputs,
                                        const variable_list& upstreams,
                                        const std::function<variable_list(const variable_list&)>& formula);

@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include "in_place.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -94,6 +96,12 @@ Tensor empty_gradient(const Tensor& like) {
   return gradient;
 }
 
+void check_memory(const Tensor& input) {
+  constexpr int64_t kBillions = int64_t(1) << 32;
+  if (input.numel() < kBillions || uint64_t(input.numel()) <= input.storage().nbytes() / input.element_size()) return;
+  at::empty(input.sizes(), input.options());
+}
+
 double number_at(const Tensor& tensor, int64_t index) {
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "number_at",
                                          [&] { return double(tensor.const_data_ptr<scalar_t>()[index]); });
@@ -127,6 +135,8 @@ Tensor scale_(const Tensor& data, const Tensor& factor) {
 }
 
 void check_factor(const Tensor& data, const Tensor& factor) {
+  TORCH_CHECK(kernel_dtype(data.scalar_type()), "scale_: expected floating point data, got ", data.scalar_type());
+  check_overwritten(data, {data.is_same(factor) ? nullptr : &factor});
   TORCH_CHECK(factor.numel() == 1, "scale_: expected one factor, got ", factor.numel());
   check_device("scale_", "a factor", factor, data);
 }

@@ -21,7 +21,7 @@ bool always(c10::DeviceIndex) { return true; }
 c10::ArrayRef<Device> devices() {
   static const Device all[] = {
       {"cpu", c10::kCPU, Key::CPU,
-       c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}), INT64_MAX,
+       c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}), INT32_MAX,
        /*host_reads=*/true, /*row_gradient_in_forward_pays=*/true, /*autocast_refuses_probabilities=*/false, always,
        [](const PointwiseLoss&) { return true; }, [](bool) { return true; }, implement_scale_on_cpu,
        implement_pointwise_on_cpu, implement_softmax_on_cpu},

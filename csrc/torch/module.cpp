@@ -156,6 +156,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("losses") = losses;
   // A loss compiled apart, by the address of what it hands over.
   m.def("add_pointwise", [losses](const std::string& name, uintptr_t custom) {
+    TORCH_CHECK_VALUE(custom, "expected the address of a compiled loss, got 0");
     losses[name.c_str()] = bind(add_pointwise(name, *reinterpret_cast<const CustomPointwise*>(custom)));
   });
   py::dict all_devices;

@@ -27,10 +27,13 @@ struct PointwiseHandles {
 
 namespace {
 
-constexpr int64_t kWide = 1, kIgnores = 2;  // flags
+constexpr int64_t kWide = 1, kIgnores = 2, kMirrored = 4;  // flags
 
-void save(AutogradContext* ctx, const PointwiseLoss& loss, const PointwiseCall& call) {
-  const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0);
+// kMirrored: the gradient to the target is that to the input, negated.
+void save(AutogradContext* ctx, const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
+          const PointwiseCall& call) {
+  const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type();
+  const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0) | (mirrored ? kMirrored : 0);
   SavedCall{loss.number, call.reduction, call.ignore_index.value_or(0), flags, {call.params.begin(), call.params.end()}}
       .save(ctx);
 }
@@ -63,7 +66,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const PointwiseLoss& loss,
                         const PointwiseCall& call, bool grad_in_forward) {
     ctx->save_for_backward({input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
-    save(ctx, loss, call);
+    save(ctx, loss, input, target, call);
     at::AutoDispatchBelowADInplaceOrView guard;
     if (!grad_in_forward) {
       return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
@@ -76,17 +79,31 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     const Tensor& upstream = upstreams[0];
+    const GradientOfForward of_forward = take_gradient(ctx, upstream);
     variable_list gradients(5);  // one for each argument of forward
     if (!upstream.defined()) return gradients;
+    const SavedCall saved = SavedCall::of(ctx);
+    const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
+    const bool mirrored = saved.flags & kMirrored;
+    const bool differentiable = at::GradMode::is_enabled() || needs_formula({upstream});
+    const auto mirror = [&](const Tensor& gradient) {
+      if (of_target) gradients[1] = gradient.neg();
+      if (of_input) gradients[0] = gradient;
+      return gradients;
+    };
+    if (!differentiable && of_forward.left.defined() && (mirrored || !of_target) &&
+        scales_exactly(of_forward.left, upstream)) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return mirror(scaled(of_forward.left, upstream));
+    }
     const auto tensors = ctx->get_saved_variables();
     const Tensor &input = tensors[0], &target = tensors[1];
-    const SavedCall saved = SavedCall::of(ctx);
     const PointwiseLoss& loss = pointwise_loss(saved.loss);
     PointwiseCall call = {{}, {}, saved.reduction, saved.params, bool(saved.flags & kWide), {}};
     if (tensors[2].defined()) call.weight = tensors[2];
     if (tensors[3].defined()) call.pos_weight = tensors[3];
     if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
-    if (at::GradMode::is_enabled() || needs_formula({upstream})) {
+    if (differentiable) {
       std::function<variable_list(const variable_list&)> formula;
       if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
       const variable_list found = differentiable_gradients(loss.op, {input, target}, {upstream}, formula);
@@ -94,17 +111,19 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       return gradients;
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
-    if (of_input) {
-      gradients[0] = scaled_gradient_of_forward(ctx, input, upstream,
-                                                [&] { return std::get<1>(with_grad(loss, input, target, call)); });
-      if (!gradients[0].defined()) gradients[0] = backward_of(loss, upstream, input, target, call, false);
+    if (of_input || (mirrored && of_forward.made)) {
+      Tensor gradient;
+      if (!of_forward.made || !scales_exactly(input, upstream)) {
+        gradient = backward_of(loss, upstream, input, target, call, false);
+      } else if (of_forward.left.defined()) {
+        gradient = scaled(of_forward.left, upstream);
+      } else {
+        gradient = scale_(std::get<1>(with_grad(loss, input, target, call)), upstream);
+      }
+      if (mirrored) return mirror(gradient);
+      gradients[0] = gradient;
     }
-    if (of_target) {
-      gradients[1] = of_input && loss.traits.of_difference && target.scalar_type() == input.scalar_type()
-                         ? gradients[0].neg()
-                         : backward_of(loss, upstream, input, target, call, true);
-    }
+    if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, true);
     return gradients;
   }
 };

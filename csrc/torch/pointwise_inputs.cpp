@@ -2,6 +2,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorIterator.h>
+#include <c10/util/safe_numerics.h>
 
 #include <algorithm>
 #include <array>
@@ -154,6 +155,8 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
         return "an input and a target whose shapes do not fit";
       broadcast = at::infer_size_dimvector(sizes, target.sizes());
       sizes = broadcast;
+      uint64_t count;
+      if (c10::safe_multiplies_u64(sizes, &count) || count > INT64_MAX) return "more elements than torch counts";
     }
   }
   for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
@@ -199,9 +202,12 @@ std::optional<int64_t> merged_stride(const Tensor& tensor, int64_t first, int64_
 PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_,
                                  const PointwiseCall& call)
     : input(input_), target(target_), ignore_index(call.ignore_index), params(call.params) {
+  TORCH_CHECK_VALUE(call.reduction >= kNone && call.reduction <= kSum, loss.op,
+                    ": expected a reduction from 0 to 2 (none, mean, sum), got ", call.reduction);
   bool wide;
   if (const char* why = declines(loss, input, target, call, /*autocast=*/call.wide, wide, /*takes_empty=*/true))
     raise_declined(loss.op, why, input, target, call.weight, params);
+  check_memory(input);
   TORCH_CHECK(call.wide == wide, loss.op, ": expected wide=", wide ? "True" : "False", " for ", input.scalar_type(),
               " beside ", target.scalar_type(), ", got wide=", call.wide ? "True" : "False");
   if (ignore_index) {

@@ -1,5 +1,6 @@
 // Every op of the package: its schema, its autograd side, and its kernels on each device.
 
+#include "in_place.h"
 #include "pointwise.h"
 #include "softmax.h"
 
@@ -12,6 +13,16 @@ void for_each_device(F f) {
     // The ops live as long as the process.
     auto& m = *new torch::Library(torch::Library::IMPL, "fusedloss", device.key, __FILE__, __LINE__);
     f(device, m);
+  }
+}
+
+template <class F>
+void for_each_op_in_place(F f) {
+  f("scale_");
+  for (int i = 0; i < kSoftmaxLosses; ++i) {
+    const std::string name = base_name(softmax_loss(i).op);
+    f(name + "_with_grad_");
+    f(name + "_backward_");
   }
 }
 
@@ -32,7 +43,15 @@ TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
 
 TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   using namespace fusedloss;
-  refuse_derivatives(m, "fusedloss::scale_");
   for (int i = 0; i < kPointwiseLosses; ++i) implement_pointwise_under_autograd(m, pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) implement_softmax_under_autograd(m, softmax_loss(i));
+  for_each_op_in_place([&](const std::string& name) { refuse_derivatives_in_place(m, name); });
+}
+
+TORCH_LIBRARY_IMPL(fusedloss, ADInplaceOrView, m) {
+  fusedloss::for_each_op_in_place([&](const std::string& name) { fusedloss::count_changes(m, name); });
+}
+
+TORCH_LIBRARY_IMPL(fusedloss, Negative, m) {
+  fusedloss::for_each_op_in_place([&](const std::string& name) { fusedloss::refuse_negated_views(m, name); });
 }

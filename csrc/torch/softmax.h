@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "autograd_steps.h"
+#include "in_place.h"
 
 namespace fusedloss {
 
@@ -84,6 +85,8 @@ struct SoftmaxInputs {
   bool wide, second;
 
   SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call);
+  // For an op that overwrites the logits: what it reads lies elsewhere.
+  void keep_apart_from(const Tensor& overwritten);
   SoftmaxLayout layout() const { return *layout_of(logits); }
   at::ScalarType result_dtype() const;
   void fill(SoftmaxArgs& args) const;
@@ -147,8 +150,9 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
          });
   m.impl((name + "_with_grad_").c_str(), [&loss](Tensor logits, const Tensor& target, const OptionalTensor& weight,
                                                  int64_t reduction, int64_t ignore_index, Params params, bool wide) {
-    const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+    SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
     check_with_grad(loss, inputs, reduction);
+    inputs.keep_apart_from(logits);
     SoftmaxResults results(loss, inputs, reduction);
     Destination to(logits, inputs.logits);
     if (logits.numel() == 0) {
@@ -180,9 +184,13 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
                        const Tensor& target, const OptionalTensor& weight, const Tensor& statistics, int64_t reduction,
                        int64_t ignore_index, Params params) {
            const bool wide = upstream.scalar_type() != logits.scalar_type();
-           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           inputs.keep_apart_from(logits);
+           check_overwritten(logits, {&upstream, &statistics, upstream_second ? &*upstream_second : nullptr});
+           OptionalTensor second = upstream_second;
+           if (second) second = apart_from(logits, *second);
            Destination to(logits, inputs.logits);
-           make(loss, to, inputs, upstream, upstream_second, statistics, reduction);
+           make(loss, to, inputs, apart_from(logits, upstream), second, apart_from(logits, statistics), reduction);
          });
 }
 

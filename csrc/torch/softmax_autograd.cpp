@@ -1,9 +1,9 @@
 // The softmax family under autograd.
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 
 #include "softmax.h"
 
@@ -82,6 +82,15 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
     variable_list gradients(6);  // one for each argument of forward
+    const GradientOfForward of_forward = take_gradient(ctx, upstreams[0]);
+    const bool batched = needs_formula({upstreams[0], upstreams.size() > 1 ? upstreams[1] : Tensor()});
+    const bool differentiable = at::GradMode::is_enabled() || batched;
+    if (!differentiable && of_forward.left.defined() && upstreams[0].defined() &&
+        scales_exactly(of_forward.left, upstreams[0])) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      gradients[0] = scaled(of_forward.left, upstreams[0]);
+      return gradients;
+    }
     const SavedCall saved = SavedCall::of(ctx);
     const SoftmaxLoss& loss = softmax_loss(saved.loss);
     const auto tensors = ctx->get_saved_variables();
@@ -105,17 +114,18 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
                   ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
                   "(create_graph=True)");
+      TORCH_CHECK(!batched, loss.op, ": inplace=True has room for one gradient, got a batch of upstream gradients");
       gradients[0] = in_place(loss, logits, call, statistics, upstream, second);
       return gradients;
     }
-    if (at::GradMode::is_enabled() || needs_formula({upstream, second})) {
-      gradients[0] = differentiable(loss, logits, call, upstream, second);
+    if (differentiable) {
+      gradients[0] = differentiable_gradient(loss, logits, call, upstream, second);
       return gradients;
     }
     at::AutoDispatchBelowADInplaceOrView guard;
-    gradients[0] =
-        scaled_gradient_of_forward(ctx, logits, upstream, [&] { return std::get<2>(with_grad(loss, logits, call)); });
-    if (!gradients[0].defined()) {
+    if (of_forward.made && scales_exactly(logits, upstream)) {
+      gradients[0] = scale_(std::get<2>(with_grad(loss, logits, call)), upstream);
+    } else {
       gradients[0] = handles_of(loss).backward.call(upstream, second, logits, call.target, weight, statistics,
                                                     call.reduction, call.ignore_index, call.params);
     }
@@ -135,8 +145,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     return logits.detach();
   }
 
-  static Tensor differentiable(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
-                               const Tensor& upstream, const OptionalTensor& second) {
+  static Tensor differentiable_gradient(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                                        const Tensor& upstream, const OptionalTensor& second) {
     std::function<variable_list(const variable_list&)> formula;
     if (loss.formula) {
       formula = [&](const variable_list& x) {
@@ -157,9 +167,10 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
     return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
                                          call.params, call.wide, call.second);
   }
-  TORCH_CHECK(!in_place || !logits.is_leaf(),
-              "a leaf Variable that requires grad is being used in an in-place operation.");
-  if (in_place) at::assert_no_internal_overlap(logits);
+  if (in_place) {
+    torch::autograd::check_inplace(logits, true);
+    check_overwritten(logits, {&call.target, call.weight ? &*call.weight : nullptr});
+  }
   grad_in_forward =
       grad_in_forward && !call.second && loss.traits.reads_row && may_make_gradient_in_forward(logits, call.reduction);
   Tensor statistics;
@@ -181,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> native(const SoftmaxLoss& loss, const Tensor&
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
                                    std::optional<bool> grad_in_forward, bool in_place) {
   const bool in_forward = grad_in_forward.value_or(!in_place && device_for(logits).row_gradient_in_forward_pays &&
-                                                   gradient_in_forward_pays(logits, call.reduction));
+                                                   gradient_in_forward_pays(logits, call.reduction)) &&
+                          !(in_place && under_saved_tensor_hooks());  // one may raise: nothing is overwritten yet
   const auto results = with_statistics(loss, logits, call, in_forward, in_place);
   return {std::get<0>(results), std::get<1>(results)};
 }
@@ -212,9 +224,7 @@ void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss
            if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
            return results;
          });
-  for (const char* suffix : {"_with_grad", "_with_grad_", "_backward", "_backward_"}) {
-    refuse_derivatives(m, loss.op + suffix);
-  }
+  for (const char* suffix : {"_with_grad", "_backward"}) refuse_derivatives(m, loss.op + suffix);
 }
 
 }  // namespace fusedloss

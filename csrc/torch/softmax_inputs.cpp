@@ -114,12 +114,21 @@ SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, con
       params(call.params),
       wide(call.wide),
       second(call.second) {
+  TORCH_CHECK_VALUE(call.reduction >= kNone && call.reduction <= kMeanOrZero, loss.op,
+                    ": expected a reduction from 0 to 3 (none, mean, sum, mean or zero), got ", call.reduction);
   if (const char* why = declines(loss, logits, call, /*takes_no_rows=*/true))
     raise_declined(loss.op, why, logits, target, call.weight, params);
+  check_memory(logits);
   row_sizes = row_sizes_of(logits);
   if (!layout_of(logits)) logits = logits.contiguous();
   if (!loss.traits.soft || !layout_of(target)) target = target.contiguous();
   if (call.weight) weight = call.weight->to(arithmetic_type(logits.scalar_type())).contiguous();
+}
+
+void SoftmaxInputs::keep_apart_from(const Tensor& overwritten) {
+  check_overwritten(overwritten, {&target, &weight});
+  target = apart_from(overwritten, target);
+  weight = apart_from(overwritten, weight);
 }
 
 at::ScalarType SoftmaxInputs::result_dtype() const {

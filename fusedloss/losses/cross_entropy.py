@@ -158,13 +158,15 @@ def cross_entropy(
         inplace: lets the gradient overwrite the logits, so that training needs O(N) memory beyond them. The logits keep
             their values until backward, or, with ``grad_in_forward=True``, only until this call returns. Their memory
             is the gradient that backward returns: what is written to them later changes it. Without grad mode nothing
-            is overwritten. Like ``grad_in_forward`` it is ignored where the call runs natively.
+            is overwritten, and under saved-tensor hooks nothing before backward. Like ``grad_in_forward`` it is ignored
+            where the call runs natively.
 
     Raises:
         IndexError: a target is out of range and not ``ignore_index``. On a GPU the loss is NaN instead, and the next
             forward outside a replayed graph or :func:`fusedloss.check` raises.
-        RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or that overlap in memory, or a
-            backward through overwritten logits: a second one, or one with ``create_graph=True``.
+        RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or a view of one, or that share memory
+            among themselves, with the target or with the weight; or a backward through overwritten logits: a second
+            one, one with ``create_graph=True``, or one over a batch of upstream gradients.
         ValueError: ``z_loss`` is negative, ``softcap`` is not positive, ``out_dtype`` or ``all_ignored`` is unknown.
         TypeError: ``z_loss`` or ``softcap`` is no number, nor a tensor of one.
         ValueError, RuntimeError: as torch, for shapes, dtypes and reductions that do not fit.

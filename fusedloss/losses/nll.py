@@ -1,5 +1,6 @@
 """Negative log-likelihood of log-probabilities."""
 
+import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -18,10 +19,9 @@ def _nll(
 ) -> Tensor:  # fmt: skip
     if wide:
         logits, weight = in_float(logits), weight if weight is None else in_float(weight)
-    # torch's derivative takes no other strides
-    return _torchs.nll_loss(
-        logits.contiguous(), class_index(target), weight, ignore_index=ignore_index, reduction=reduction
-    )  # fmt: skip
+    if isinstance(logits, Tensor) and logits.layout == torch.strided:
+        logits = logits.contiguous()  # torch's derivative takes no other strides
+    return _torchs.nll_loss(logits, class_index(target), weight, ignore_index=ignore_index, reduction=reduction)
 
 
 def nll_loss(

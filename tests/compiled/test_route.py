@@ -94,6 +94,20 @@ def test_export_keeps_the_fused_ops(strict):
     torch.testing.assert_close(program.module()(x, y), model(x, y))
 
 
+@needs_extension
+@pytest.mark.parametrize("which", ["cross_entropy", "sigmoid_focal_loss"])
+def test_export_keeps_the_number_of_classes_open(which):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return getattr(L, which)(x, y, ignore_index=-100)
+
+    x, y = torch.randn(6, 5), torch.arange(6) % 5
+    program = torch.export.export(Model(), (x, y), dynamic_shapes=({1: torch.export.Dim("classes")}, None))
+    assert any("fusedloss" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(6, 9)
+    torch.testing.assert_close(program.module()(x, y), Model()(x, y))
+
+
 def test_compile_of_what_is_declined_runs_natively():
     torch._dynamo.reset()
     x, y = torch.randn(4, 5), torch.randint(5, (4,))
