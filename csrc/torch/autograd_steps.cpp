@@ -58,9 +58,9 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
 void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
 
 GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream) {
+  constexpr c10::DispatchKeySet kTraced({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   const auto left = ctx->saved_data.find("grad");
-  if (left == ctx->saved_data.end() || !upstream.defined()) return {};
-  if (!device_for(upstream).plain.has_all(upstream.key_set())) return {};
+  if (left == ctx->saved_data.end() || !upstream.defined() || upstream.key_set().has_any(kTraced)) return {};
   at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
   return {true, grad.isTensor() ? std::move(grad).toTensor() : Tensor()};
 }

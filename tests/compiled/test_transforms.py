@@ -31,7 +31,7 @@ def arguments(loss: Loss):
     return x, target.clamp_min(0), tangent / tangent.sum(1, keepdim=True) if loss.of_probabilities else tangent
 
 
-@pytest.mark.thinned(1, deep=2)
+@pytest.mark.thinned(1, deep=1)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @each_of(ONE_OF_EACH)
 def test_transforms_inside_a_compiled_function(loss, transform):
@@ -90,10 +90,11 @@ def test_ops_that_autograd_calls_refuse_tangents_and_say_that_they_have_no_deriv
         for call in (
             lambda: ops.mse_backward(one, dual, t, None, 1, []),
             lambda: ops.mse_with_grad(dual, t, None, 1, []),
-            lambda: ops.scale_(dual, one),
         ):
             with pytest.raises(NotImplementedError, match="forward AD"):
                 call()
+        with pytest.raises(RuntimeError, match="scale_ has no derivative"):
+            ops.scale_(dual, one)
     gradient = ops.mse_backward(one, x.requires_grad_(), t, None, 1, [])
     with pytest.raises(RuntimeError, match="derivative for fusedloss::mse_backward is not implemented"):
         gradient.sum().backward()

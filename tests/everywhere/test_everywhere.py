@@ -14,14 +14,30 @@ pytestmark = [
 ]
 
 
+OF_COMPILERS = [name for name in SITUATIONS if "compile" in name or "export" in name or "decompositions" in name]
+each_loss = pytest.mark.parametrize("loss", [loss.name for loss in ONE_OF_EACH])
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def check(*cell: str) -> None:
+    assert page.read().get(cell) == path_of(cell), "the page is stale: python tests/everywhere/page.py"
+
+
 @pytest.mark.thinned(1)
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("loss", [loss.name for loss in ONE_OF_EACH])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("situation", [name for name in SITUATIONS if name not in OF_COMPILERS])
+@each_loss
+@each_reduction
 def test_everywhere(situation, loss, reduction):
-    cell = (situation, loss, reduction)
-    path = path_of(cell)
-    assert page.read().get(cell) == path, "the page is stale: python tests/everywhere/page.py"
+    check(situation, loss, reduction)
+
+
+# Half a second each: page.py runs them all.
+@pytest.mark.thinned(1, deep=1)
+@pytest.mark.parametrize("situation", OF_COMPILERS)
+@each_loss
+@each_reduction
+def test_everywhere_under_a_compiler(situation, loss, reduction):
+    check(situation, loss, reduction)
 
 
 def test_the_page_is_generated():
