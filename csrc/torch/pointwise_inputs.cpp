@@ -97,7 +97,7 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
     result = at::kFloat;
   } else if (rule == ResultDType::Promoted) {
     result = c10::promoteTypes(type, of_target);
-    if (!gives_way) result = c10::promoteTypes(result, of_weight);
+    if (call.weight && !gives_way) result = c10::promoteTypes(result, of_weight);
   } else if (rule == ResultDType::OfTarget) {
     result = of_target;
   } else if (rule == ResultDType::Same) {

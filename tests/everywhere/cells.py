@@ -53,10 +53,19 @@ def _public(loss: Loss) -> Callable[..., Tensor]:
     if "cross_entropy" in loss.op and loss.family == "softmax":
         smoothing = loss.params[0] if loss.params else 0.0
         return lambda x, t, reduction: L.cross_entropy(x, t, reduction=reduction, label_smoothing=smoothing)
+    if loss.op == "log_probs":
+        return functools.partial(_log_probs, loss.params[0])
     if loss in _WITH_DEFAULTS:
         function = getattr(L, f"{loss.op}_loss", None) or getattr(L, loss.op)
         return lambda x, t, reduction: function(x, t, reduction=reduction)
     return loss.fused
+
+
+def _log_probs(temperature: float, logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    values = L.log_probs(logits, target, temperature=temperature)
+    if reduction == "none":
+        return values
+    return values.sum() / (target != -100).sum() if reduction == "mean" else values.sum()
 
 
 def _call(function: Callable[..., Tensor], reduction: str, input: Tensor, target: Tensor) -> Tensor:

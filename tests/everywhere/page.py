@@ -22,7 +22,8 @@ PAGE = ROOT / "docs" / "compatibility.md"
 _HEAD = """# Where a loss runs, and how
 
 Every loss in every situation gives the numbers that plain PyTorch gives there. This table says what computes them: the
-kernels (**fused**) or plain PyTorch (**native**). What torch refuses is refused with its error (**refused**).
+kernels (**fused**) or plain PyTorch (**native**). What torch refuses is refused with its error (**refused**). The
+derivative of a gradient is native where the forward was fused, and so is the backward of a batch of upstream gradients.
 `fusedloss.explain` tells for a single call.
 
 Each row was run for {losses} losses and {reductions} reductions, float32 on a CPU: {cells} cells, of which {counts}.
@@ -43,7 +44,10 @@ def _words(cells: Iterable[Cell]) -> str:
         by_reductions.setdefault(tuple(reductions), []).append(loss)
     parts = []
     for reductions, losses in by_reductions.items():
-        of = "all" if len(losses) == len(ONE_OF_EACH) else "; ".join(losses)
+        others = [loss.name for loss in ONE_OF_EACH if loss.name not in losses]
+        of = "; ".join(losses) if len(losses) < len(others) else "; ".join(others)
+        if len(losses) >= len(others):
+            of = f"all but {of}" if others else "all"
         parts.append(of if len(reductions) == len(REDUCTIONS) else f"{of} ({', '.join(reductions)})")
     return " + ".join(parts)
 
@@ -72,8 +76,10 @@ def read() -> dict[Cell, str]:
             for part in filter(None, column.split(" + ")):
                 limited = re.fullmatch(r"(.*) \(([a-z, ]+)\)", part)
                 losses, reductions = (limited[1], limited[2].split(", ")) if limited else (part, REDUCTIONS)
-                names = [loss.name for loss in ONE_OF_EACH] if losses == "all" else losses.split("; ")
-                said.update({(columns[0], name, reduction): path for name in names for reduction in reductions})
+                named = losses.removeprefix("all but ").split("; ")
+                for loss in ONE_OF_EACH:
+                    if losses == "all" or (loss.name in named) != losses.startswith("all but "):
+                        said.update({(columns[0], loss.name, reduction): path for reduction in reductions})
     return said
 
 
