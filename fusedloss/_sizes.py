@@ -53,7 +53,7 @@ def exceeds(size: int, most: int) -> bool:
     return statically_known_true(size > most)
 
 
-def is_open(number: int) -> bool:
+def is_open(number: int | torch.SymInt) -> bool:
     """Whether a compiler keeps a number open that is no size."""
     if not is_compiling():
         return False

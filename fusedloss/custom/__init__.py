@@ -216,7 +216,7 @@ def _formula(name: str, tree: Tree, parameters: tuple[str, ...]) -> _route.Formu
     def native(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any) -> Tensor:
         dtype = torch.promote_types(input.dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-        values = {"x": in_float(input), "t": in_float(target)}
+        values: dict[str, Any] = {"x": in_float(input), "t": in_float(target)}
         for parameter, value in zip(parameters, params, strict=True):
             values[parameter] = value if isinstance(value, NUMBERS) else checked(name, parameter, value)
         losses = evaluate(tree, values)
