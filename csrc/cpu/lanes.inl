@@ -43,8 +43,7 @@ FUSEDLOSS_HD T max_of_lanes(const T (&lanes)[kLanes]) {
 template <class T>
 FUSEDLOSS_HD void add_with_loss(T term, T& sum, T& lost) {
   const T wanted = term - lost, next = sum + wanted;
-  const T rest = (next - sum) - wanted;
-  lost = select(rest == rest, rest, T(0));  // infinity - infinity
+  lost = (next - sum) - wanted;
   sum = next;
 }
 

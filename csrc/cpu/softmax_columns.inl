@@ -222,8 +222,19 @@ struct Columns {
       }
     }
     for (int lane = 0; lane < kLanes; ++lane) {
+      if (Loss::Sum::has_factors && mass[lane] != mass[lane]) mass[lane] = mass_of(tile, first, columns, j + lane);
       tile.set(j + lane, {max[lane], sum_without_target[lane], sum[lane], mass[lane]});
     }
+  }
+
+  // The factors of a row of the block added up as they are: with an infinite one add_with_loss loses infinity.
+  T mass_of(const Tile<T>& tile, int64_t first, int64_t columns, int64_t j) const {
+    T mass = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const T weight = weight_of(first + c);
+      mass += Loss::soft ? loss.factor(weight, t[c * kTile + j]) : tile.y[j] == first + c ? T(0) : weight;
+    }
+    return mass;
   }
 
   // The next tile's lines on their way while this one is worked on: its runs are too short for the hardware to see.

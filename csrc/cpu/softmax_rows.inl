@@ -118,7 +118,12 @@ void add_linear(const Loss& loss, const S* logits, const Factors& factors, int64
   }
   for (int lane = 0; c + lane < end; ++lane) add(c + lane, lane);
   row.sum += double(add_lanes(sums));
-  row.mass += double(add_lanes(masses));
+  T mass = add_lanes(masses);
+  if (mass != mass) {  // of an infinite factor infinity was lost
+    mass = 0;
+    for (int64_t k = begin; k < end; ++k) mass += factors(k);
+  }
+  row.mass += double(mass);
 }
 
 // The exponentials of a row, each relative to the max known when its block was read.
