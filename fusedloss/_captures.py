@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._dtypes import HALVES
 from ._library import extension
-from ._sizes import broadcasts_to, broadcasts_with, exceeds, is_empty, is_open, same_shape, same_size
+from ._sizes import broadcasts_to, broadcasts_with, exceeds, is_empty, is_open, rows_of, same_shape, same_size
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 
@@ -110,7 +110,7 @@ def _class_indices(
         return "class indices, which the loss does not take"
     if target.dtype != torch.int64:
         return "class indices that are not int64"
-    if input.dim() < 2 or not same_shape(target.shape, _rows(input)):
+    if input.dim() < 2 or not same_shape(target.shape, rows_of(input)):
         return "class indices that do not fit the input"
     if exceeds(input.shape[1], device.most_classes):
         return "more classes than a kernel counts"
@@ -154,7 +154,7 @@ def softmax(
     else:
         if target.dtype not in (torch.int64, torch.uint8):
             return "the target holds no class indices in int64 or uint8"
-        if not same_shape(target.shape, _rows(logits)):
+        if not same_shape(target.shape, rows_of(logits)):
             return "the target does not fit the logits"
     if weight is None:
         return None
@@ -227,11 +227,6 @@ def _in_range(params: Sequence[Any], ranges: Sequence[tuple[float, float, bool]]
         (value > least if above_least else value >= least) and value <= most
         for value, (least, most, above_least) in zip(given, ranges, strict=False)
     )
-
-
-def _rows(logits: Tensor) -> torch.Size:
-    class_dim = min(logits.dim() - 1, 1)
-    return logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
 
 
 def _same_or_wider(logits: Tensor) -> tuple[torch.dtype, ...]:

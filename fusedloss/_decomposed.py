@@ -4,7 +4,6 @@
 op.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._captures import REDUCTIONS
+from ._fake import statistics
 from ._library import extension
 
 _NAMES = {number: name for name, number in REDUCTIONS.items()}
@@ -79,9 +79,7 @@ def softmax(formula: Callable[..., Any], saved_by: Callable[[list[float]], int])
             wide=wide, second=second, zero=zero,
         )  # fmt: skip
         value, of_second = values if second else (values, values.new_empty(0))
-        class_dim = min(logits.dim() - 1, 1)
-        rows = math.prod(logits.shape[:class_dim] + logits.shape[class_dim + 1 :])
-        arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return value, of_second, logits.new_zeros((saved_by(params) * rows + 1,), dtype=arithmetic)
+        numbers, arithmetic = statistics(logits, saved_by(params))
+        return value, of_second, logits.new_zeros(numbers, dtype=arithmetic)
 
     return decomposed

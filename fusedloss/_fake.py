@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sizes import rows_of
+
 # By the suffix of the op: a loss, its backward, and what makes the gradient in forward or in place.
 Fakes = dict[str, Callable[..., Any]]
 
@@ -44,6 +46,11 @@ def pointwise(result: str) -> Fakes:
     return {"": forward, "_with_grad": with_grad, "_backward": backward}
 
 
+def statistics(logits: Tensor, saved: int) -> tuple[int, torch.dtype]:
+    """How many numbers forward leaves to backward, of which a row has ``saved``, and their dtype."""
+    return saved * math.prod(rows_of(logits)) + 1, torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
     """A row leaves ``saved_by(params)`` numbers to backward."""
 
@@ -51,13 +58,12 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
         logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
         wide: bool = False, second: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        class_dim = min(logits.dim() - 1, 1)
-        rows = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
-        arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        rows = rows_of(logits)
+        numbers, arithmetic = statistics(logits, saved_by(params))
         dtype = arithmetic if wide else logits.dtype
         loss = logits.new_empty(rows if reduction == 0 else (), dtype=dtype)
         of_second = logits.new_empty(rows if second else (0,), dtype=dtype)
-        return loss, of_second, logits.new_empty((saved_by(params) * math.prod(rows) + 1,), dtype=arithmetic)
+        return loss, of_second, logits.new_empty(numbers, dtype=arithmetic)
 
     def with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, _, statistics = forward(logits, *rest)

@@ -53,6 +53,12 @@ def exceeds(size: int, most: int) -> bool:
     return statically_known_true(size > most)
 
 
+def rows_of(logits: torch.Tensor) -> torch.Size:
+    """The sizes without that of the classes."""
+    class_dim = min(logits.dim() - 1, 1)
+    return logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+
+
 def is_open(number: int | torch.SymInt) -> bool:
     """Whether a compiler keeps a number open that is no size."""
     if not is_compiling():
