@@ -88,6 +88,13 @@ struct PointwiseInputs {
   void fill_rows(PointwiseArgs& args, Readings& readings);
 };
 
+// On a device, which is given no empty input.
+template <class OnDevice>
+void run_forward(const PointwiseLoss& loss, PointwiseInputs& inputs, int64_t reduction, Tensor& value, Tensor* grad) {
+  if (inputs.input.numel() == 0) return set_of_nothing(value, reduction);
+  OnDevice::forward(loss, inputs, reduction, value, grad);
+}
+
 template <class OnDevice>
 void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   const std::string name = base_name(loss.op);
@@ -97,11 +104,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
            Tensor value = reduction == kNone ? inputs.empty_losses(loss, wide)
                                              : empty_beside(input, {}, inputs.result_dtype(wide));
-           if (input.numel() == 0) {
-             set_of_nothing(value, reduction);
-           } else {
-             OnDevice::forward(loss, inputs, reduction, value, nullptr);
-           }
+           run_forward<OnDevice>(loss, inputs, reduction, value, nullptr);
            return value;
          });
   m.impl((name + "_with_grad").c_str(),
@@ -111,11 +114,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            check_gradient_in_forward(loss.op.c_str(), input, reduction);
            Tensor value = empty_beside(input, {}, inputs.result_dtype(wide));
            Tensor grad = empty_gradient(input);
-           if (input.numel() == 0) {
-             set_of_nothing(value, reduction);
-           } else {
-             OnDevice::forward(loss, inputs, reduction, value, &grad);
-           }
+           run_forward<OnDevice>(loss, inputs, reduction, value, &grad);
            return std::make_tuple(value, grad);
          });
   m.impl((name + "_backward").c_str(),

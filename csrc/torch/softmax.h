@@ -120,6 +120,14 @@ struct Destination {
   Tensor finish() const { return writable.is_same(result) ? result : result.copy_(writable); }
 };
 
+// On a device, which is given no logits without rows.
+template <class OnDevice>
+void run_forward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
+                 Tensor* grad) {
+  if (inputs.logits.numel() == 0) return results.set_of_no_rows(reduction);
+  OnDevice::forward(loss, inputs, reduction, results, grad);
+}
+
 template <class OnDevice>
 void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   const std::string name = base_name(loss.op);
@@ -127,11 +135,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
                                int64_t reduction, int64_t ignore_index, Params params, bool wide, bool second) {
     const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide, second});
     SoftmaxResults results(loss, inputs, reduction);
-    if (logits.numel() == 0) {
-      results.set_of_no_rows(reduction);
-    } else {
-      OnDevice::forward(loss, inputs, reduction, results, nullptr);
-    }
+    run_forward<OnDevice>(loss, inputs, reduction, results, nullptr);
     return std::make_tuple(results.loss, results.second, results.statistics);
   });
   m.impl((name + "_with_grad").c_str(),
@@ -141,11 +145,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
            check_with_grad(loss, inputs, reduction);
            SoftmaxResults results(loss, inputs, reduction);
            Destination to = Destination::fresh(logits, inputs);
-           if (logits.numel() == 0) {
-             results.set_of_no_rows(reduction);
-           } else {
-             OnDevice::forward(loss, inputs, reduction, results, &to.writable);
-           }
+           run_forward<OnDevice>(loss, inputs, reduction, results, &to.writable);
            return std::make_tuple(results.loss, results.statistics, to.finish());
          });
   m.impl((name + "_with_grad_").c_str(), [&loss](Tensor logits, const Tensor& target, const OptionalTensor& weight,
@@ -155,11 +155,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     inputs.keep_apart_from(logits);
     SoftmaxResults results(loss, inputs, reduction);
     Destination to(logits, inputs.logits);
-    if (logits.numel() == 0) {
-      results.set_of_no_rows(reduction);
-    } else {
-      OnDevice::forward(loss, inputs, reduction, results, &to.writable);
-    }
+    run_forward<OnDevice>(loss, inputs, reduction, results, &to.writable);
     to.finish();
     return std::make_tuple(results.loss, results.statistics);
   });
