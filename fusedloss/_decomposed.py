@@ -4,6 +4,7 @@
 op.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,25 @@ from ._library import extension
 _NAMES = {number: name for name, number in REDUCTIONS.items()}
 
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+class _Kernels(dict[Any, Any]):
+    """The kernels in Python of an op that torch.compile keeps although it has a decomposition.
+
+    Inductor, when it is first imported, takes every op with a composite kernel into a table, and then refuses to lower
+    one that it meets in a graph. So it is told that there is none.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) and not (key == _COMPOSITE and _inductor_makes_its_table())
+
+
+def _inductor_makes_its_table() -> bool:
+    module = sys.modules.get("torch._inductor.decomposition")
+    return module is not None and not hasattr(module, "decompositions")
+
+
 def register(op: Any, decomposed: Callable[..., Any]) -> None:
     """Makes an op known to torch.export as one that has a decomposition.
 
@@ -24,8 +44,8 @@ def register(op: Any, decomposed: Callable[..., Any]) -> None:
     still keep it, so the kernel for autograd decomposes it. It keeps the op where the decomposition says
     NotImplemented: ours in any other tracing, and torch's in its place where the caller took the op out of the table.
     """
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    op.py_impl(composite)(
+    op.py_kernels = _Kernels(op.py_kernels)
+    op.py_impl(_COMPOSITE)(
         lambda *given, **options: decomposed(*given, **options) if _is_decomposing() else NotImplemented
     )
     for device in extension.devices:  # type: ignore[union-attr]

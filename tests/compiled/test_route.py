@@ -1,5 +1,9 @@
 """The three ways a call can go: eager kernels, ops in a captured graph, native for what is declined."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from compare import value_and_grad
@@ -226,3 +230,21 @@ def test_dispatch_modes_see_the_ops_of_the_eager_route():
 def test_traced_graphs_hold_no_fused_op():
     traced = torch.jit.trace(lambda x, y: L.huber_loss(x, y), (torch.randn(3), torch.randn(3)))
     assert "fusedloss::" not in str(traced.graph) and "huber_loss" in str(traced.graph)
+
+
+@needs_extension
+def test_inductor_is_first_imported_after_the_losses():
+    """As in every training script, but in no test that runs beside others: Inductor notes on import what decomposes."""
+    script = """
+import sys, torch, fusedloss
+assert "torch._inductor.decomposition" not in sys.modules
+torch.set_num_threads(1)
+x, y = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+loss = torch.compile(lambda x, y: fusedloss.CrossEntropyLoss()(x, y) + fusedloss.HuberLoss()(x, x.detach() / 2))
+loss(x, y).backward()
+expected, = torch.autograd.grad(loss._torchdynamo_orig_callable(x, y), x)
+torch.testing.assert_close(x.grad, expected)
+"""
+    fresh = {**os.environ, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=fresh)
+    assert done.returncode == 0, done.stderr[-2000:]
