@@ -2,6 +2,9 @@
 
 `--deep` runs everything, and `--rest` what a run without it leaves out.
 `--device cuda` makes the tests' tensors on a GPU unless a test says otherwise.
+
+What imports torch stands inside the functions: the process that hands out the tests to others needs none of it, and
+they wait for it to start.
 """
 
 import os
@@ -14,16 +17,10 @@ from typing import Any
 import hypothesis
 import pytest
 import selection
-import torch
 from compiler import ROOT
 from filelock import FileLock
-from losses import ON_GPU
-from marks import UNDER_A_MODE
-
-import fusedloss
 
 # One thread but in tests of threads, and in the processes that tests start.
-torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # What `--device cuda` leaves out: by file or folder here, by the marker below where a single test differs.
@@ -52,13 +49,20 @@ def pytest_configure(config: pytest.Config) -> None:
         options = {"derandomize": True, "deadline": None, "database": None}
         hypothesis.settings.register_profile(profile, max_examples=examples, **options)
     hypothesis.settings.load_profile("thorough" if _wanted(config) != "default" else "default")
-    if torch.device(config.getoption("--device")).type != "cpu" and not ON_GPU:
-        raise pytest.UsageError("--device cuda needs a GPU and an extension built with its CUDA kernels")
+    if _on_gpu(config):
+        from losses import ON_GPU
+
+        if not ON_GPU:
+            raise pytest.UsageError("--device cuda needs a GPU and an extension built with its CUDA kernels")
     config.stash[LEFT_OUT] = Counter()
 
 
 def _wanted(config: pytest.Config) -> str:
     return "rest" if config.getoption("--rest") else "deep" if config.getoption("--deep") else "default"
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    return not config.getoption("--device").startswith("cpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -67,8 +71,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept, config.stash[LEFT_OUT] = selection.selected(items, _wanted(config))
         config.hook.pytest_deselected(items=list(set(items).difference(kept)))
         items[:] = sorted(kept, key=selection.minutes, reverse=True)
-    if torch.device(config.getoption("--device")).type == "cpu":
+    if not _on_gpu(config):
         return
+    from marks import UNDER_A_MODE
+
     for item in items:
         reasons = [OF_THE_CPU[part] for part in item.path.parts if part in OF_THE_CPU]
         reasons += [mark.kwargs["reason"] for mark in item.iter_markers("on_cpu_alone")]
@@ -123,6 +129,13 @@ def once() -> Callable[[str, Callable[[Path], None]], Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _extensions() -> Iterator[None]:
     """Losses of one's own are compiled here, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
@@ -133,6 +146,8 @@ def _extensions() -> Iterator[None]:
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets the number of torch's threads, until the test ends."""
+    import torch
+
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -145,6 +160,8 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     if device == "cpu" or isinstance(request.node, pytest.DoctestItem):
         yield
         return
+    import torch
+
     torch.set_default_device(device)
     yield
     torch.set_default_device(None)
@@ -152,4 +169,8 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _doctest_namespace(doctest_namespace: dict[str, object]) -> None:
+    import torch
+
+    import fusedloss
+
     doctest_namespace.update(torch=torch, fusedloss=fusedloss)

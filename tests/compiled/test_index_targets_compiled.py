@@ -12,7 +12,7 @@ import fusedloss
 
 
 @needs_extension
-@pytest.mark.thinned(1, deep=2)
+@pytest.mark.thinned(1, deep=1)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded columns"])
 @pytest.mark.parametrize("reduction", [0, 1, 2])

@@ -33,7 +33,7 @@ COMPILED.update(
 )
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(1, deep=1)
 @needs_extension
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", COMPILED)
@@ -78,7 +78,7 @@ def test_compile_gives_the_dtype_of_eager_beside_wider_weights(function, weights
     same(got, expected)
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(1, deep=1)
 @needs_extension
 @pytest.mark.parametrize("sizes", PAIRS[1:5], ids=str)
 @pytest.mark.parametrize("function", OF_DIFFERENCE)
@@ -92,7 +92,7 @@ def test_compile_broadcasts(function, sizes):
         assert any(op.startswith("fusedloss.") for op in ops)
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(1, deep=1)
 @needs_extension
 @pytest.mark.parametrize("layouts", itertools.product(["contiguous", "channels_last", "sliced"], repeat=2), ids=str)
 @pytest.mark.parametrize("call", ["mse", "huber, weight", "bce", "logits, both", "focal"])
@@ -132,7 +132,7 @@ MIXED = [(torch.float32, False), (torch.bfloat16, True)]
 
 
 @needs_extension
-@pytest.mark.thinned(1, deep=2)
+@pytest.mark.thinned(1, deep=1)
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("dtype, wide", MIXED, ids=str)
 @pytest.mark.parametrize(

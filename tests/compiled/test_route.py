@@ -28,7 +28,7 @@ def op_arguments(loss: Loss, reduction: int, layout: str, requires_grad: bool = 
     return (x.detach().requires_grad_(requires_grad), target, None, reduction, *middle, list(loss.params))
 
 
-@pytest.mark.thinned(1, deep=2)
+@pytest.mark.thinned(1, deep=1)
 @needs_extension
 @pytest.mark.parametrize("reduction", [0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
