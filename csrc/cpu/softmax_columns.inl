@@ -123,9 +123,9 @@ struct Columns {
   const SoftmaxArgs& args;
   ColumnBlock<S> logits, grad;
   ColumnBlock<P> probabilities;
-  // One block. Rows beyond a tile's last are computed too, but never written.
-  alignas(64) T z[kColumns * kTile] = {};
-  alignas(64) T t[Loss::soft ? kColumns * kTile : 1] = {};
+  // One block. The rows that fill a tile's last vectors are computed too, but never written.
+  alignas(64) T z[kColumns * kTile];
+  alignas(64) T t[Loss::soft ? kColumns * kTile : 1];
   alignas(64) S streamed[kColumns * kTile];
 
   Columns(const Loss& loss_, const SoftmaxArgs& args_)
@@ -147,8 +147,18 @@ struct Columns {
     const int64_t classes = args.logits_layout.classes;
     for (int64_t first = 0; first < classes; first += kColumns) {
       const int64_t columns = least(kColumns, classes - first);
-      if (Loss::soft) probabilities.read(static_cast<const P*>(args.probabilities), first, columns, tile.count, t);
+      if (Loss::soft) {
+        probabilities.read(static_cast<const P*>(args.probabilities), first, columns, tile.count, t);
+        fill(tile, columns, t);
+      }
       f(first, columns);
+    }
+  }
+
+  // Here, and not once for the whole block: 32 KB take longer than a loss of a few rows.
+  static void fill(const Tile<T>& tile, int64_t columns, T* block) {
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t j = tile.count; j < tile.padded; ++j) block[c * kTile + j] = T(0);
     }
   }
 
@@ -171,7 +181,10 @@ struct Columns {
     }
     over_blocks(tile, [&](int64_t first, int64_t columns) {
       logits.read(static_cast<const S*>(args.logits), first, columns, tile.count, z);
-      for (int64_t i = 0; i < columns * kTile && decltype(loss.logit)::changes; ++i) z[i] = loss.logit(z[i]).z;
+      fill(tile, columns, z);
+      for (int64_t c = 0; c < columns && decltype(loss.logit)::changes; ++c) {
+        for (int64_t j = 0; j < tile.padded; ++j) z[c * kTile + j] = loss.logit(z[c * kTile + j]).z;
+      }
       if (!Loss::soft) take_targets(tile, first, columns);
       for (int64_t j = 0; j < tile.count; j += kLanes) {
         if (logits.side_by_side) prefetch(tile.count + j, first, columns);
