@@ -35,6 +35,11 @@ def compiled_with_ops(run: Callable[..., Any], **options: Any) -> tuple[Callable
     return torch.compile(run, backend=aot_autograd(fw_compiler=backend), fullgraph=True, **options), ops
 
 
+def holds(ops: list[str], name: str) -> bool:
+    """Whether a graph has that op of ours; forward comes with the gradient, or without."""
+    return any(op.rpartition(".")[0] == f"fusedloss.{name}" for op in ops)
+
+
 def _memory_events(run: Callable[[], Any]) -> list[Any]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()

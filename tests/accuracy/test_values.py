@@ -26,7 +26,8 @@ import fusedloss.functional as L
 # Pointwise sizes around a vector, a lane group (32), the block of a float sum (4096) and a chunk (16384).
 POINTWISE_SHAPES = [(1,), (2, 3), (31,), (32,), (33,), (4097,), (16385,), (3, 50001)]
 # Classes around a vector, the step from columns to rows (24 backward, 120 forward) and a block (4096);
-# rows around a lane group and a tile (256); inner dimensions below and above the shortest run in place (32).
+# rows around a lane group and a tile (256), and two long enough to be cut into parts; inner dimensions below and above
+# the shortest run in place (32).
 SOFTMAX_SHAPES = [
     (1,),
     (7,),
@@ -45,6 +46,7 @@ SOFTMAX_SHAPES = [
     (3, 4096),
     (2, 8200),
     (1, 50257),
+    (2, 131_100),
     (3, 5, 7),
     (2, 3, 40),
     (2, 21, 9, 31),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compare import EPSILON, assert_close, class_dim, upstreams
 from losses import DTYPES, HALVES, REDUCTIONS
 from marks import needs_extension, on_cpu_alone
-from observe import Recorder, bytes_allocated, compiled_with_ops
+from observe import Recorder, bytes_allocated, compiled_with_ops, holds
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -36,8 +36,8 @@ CALLS = {
     "probabilities, weight and smoothing": {"weight": True, "label_smoothing": 0.2},
     "probabilities, float32": {},
 }
-# (2, 40000) is cut into parts of a row, (300, 10) goes by columns, and (4, 150, 3) has its classes apart.
-SHAPES = [(6, 5), (4, 150, 3), (9,), (2, 40000), (300, 10)]
+# (2, 131_100) is cut into parts of a row, (300, 10) goes by columns, and (4, 150, 3) has its classes apart.
+SHAPES = [(6, 5), (4, 150, 3), (9,), (2, 131_100), (300, 10)]
 
 
 def call(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -140,7 +140,7 @@ def test_value_and_gradient_against_float64(shape, kind, options, dtype, reducti
     dtype_of_results = torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype
     dtype_of_results = options.get("out_dtype", dtype_of_results)
     assert grad.dtype == dtype and all(each.dtype == dtype_of_results for each in results)
-    # One rounding in half types, to which that of ties adds; a sum of 40,000 terms in the others.
+    # One rounding in half types, to which that of ties adds; a sum of 131,100 terms in the others.
     for got, expected in zip([*results, grad], [*exact, exact_grad], strict=True):
         assert_close(got, expected, 1.02 if got.dtype in HALVES else 48)
 
@@ -267,7 +267,7 @@ def test_an_infinite_softcap_is_none(kind):
 
 @pytest.mark.thinned
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(9, 7), (9, 200), (2, 7, 50), (2, 40000)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 7), (9, 200), (2, 7, 50), (2, 131_100)], ids=str)
 @pytest.mark.parametrize("extra", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}, {"grad_in_forward": True}], ids=str)
 def test_a_mean_over_nothing(shape, dtype, extra):
     x, _, _ = call("index", shape, dtype)
@@ -334,7 +334,7 @@ def test_a_result_may_be_wider_or_narrower_than_the_arithmetic():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(6, 5), (6, 300), (4, 150, 3), (2, 40000)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (6, 300), (4, 150, 3), (2, 131_100)], ids=str)
 def test_softcap_keeps_a_mask_a_mask(shape, dtype):
     x, target, _ = call("index", shape, dtype)
     masked = torch.zeros_like(x, dtype=torch.bool)
@@ -434,7 +434,7 @@ def test_compile_keeps_the_fused_op(kind, options):
         weight = arguments.pop("weight")
         graphs.clear()
         got = results_and_grad(compiled, x, target, weight, **arguments, **options)
-        assert f"fusedloss.{op}.default" in graphs and f"fusedloss.{op}_backward.default" in graphs
+        assert holds(graphs, op) and holds(graphs, f"{op}_backward")
         assert not any("log_softmax" in each for each in graphs)
         expected = results_and_grad(L.cross_entropy, x, target, weight, **arguments, **options)
         torch.testing.assert_close(got, expected)

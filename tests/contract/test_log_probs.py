@@ -7,14 +7,14 @@ import torch
 from compare import assert_close, class_dim, upstreams
 from losses import DTYPES, HALVES
 from marks import needs_extension, on_cpu_alone
-from observe import Recorder, bytes_allocated, compiled_with_ops
+from observe import Recorder, bytes_allocated, compiled_with_ops, holds
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fusedloss.functional as L
 
-# (2, 40000) is cut into parts of a row, (300, 10) goes by columns, and (4, 150, 3) has its classes apart.
-SHAPES = [(6, 5), (4, 150, 3), (9,), (2, 40000), (300, 10), (7, 200)]
+# (2, 131_100) is cut into parts of a row, (300, 10) goes by columns, and (4, 150, 3) has its classes apart.
+SHAPES = [(6, 5), (4, 150, 3), (9,), (2, 131_100), (300, 10), (7, 200)]
 
 
 def data(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,8 @@ def test_values_and_gradients_against_float64(shape, dtype, temperature):
         assert each.dtype == (torch.float32 if dtype in HALVES else dtype) and each.shape == target.shape
     for got, expected in zip(results, exact, strict=True):
         assert_close(got.detach(), expected.detach(), 64)
-    # One rounding in half types; sums of 40,000 terms here and in the formula otherwise.
-    steps = 1.02 if dtype in HALVES else 64
+    # One rounding in half types; sums of 131,100 terms here and in the formula otherwise.
+    steps = 1.02 if dtype in HALVES else 200
     # Both results, either of them in a backward of its own, and the log-probabilities where no entropy was asked for.
     for chosen, expected in (
         (results, exact),
@@ -118,7 +118,7 @@ def test_gradcheck_and_gradgradcheck(shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(6, 8), (6, 300), (4, 150, 3), (2, 40000)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 8), (6, 300), (4, 150, 3), (2, 131_100)], ids=str)
 def test_masked_classes_leave_the_entropy_of_the_others(shape, dtype):
     x, target = data(shape, dtype)
     target = torch.where(target < 0, target, target // 2 * 2)
@@ -174,7 +174,7 @@ def test_a_temperature_that_is_not_positive_is_rejected(temperature):
 
 
 @on_cpu_alone("a GPU tells of a bad target at the next call: test_gpu.py::test_a_bad_target_in_mid_training")
-@pytest.mark.parametrize("shape", [(6, 5), (6, 200), (2, 40000), (4, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (6, 200), (2, 131_100), (4, 5, 3)], ids=str)
 @pytest.mark.parametrize("bad", ["the number of classes", -1])
 def test_a_target_out_of_range_is_rejected(shape, bad):
     x, target = data(shape, torch.float32)
@@ -216,5 +216,5 @@ def test_compile_keeps_the_fused_op(entropy, dtype):
         results = results if entropy else (results,)
         found.append((*results, *torch.autograd.grad(results, leaf, upstreams(*results))))
     torch.testing.assert_close(*found)
-    assert "fusedloss.log_probs.default" in graphs and "fusedloss.log_probs_backward.default" in graphs
+    assert holds(graphs, "log_probs") and holds(graphs, "log_probs_backward")
     assert not any("log_softmax" in each for each in graphs)

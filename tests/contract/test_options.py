@@ -19,7 +19,7 @@ OPTIONS = [
     {"grad_in_forward": True, "inplace": True},
 ]
 IN_PLACE = OPTIONS[2:]
-SHAPES = [(6, 5), (300, 200), (3, 40000), (2, 21, 6, 7), (4, 7, 300)]
+SHAPES = [(6, 5), (300, 200), (3, 90_000), (2, 21, 6, 7), (4, 7, 300)]
 
 
 def data(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

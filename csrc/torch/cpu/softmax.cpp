@@ -9,6 +9,9 @@ namespace {
 constexpr int64_t kNumbersOfThread = 32768;  // numbers to read that are worth waking a thread for
 constexpr size_t kStreamed = 16 << 20;       // bytes of a gradient that no cache keeps until it is read
 constexpr int64_t kFewRows = 32;             // up to here long rows are cut into parts, so that every thread has work
+// Where other processes hold the cores, the second half of a row waits for its thread for a time slice, milliseconds.
+// So a row is cut only where each half takes 100 us.
+constexpr int64_t kNumbersOfCutRow = 8 * kSoftmaxPart;
 
 // Calls f(number of chunk, first row, last row); it reads `work` numbers a row.
 template <class F>
@@ -23,15 +26,17 @@ void over_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
 }
 
 bool cuts_rows(const SoftmaxArgs& args) {
-  return args.logits_layout.rows <= kFewRows && args.logits_layout.classes >= 2 * kSoftmaxPart &&
-         args.logits_layout.class_stride == 1 && args.probabilities_layout.class_stride == 1;
+  const SoftmaxLayout& layout = args.logits_layout;
+  return layout.rows <= kFewRows && layout.classes >= 2 * kSoftmaxPart &&
+         layout.rows * layout.classes >= 2 * kNumbersOfCutRow && layout.class_stride == 1 &&
+         args.probabilities_layout.class_stride == 1;
 }
 
 // Calls f(row, part, number of both) on every part of every row.
 template <class F>
 void over_parts(const SoftmaxLayout& layout, F f) {
   const int64_t parts = (layout.classes + kSoftmaxPart - 1) / kSoftmaxPart;
-  parallel_for(layout.rows * parts, kNumbersOfThread / kSoftmaxPart, [&](int64_t first, int64_t last) {
+  parallel_for(layout.rows * parts, kNumbersOfCutRow / kSoftmaxPart, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i / parts, i % parts, i);
   });
 }
