@@ -37,13 +37,17 @@ def pointwise(result: str) -> Fakes:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return input.new_empty((), dtype=torch.float32 if wide else input.dtype), torch.empty_like(input)
 
+    def carrying(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return forward(input, *rest), input.new_empty(1, dtype=torch.float32)
+
     def backward(
         upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
         pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of_target: bool = False,
+        carrier: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         return torch.empty_like(target if of_target else input)
 
-    return {"": forward, "_with_grad": with_grad, "_backward": backward}
+    return {"": forward, "_with_grad": with_grad, ".carrying": carrying, "_backward": backward}
 
 
 def statistics(logits: Tensor, saved: int) -> tuple[int, torch.dtype]:
@@ -69,7 +73,7 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
         loss, _, statistics = forward(logits, *rest)
         return loss, statistics, torch.empty_like(logits)
 
-    def with_grad_(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def without_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         loss, _, statistics = forward(logits, *rest)
         return loss, statistics
 
@@ -79,7 +83,8 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
     return {
         "": forward,
         "_with_grad": with_grad,
-        "_with_grad_": with_grad_,
+        "_with_grad_": without_grad,
+        ".carrying": without_grad,
         "_backward": backward,
         "_backward_": nothing,
     }

@@ -56,6 +56,10 @@ bool under_saved_tensor_hooks();
 // a gradient does not.
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
 
+// Where the gradient of a loss is made. Forward leaves it with what autograd keeps for backward, or, in a captured
+// graph, whose ops are on their own, tied to one of its results (carried.h).
+enum class GradientIn { Backward, Forward, Carried };
+
 // The gradient that forward made for an upstream gradient of 1, left for the first backward.
 void leave_gradient(AutogradContext* ctx, const Tensor& grad);
 

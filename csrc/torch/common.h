@@ -25,8 +25,11 @@ using Params = c10::ArrayRef<double>;
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2, kMeanOrZero = 3 };
 inline bool is_mean(int64_t reduction) { return reduction == kMean || reduction == kMeanOrZero; }
 
+// An op by its name, or by "name.overload".
 inline c10::OperatorHandle find_op(const std::string& name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
+  const size_t dot = name.find('.');
+  const std::string overload = dot == std::string::npos ? "" : name.substr(dot + 1);
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.substr(0, dot).c_str(), overload.c_str());
 }
 // "huber" of "fusedloss::huber"
 inline std::string base_name(const std::string& op) { return op.substr(op.find("::") + 2); }

@@ -54,7 +54,7 @@ BoundLoss bind(PointwiseLoss& loss) {
     if (given.declined) return py::none();
     return py::cast([&] {
       py::gil_scoped_release no_gil;
-      return pointwise(loss, given.input, given.target, given.call, true);
+      return pointwise(loss, given.input, given.target, given.call, GradientIn::Forward);
     }());
   };
   const auto explain = [&loss](const Arguments& arguments) {

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../kernels/custom.h"
-#include "autograd_steps.h"
+#include "carried.h"
 
 namespace fusedloss {
 
@@ -57,7 +57,7 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
 
 // The autograd side, callable without the dispatcher: a differentiable loss. Inputs of different shapes broadcast.
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
-                 bool grad_in_forward);
+                 GradientIn gradient);
 
 void define_pointwise(torch::Library& m, const PointwiseLoss& loss);
 void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& loss);
@@ -107,24 +107,46 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            run_forward<OnDevice>(loss, inputs, reduction, value, nullptr);
            return value;
          });
+  const auto with_grad = [](const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& input, int64_t reduction,
+                            bool wide) {
+    check_gradient_in_forward(loss.op.c_str(), input, reduction);
+    Tensor value = empty_beside(input, {}, inputs.result_dtype(wide));
+    Tensor grad = empty_gradient(input);
+    run_forward<OnDevice>(loss, inputs, reduction, value, &grad);
+    return std::make_tuple(value, grad);
+  };
   m.impl((name + "_with_grad").c_str(),
-         [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
+         [&loss, with_grad](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                            Params params, const OptionalTensor& pos_weight, bool wide,
+                            std::optional<int64_t> ignore_index) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
-           check_gradient_in_forward(loss.op.c_str(), input, reduction);
-           Tensor value = empty_beside(input, {}, inputs.result_dtype(wide));
-           Tensor grad = empty_gradient(input);
-           run_forward<OnDevice>(loss, inputs, reduction, value, &grad);
-           return std::make_tuple(value, grad);
+           return with_grad(loss, inputs, input, reduction, wide);
+         });
+  m.impl((name + ".carrying").c_str(),
+         [&loss, with_grad](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                            Params params, const OptionalTensor& pos_weight, bool wide,
+                            std::optional<int64_t> ignore_index) {
+           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
+           const auto [value, grad] = with_grad(loss, inputs, input, reduction, wide);
+           const Tensor carrier = empty_beside(input, {1}, at::kFloat).zero_();
+           carry(carrier, grad);
+           return std::make_tuple(value, carrier);
          });
   m.impl((name + "_backward").c_str(),
-         [&loss](const Tensor& upstream, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                 int64_t reduction, Params params, const OptionalTensor& pos_weight, bool wide,
-                 std::optional<int64_t> ignore_index, bool of_target) {
+         [&loss, with_grad](const Tensor& upstream, const Tensor& input, const Tensor& target,
+                            const OptionalTensor& weight, int64_t reduction, Params params,
+                            const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index,
+                            bool of_target, const OptionalTensor& carrier) {
            PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
            check_upstream(loss.op.c_str(), upstream, inputs.result_dtype(wide), reduction, input.sizes(), input);
            TORCH_CHECK(!of_target || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
                        " is not differentiable with respect to its target");
+           const GradientOfForward carried = carrier && !of_target ? take_carried(*carrier) : GradientOfForward{};
+           if (carried.made && scales_exactly(input, upstream)) {
+             const bool left = carried.left.defined();
+             return scale_(left ? carried.left : std::get<1>(with_grad(loss, inputs, input, reduction, wide)),
+                           upstream);
+           }
            Tensor grad = empty_gradient(of_target ? target : input);
            if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of_target, grad);
            return grad;

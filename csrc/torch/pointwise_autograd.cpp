@@ -12,16 +12,17 @@ using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, in
 using WithGradOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
                                               const OptionalTensor&, bool, std::optional<int64_t>);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
-                          const OptionalTensor&, bool, std::optional<int64_t>, bool);
+                          const OptionalTensor&, bool, std::optional<int64_t>, bool, const OptionalTensor&);
 
 struct PointwiseHandles {
   c10::TypedOperatorHandle<ForwardOp> forward;
-  c10::TypedOperatorHandle<WithGradOp> with_grad;
+  c10::TypedOperatorHandle<WithGradOp> with_grad, carrying;
   c10::TypedOperatorHandle<BackwardOp> backward;
 
   explicit PointwiseHandles(const std::string& op)
       : forward(find_op(op).typed<ForwardOp>()),
         with_grad(find_op(op + "_with_grad").typed<WithGradOp>()),
+        carrying(find_op(op + ".carrying").typed<WithGradOp>()),
         backward(find_op(op + "_backward").typed<BackwardOp>()) {}
 };
 
@@ -45,9 +46,9 @@ std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& in
 }
 
 Tensor backward_of(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                   const PointwiseCall& call, bool of_target) {
+                   const PointwiseCall& call, bool of_target, const OptionalTensor& carrier) {
   return handles_of(loss).backward.call(upstream, input, target, call.weight, call.reduction, call.params,
-                                        call.pos_weight, call.wide, call.ignore_index, of_target);
+                                        call.pos_weight, call.wide, call.ignore_index, of_target, carrier);
 }
 
 Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
@@ -64,16 +65,23 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const PointwiseLoss& loss,
-                        const PointwiseCall& call, bool grad_in_forward) {
-    ctx->save_for_backward({input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
+                        const PointwiseCall& call, GradientIn gradient) {
     save(ctx, loss, input, target, call);
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (!grad_in_forward) {
-      return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
-                                           call.wide, call.ignore_index);
+    Tensor value, carrier;
+    if (gradient == GradientIn::Backward) {
+      value = handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
+                                            call.wide, call.ignore_index);
+    } else if (gradient == GradientIn::Forward) {
+      Tensor grad;
+      std::tie(value, grad) = with_grad(loss, input, target, call);
+      leave_gradient(ctx, grad);
+    } else {
+      std::tie(value, carrier) = handles_of(loss).carrying.call(input, target, call.weight, call.reduction, call.params,
+                                                                call.pos_weight, call.wide, call.ignore_index);
     }
-    auto [value, grad] = with_grad(loss, input, target, call);
-    leave_gradient(ctx, grad);
+    ctx->save_for_backward(
+        {input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor()), carrier});
     return value;
   }
 
@@ -103,6 +111,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (tensors[2].defined()) call.weight = tensors[2];
     if (tensors[3].defined()) call.pos_weight = tensors[3];
     if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
+    const OptionalTensor carrier = tensors[4].defined() ? OptionalTensor(tensors[4]) : std::nullopt;
     if (differentiable) {
       std::function<variable_list(const variable_list&)> formula;
       if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
@@ -114,7 +123,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     if (of_input || (mirrored && of_forward.made)) {
       Tensor gradient;
       if (!of_forward.made || !scales_exactly(input, upstream)) {
-        gradient = backward_of(loss, upstream, input, target, call, false);
+        gradient = backward_of(loss, upstream, input, target, call, false, carrier);
       } else if (of_forward.left.defined()) {
         gradient = scaled(of_forward.left, upstream);
       } else {
@@ -123,7 +132,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
       if (mirrored) return mirror(gradient);
       gradients[0] = gradient;
     }
-    if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, true);
+    if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, true, {});
     return gradients;
   }
 };
@@ -143,7 +152,7 @@ bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() &&
 }  // namespace
 
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_, const PointwiseCall& call,
-                 bool grad_in_forward) {
+                 GradientIn gradient) {
   Tensor input = input_, target = target_;
   if (!call.ignore_index) {
     if (differ(input.sym_sizes(), target.sym_sizes())) {
@@ -160,9 +169,10 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
                 " is not differentiable with respect to its target");
     // With a reduction, a gradient in forward costs hardly more than the sum alone on a CPU. On a GPU it moves 3
     // elements where forward and backward apart move 5, and as many as they do where the upstream gradient is not 1.
-    const bool pays = grad_in_forward && input.requires_grad() && gradient_in_forward_pays(input, call.reduction) &&
-                      (!call.ignore_index || device_for(input).row_gradient_in_forward_pays);
-    return PointwiseFunction::apply(input, target, loss, call, pays);
+    const bool pays =
+        input.requires_grad() && gradient_in_forward_pays(input, call.reduction) &&
+        (!(call.ignore_index || gradient == GradientIn::Carried) || device_for(input).row_gradient_in_forward_pays);
+    return PointwiseFunction::apply(input, target, loss, call, pays ? gradient : GradientIn::Backward);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
@@ -176,7 +186,9 @@ void define_pointwise(torch::Library& m, const PointwiseLoss& loss) {
       "bool wide=False, int? ignore_index=None";
   m.def((name + "(" + arguments + ") -> Tensor").c_str());
   m.def((name + "_with_grad(" + arguments + ") -> (Tensor loss, Tensor grad)").c_str());
-  m.def((name + "_backward(Tensor upstream, " + arguments + ", bool of_target=False) -> Tensor").c_str());
+  m.def((name + ".carrying(" + arguments + ") -> (Tensor loss, Tensor carrier)").c_str());
+  const std::string of_backward = ", bool of_target=False, Tensor? carrier=None) -> Tensor";
+  m.def((name + "_backward(Tensor upstream, " + arguments + of_backward).c_str());
 }
 
 void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& loss) {
@@ -185,10 +197,9 @@ void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& 
                  Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
            const PointwiseCall call = {weight, pos_weight, reduction, params, wide, ignore_index};
            if (needs_formula({input, target, weight, pos_weight})) return native(loss, input, target, call);
-           // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
-           return pointwise(loss, input, target, call, false);
+           return pointwise(loss, input, target, call, GradientIn::Carried);
          });
-  for (const char* suffix : {"_with_grad", "_backward"}) refuse_derivatives(m, loss.op + suffix);
+  for (const char* suffix : {"_with_grad", ".carrying", "_backward"}) refuse_derivatives(m, loss.op + suffix);
 }
 
 }  // namespace fusedloss

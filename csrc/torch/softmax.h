@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "autograd_steps.h"
+#include "carried.h"
 #include "in_place.h"
 
 namespace fusedloss {
@@ -138,15 +138,27 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     run_forward<OnDevice>(loss, inputs, reduction, results, nullptr);
     return std::make_tuple(results.loss, results.second, results.statistics);
   });
+  const auto with_grad = [](const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& logits,
+                            int64_t reduction) {
+    check_with_grad(loss, inputs, reduction);
+    SoftmaxResults results(loss, inputs, reduction);
+    Destination to = Destination::fresh(logits, inputs);
+    run_forward<OnDevice>(loss, inputs, reduction, results, &to.writable);
+    return std::make_tuple(results.loss, results.statistics, to.finish());
+  };
   m.impl((name + "_with_grad").c_str(),
-         [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 int64_t ignore_index, Params params, bool wide) {
+         [&loss, with_grad](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                            int64_t ignore_index, Params params, bool wide) {
            const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
-           check_with_grad(loss, inputs, reduction);
-           SoftmaxResults results(loss, inputs, reduction);
-           Destination to = Destination::fresh(logits, inputs);
-           run_forward<OnDevice>(loss, inputs, reduction, results, &to.writable);
-           return std::make_tuple(results.loss, results.statistics, to.finish());
+           return with_grad(loss, inputs, logits, reduction);
+         });
+  m.impl((name + ".carrying").c_str(),
+         [&loss, with_grad](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                            int64_t ignore_index, Params params, bool wide) {
+           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           const auto [value, statistics, grad] = with_grad(loss, inputs, logits, reduction);
+           carry(statistics, grad);
+           return std::make_tuple(value, statistics);
          });
   m.impl((name + "_with_grad_").c_str(), [&loss](Tensor logits, const Tensor& target, const OptionalTensor& weight,
                                                  int64_t reduction, int64_t ignore_index, Params params, bool wide) {
@@ -167,11 +179,17 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     return to.finish();
   };
   m.impl((name + "_backward").c_str(),
-         [&loss, make](const Tensor& upstream, const OptionalTensor& upstream_second, const Tensor& logits,
-                       const Tensor& target, const OptionalTensor& weight, const Tensor& statistics, int64_t reduction,
-                       int64_t ignore_index, Params params) {
+         [&loss, make, with_grad](const Tensor& upstream, const OptionalTensor& upstream_second, const Tensor& logits,
+                                  const Tensor& target, const OptionalTensor& weight, const Tensor& statistics,
+                                  int64_t reduction, int64_t ignore_index, Params params) {
            const bool wide = upstream.scalar_type() != logits.scalar_type();
            const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           const GradientOfForward carried = take_carried(statistics);
+           if (carried.made && !upstream_second && scales_exactly(logits, upstream)) {
+             check_backward(loss, inputs, upstream, upstream_second, statistics, reduction);
+             const bool left = carried.left.defined();
+             return scale_(left ? carried.left : std::get<2>(with_grad(loss, inputs, logits, reduction)), upstream);
+           }
            Destination to = Destination::fresh(logits, inputs);
            return make(loss, to, inputs, upstream, upstream_second, statistics, reduction);
          });

@@ -13,6 +13,8 @@ using ForwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor
                                                      int64_t, Params, bool, bool);
 using WithGradOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
                                                       int64_t, Params, bool);
+using CarryingOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                                              Params, bool);
 using WithGradInPlaceOp = std::tuple<Tensor, Tensor>(Tensor, const Tensor&, const OptionalTensor&, int64_t, int64_t,
                                                      Params, bool);
 using BackwardOp = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
@@ -23,6 +25,7 @@ using BackwardInPlaceOp = void(const Tensor&, const OptionalTensor&, Tensor, con
 struct SoftmaxHandles {
   c10::TypedOperatorHandle<ForwardOp> forward;
   c10::TypedOperatorHandle<WithGradOp> with_grad;
+  c10::TypedOperatorHandle<CarryingOp> carrying;
   c10::TypedOperatorHandle<WithGradInPlaceOp> with_grad_;
   c10::TypedOperatorHandle<BackwardOp> backward;
   c10::TypedOperatorHandle<BackwardInPlaceOp> backward_;
@@ -30,6 +33,7 @@ struct SoftmaxHandles {
   explicit SoftmaxHandles(const std::string& name)
       : forward(find_op(name).typed<ForwardOp>()),
         with_grad(find_op(name + "_with_grad").typed<WithGradOp>()),
+        carrying(find_op(name + ".carrying").typed<CarryingOp>()),
         with_grad_(find_op(name + "_with_grad_").typed<WithGradInPlaceOp>()),
         backward(find_op(name + "_backward").typed<BackwardOp>()),
         backward_(find_op(name + "_backward_").typed<BackwardInPlaceOp>()) {}
@@ -54,22 +58,25 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 
   // The statistics go out beside the differentiable outputs: compiled autograd knows no others.
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const SoftmaxLoss& loss,
-                               const SoftmaxCall& call, bool grad_in_forward, bool in_place, Tensor* statistics_out) {
+                               const SoftmaxCall& call, GradientIn gradient, bool in_place, Tensor* statistics_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
     save(ctx, loss, call, in_place);
     Tensor value, second, statistics;
-    if (grad_in_forward && in_place) {
+    if (gradient == GradientIn::Forward && in_place) {
       std::tie(value, statistics) = handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction,
                                                                      call.ignore_index, call.params, call.wide);
       logits.unsafeGetTensorImpl()->bump_version();
       // Saved as it is now, so that a change before backward is noticed like any other.
       ctx->save_for_backward({logits, Tensor(), Tensor(), Tensor()});
     } else {
-      if (grad_in_forward) {
+      if (gradient == GradientIn::Forward) {
         Tensor grad;
         std::tie(value, statistics, grad) = with_grad(loss, logits, call);
         leave_gradient(ctx, grad);
+      } else if (gradient == GradientIn::Carried) {
+        std::tie(value, statistics) = handles_of(loss).carrying.call(logits, call.target, call.weight, call.reduction,
+                                                                     call.ignore_index, call.params, call.wide);
       } else {
         std::tie(value, second, statistics) = handles_of(loss).forward.call(
             logits, call.target, call.weight, call.reduction, call.ignore_index, call.params, call.wide, call.second);
@@ -161,7 +168,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 };
 
 std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, const Tensor& logits,
-                                                   const SoftmaxCall& call, bool grad_in_forward, bool in_place) {
+                                                   const SoftmaxCall& call, GradientIn gradient, bool in_place) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
@@ -171,10 +178,10 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
     torch::autograd::check_inplace(logits, true);
     check_overwritten(logits, {&call.target, call.weight ? &*call.weight : nullptr});
   }
-  grad_in_forward =
-      grad_in_forward && !call.second && loss.traits.reads_row && may_make_gradient_in_forward(logits, call.reduction);
+  if (call.second || !loss.traits.reads_row || !may_make_gradient_in_forward(logits, call.reduction))
+    gradient = GradientIn::Backward;
   Tensor statistics;
-  variable_list values = SoftmaxFunction::apply(logits, loss, call, grad_in_forward, in_place, &statistics);
+  variable_list values = SoftmaxFunction::apply(logits, loss, call, gradient, in_place, &statistics);
   return {values[0], call.second ? values[1] : Tensor(), statistics};
 }
 
@@ -194,7 +201,8 @@ std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits
   const bool in_forward = grad_in_forward.value_or(!in_place && device_for(logits).row_gradient_in_forward_pays &&
                                                    gradient_in_forward_pays(logits, call.reduction)) &&
                           !(in_place && under_saved_tensor_hooks());  // one may raise: nothing is overwritten yet
-  const auto results = with_statistics(loss, logits, call, in_forward, in_place);
+  const auto results =
+      with_statistics(loss, logits, call, in_forward ? GradientIn::Forward : GradientIn::Backward, in_place);
   return {std::get<0>(results), std::get<1>(results)};
 }
 
@@ -207,24 +215,26 @@ void define_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   const auto define = [&](const std::string& schema) { m.def((name + schema).c_str()); };
   define("(Tensor logits, " + forward + ", bool second=False) -> (Tensor loss, Tensor second, Tensor statistics)");
   define("_with_grad(Tensor logits, " + forward + ") -> (Tensor loss, Tensor statistics, Tensor grad)");
+  define(".carrying(Tensor logits, " + forward + ") -> (Tensor loss, Tensor statistics)");
   define("_with_grad_(Tensor(a!) logits, " + forward + ") -> (Tensor loss, Tensor statistics)");
   define("_backward(Tensor upstream, Tensor? upstream_second, Tensor logits, " + backward + " -> Tensor");
   define("_backward_(Tensor upstream, Tensor? upstream_second, Tensor(a!) logits, " + backward + " -> ()");
 }
 
 void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss) {
-  m.impl(base_name(loss.op).c_str(),
-         [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 int64_t ignore_index, Params params, bool wide, bool second) {
-           const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second};
-           // A captured graph keeps forward and backward apart: it has no use for a gradient left in between.
-           auto results = needs_formula({logits, target, weight}) ? native(loss, logits, call)
-                                                                  : with_statistics(loss, logits, call, false, false);
-           Tensor& of_second = std::get<1>(results);
-           if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
-           return results;
-         });
-  for (const char* suffix : {"_with_grad", "_backward"}) refuse_derivatives(m, loss.op + suffix);
+  m.impl(base_name(loss.op).c_str(), [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                             int64_t reduction, int64_t ignore_index, Params params, bool wide,
+                                             bool second) {
+    const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second};
+    const bool carries = device_for(logits).row_gradient_in_forward_pays && gradient_in_forward_pays(logits, reduction);
+    const GradientIn gradient = carries ? GradientIn::Carried : GradientIn::Backward;
+    auto results = needs_formula({logits, target, weight}) ? native(loss, logits, call)
+                                                           : with_statistics(loss, logits, call, gradient, false);
+    Tensor& of_second = std::get<1>(results);
+    if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
+    return results;
+  });
+  for (const char* suffix : {"_with_grad", ".carrying", "_backward"}) refuse_derivatives(m, loss.op + suffix);
 }
 
 }  // namespace fusedloss
