@@ -125,9 +125,9 @@ def _class_indices(
 
 def softmax(
     traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    params: Sequence[Any], wide: bool, second: bool,
+    params: Sequence[Any], wide: bool, second: bool, sample_weight: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    if why := _call((logits, target, weight), reduction, params) or _integer(ignore_index):
+    if why := _call((logits, target, weight), reduction, params) or _integer(ignore_index) or _tensor(sample_weight):
         return why
     if target.device != logits.device:
         return DIFFERENT_DEVICES
@@ -156,6 +156,8 @@ def softmax(
             return "the target holds no class indices in int64 or uint8"
         if not same_shape(target.shape, rows_of(logits)):
             return "the target does not fit the logits"
+    if sample_weight is not None and (why := _sample_weight(logits, sample_weight)):
+        return why
     if weight is None:
         return None
     if weight.device != logits.device:
@@ -168,6 +170,18 @@ def softmax(
         return "the weight is of another dtype than the logits"
     if weight.dim() != 1 or not same_size(weight.shape[0], classes):
         return "the weight does not fit the classes"
+    return None
+
+
+def _sample_weight(logits: Tensor, sample_weight: Tensor) -> str | None:
+    if sample_weight.device != logits.device:
+        return DIFFERENT_DEVICES
+    if sample_weight.requires_grad:
+        return "the sample_weight requires a gradient"
+    if sample_weight.dtype not in _DTYPES:
+        return "the sample_weight is no float64, float32, bfloat16 or float16"
+    if not same_shape(sample_weight.shape, rows_of(logits)):
+        return "the sample_weight does not fit the rows"
     return None
 
 

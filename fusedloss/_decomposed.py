@@ -91,12 +91,12 @@ def softmax(formula: Callable[..., Any], saved_by: Callable[[list[float]], int])
 
     def decomposed(
         logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
-        wide: bool = False, second: bool = False,
+        wide: bool = False, second: bool = False, sample_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         zero = reduction == extension.mean_or_zero  # type: ignore[union-attr]
         values = formula(
             logits, target, weight, "mean" if zero else _NAMES[reduction], ignore_index, *params,
-            wide=wide, second=second, zero=zero,
+            wide=wide, second=second, zero=zero, sample_weight=sample_weight,
         )  # fmt: skip
         value, of_second = values if second else (values, values.new_empty(0))
         numbers, arithmetic = statistics(logits, saved_by(params))

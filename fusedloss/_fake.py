@@ -13,7 +13,7 @@ from ._sizes import rows_of
 Fakes = dict[str, Callable[..., Any]]
 
 
-def nothing(*arguments: Any) -> None:
+def nothing(*arguments: Any, **options: Any) -> None:
     return None
 
 
@@ -60,7 +60,7 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
 
     def forward(
         logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
-        wide: bool = False, second: bool = False,
+        wide: bool = False, second: bool = False, sample_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         rows = rows_of(logits)
         numbers, arithmetic = statistics(logits, saved_by(params))
@@ -69,15 +69,19 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
         of_second = logits.new_empty(rows if second else (0,), dtype=dtype)
         return loss, of_second, logits.new_empty(numbers, dtype=arithmetic)
 
-    def with_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, _, statistics = forward(logits, *rest)
-        return loss, statistics, torch.empty_like(logits)
-
-    def without_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        loss, _, statistics = forward(logits, *rest)
+    def without_grad(
+        logits: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, params: list[float],
+        wide: bool = False, sample_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        loss, _, statistics = forward(logits, target, weight, reduction, ignore_index, params, wide)
         return loss, statistics
 
-    def backward(upstream: Tensor, upstream_second: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
+    def with_grad(logits: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return *without_grad(logits, *rest, **options), torch.empty_like(logits)
+
+    def backward(
+        upstream: Tensor, upstream_second: Tensor | None, logits: Tensor, *rest: Any, **options: Any
+    ) -> Tensor:
         return torch.empty_like(logits)
 
     return {

@@ -29,6 +29,7 @@ from ._library import extension, why_native
 from ._one_hot import over_class_indices
 from ._sizes import broadcasts_to as broadcasts_to
 from ._sizes import pinned, same_shape
+from ._weighted import over_weighted_rows
 
 Formula = Callable[..., Tensor]
 
@@ -74,10 +75,11 @@ def pointwise(
     return route
 
 
-def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
+def softmax(name: str, soft: bool = False, mean_by_weight: bool = False) -> Callable[[Formula], Formula]:
     """Route ``formula(logits, target, weight, reduction, ignore_index, *params, wide, second, zero)``.
 
-    ``soft``: targets are class probabilities.
+    ``soft``: targets are class probabilities. ``mean_by_weight``: the mean divides by the sum of the targets' weights.
+    The routed loss takes a ``sample_weight`` of the rows beside the formula's options, as :mod:`._weighted` states it.
 
     The options: ``wide`` gives results in float32 for bfloat16 and float16, ``second`` a pair of the loss and the
     second result (the lse, of :func:`log_probs` the entropy), ``zero`` a mean over nothing that is 0. Beside them, the
@@ -85,8 +87,9 @@ def softmax(name: str, soft: bool = False) -> Callable[[Formula], Formula]:
     """
 
     def route(formula: Formula) -> Formula:
-        routed = _unfused(formula) if extension is None else _fused(name, formula, _SOFTMAX)
-        LOSSES[name] = Loss("softmax", routed, formula, _defaults(formula), soft=soft)
+        native = over_weighted_rows(formula, soft, mean_by_weight)
+        routed = _unfused(native) if extension is None else _fused(name, native, _SOFTMAX)
+        LOSSES[name] = Loss("softmax", routed, native, _defaults(formula), soft=soft)
         return routed
 
     return route
@@ -212,14 +215,16 @@ def _capture_pointwise(
 
 def _capture_softmax(
     op: Any, traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    *params: Any, wide: bool = False, second: bool = False, zero: bool = False,
+    *params: Any, wide: bool = False, second: bool = False, zero: bool = False, sample_weight: Tensor | None = None,
 ) -> Any:  # fmt: skip
     params = tuple(map(pinned, params))
-    if _captures.softmax(traits, logits, target, weight, reduction, ignore_index, params, wide, second) is not None:
+    call = (logits, target, weight, reduction, ignore_index, params, wide, second, sample_weight)
+    if _captures.softmax(traits, *call) is not None:
         return None
     wide = _captures.is_wide(traits, logits, target, wide)
     kind = extension.mean_or_zero if zero and reduction == "mean" else REDUCTIONS[reduction]  # type: ignore[union-attr]
-    value, of_second, _ = op(logits, target, weight, kind, ignore_index, list(map(float, params)), wide, second)
+    numbers = list(map(float, params))
+    value, of_second, _ = op(logits, target, weight, kind, ignore_index, numbers, wide, second, sample_weight)
     return (value, of_second) if second else value
 
 

@@ -51,8 +51,11 @@ def focal_loss(
     gamma: float = 2.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     _check(gamma, reduction)
+    if sample_weight is not None:
+        raise ValueError("TorchScript runs a focal loss that takes no sample_weight")
     x = in_float(input)
     factor, weight = _factor_and_weight(alpha)
     if weight is not None and (weight.dim() != 1 or weight.size(0) != x.size(class_dim(x))):

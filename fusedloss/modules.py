@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import deprecated  # torch depends on it
 
 from . import functional
+from .losses._ignored import IgnoreIndex
 from .losses._numbers import NUMBERS, checked, factors_of_classes
 
 
@@ -16,7 +17,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss`, computed by :func:`fusedloss.functional.cross_entropy`.
 
     Constructor, buffers, ``state_dict`` and derivatives are torch's. The function explains the keywords that torch does
-    not have.
+    not have. A call takes a ``sample_weight`` beside input and target.
 
     >>> CrossEntropyLoss(ignore_index=0)(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
@@ -35,7 +36,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self,
         weight: Tensor | None = None,
         size_average: bool | None = None,
-        ignore_index: int = -100,
+        ignore_index: IgnoreIndex = -100,
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
@@ -48,7 +49,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         grad_in_forward: bool | None = None,
         inplace: bool = False,
     ) -> None:
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)  # type: ignore[arg-type]
         self.z_loss = z_loss
         self.softcap = softcap
         self.out_dtype = out_dtype
@@ -57,7 +58,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.grad_in_forward = grad_in_forward
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Any:
         return functional.cross_entropy(
             input,
             target,
@@ -67,6 +68,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             None,
             self.reduction,
             self.label_smoothing,
+            sample_weight=sample_weight,
             z_loss=self.z_loss,
             softcap=self.softcap,
             out_dtype=self.out_dtype,
@@ -77,6 +79,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
+        _check_one_index(self)
         _check_scriptable(self, "z_loss", "softcap", "out_dtype", "all_ignored", "return_lse")
         return _as_native(self, nn.CrossEntropyLoss)
 
@@ -84,14 +87,36 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 class NLLLoss(nn.NLLLoss):
     """:class:`torch.nn.NLLLoss`, computed by :func:`fusedloss.functional.nll_loss`.
 
+    A call takes a ``sample_weight`` beside input and target.
+
     >>> NLLLoss()(torch.tensor([[-0.5, -1.0], [-2.0, -0.1]]), torch.tensor([0, 1]))
     tensor(0.3000)
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.nll_loss(input, target, self.weight, None, self.ignore_index, None, self.reduction)
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: IgnoreIndex = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        return functional.nll_loss(
+            input,
+            target,
+            self.weight,
+            None,
+            self.ignore_index,
+            None,
+            self.reduction,
+            sample_weight=sample_weight,
+        )
 
     def __prepare_scriptable__(self) -> nn.Module:
+        _check_one_index(self)
         return _as_native(self, nn.NLLLoss)
 
 
@@ -103,6 +128,7 @@ with warnings.catch_warnings():
         """:class:`torch.nn.NLLLoss2d`, which torch deprecates in favour of :class:`NLLLoss`."""
 
         def __prepare_scriptable__(self) -> nn.Module:
+            _check_one_index(self)
             return _as_native(self, nn.NLLLoss2d)
 
 
@@ -165,7 +191,7 @@ class SmoothL1Loss(nn.SmoothL1Loss):
 class BCELoss(nn.BCELoss):
     """:class:`torch.nn.BCELoss`, computed by :func:`fusedloss.functional.binary_cross_entropy`.
 
-    The targets are class indices where an ``ignore_index`` is given, which torch's module does not take.
+    Beside an ``ignore_index``, which torch's module does not take, integer targets are class indices.
 
     >>> BCELoss()(torch.tensor([0.5]), torch.tensor([1.0]))
     tensor(0.6931)
@@ -201,7 +227,7 @@ class BCELoss(nn.BCELoss):
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """:class:`torch.nn.BCEWithLogitsLoss`, computed by :func:`fusedloss.functional.binary_cross_entropy_with_logits`.
 
-    The targets are class indices where an ``ignore_index`` is given, which torch's module does not take.
+    Beside an ``ignore_index``, which torch's module does not take, integer targets are class indices.
 
     >>> BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(torch.tensor([0.0]), torch.tensor([1.0]))
     tensor(1.3863)
@@ -247,6 +273,13 @@ def _check_scriptable(module: nn.Module, *attributes: str) -> None:
             raise RuntimeError(f"TorchScript runs torch's {type(module).__name__}, which knows no {name}")
 
 
+def _check_one_index(module: nn.Module) -> None:
+    if not isinstance(module.ignore_index, int):
+        raise RuntimeError(
+            f"TorchScript takes an int for the ignore_index of {type(module).__name__}, got {type(module.ignore_index)}"
+        )
+
+
 def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
     """The module with torch's class in place of ours, because TorchScript cannot compile calls of the extension."""
     native = native_class.__new__(native_class)
@@ -278,8 +311,11 @@ class FocalLoss(nn.Module):
     Args:
         alpha: None, one factor, or C class weights: a tensor, list or tuple, which becomes the buffer ``alpha``.
         gamma: focusing exponent, at least 0.
-        ignore_index: class indices of this value count nowhere and get no gradient.
+        ignore_index: class indices of this value or of one of these values count nowhere and get no gradient, or a mask
+            of the rows that are ignored.
         reduction: ``"mean"`` (over targets not ignored), ``"sum"`` or ``"none"``.
+
+    A call takes a ``sample_weight`` beside input and target.
 
     >>> FocalLoss(gamma=0.0)(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
@@ -289,7 +325,7 @@ class FocalLoss(nn.Module):
         self,
         alpha: float | Sequence[float] | Tensor | None = None,
         gamma: float = 2.0,
-        ignore_index: int = -100,
+        ignore_index: IgnoreIndex = -100,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
@@ -304,12 +340,19 @@ class FocalLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         return functional.focal_loss(
-            input, target, self.alpha, self.gamma, ignore_index=self.ignore_index, reduction=self.reduction
+            input,
+            target,
+            self.alpha,
+            self.gamma,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            sample_weight=sample_weight,
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
+        _check_one_index(self)
         return _with_floats(self, "alpha", "gamma")
 
     def extra_repr(self) -> str:

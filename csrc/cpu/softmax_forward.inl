@@ -43,9 +43,22 @@ SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart
   return forward_by_rows<S, P>(loss, args, parts, begin, end);
 }
 
+// What the rows that count add to the divisor of a mean: the product of their weights. A factor that is null is 1.
+template <class T, class Counts, class OfTarget>
+double sum_of_weights(const T* sample_weights, int64_t first, int64_t stop, Counts counts, OfTarget weight_of_target) {
+  double lanes[kLanes] = {};
+  for (int64_t row = first; row < stop; ++row) {
+    const double of_row = sample_weights ? double(sample_weights[row]) : 1;
+    if (counts(row) && of_row != 0) lanes[(row - first) % kLanes] += of_row * weight_of_target(row);
+  }
+  return add_lanes(lanes);
+}
+
 // A tile's worth of comparisons at a time, without a branch in between.
 template <class T, class Index>
-SoftmaxSums sums_of_targets(const Index* target, const SoftmaxArgs& args, const T* weight, int64_t begin, int64_t end) {
+SoftmaxSums sums_of_targets(const Index* target, const SoftmaxArgs& args, bool by_weight, int64_t begin, int64_t end) {
+  const T* weight = by_weight ? static_cast<const T*>(args.weight) : nullptr;
+  const T* sample_weights = static_cast<const T*>(args.sample_weight);
   const auto counts = [&](int64_t row) { return int64_t(int64_t(target[row]) != args.ignore_index); };
   const auto is_bad = [&](int64_t row) {
     return counts(row) & int64_t(uint64_t(target[row]) >= uint64_t(args.logits_layout.classes));
@@ -61,22 +74,28 @@ SoftmaxSums sums_of_targets(const Index* target, const SoftmaxArgs& args, const 
     for (int64_t row = first; row < stop && bad; ++row) {
       if (is_bad(row)) return {0, 0, row};
     }
-    double lanes[kLanes] = {};
-    for (int64_t row = first; row < stop && weight; ++row) {
-      if (counts(row)) lanes[(row - first) % kLanes] += double(weight[target[row]]);
-    }
-    sums.weight += weight ? add_lanes(lanes) : double(counted);
+    const auto of_target = [&](int64_t row) { return weight ? double(weight[target[row]]) : 1.0; };
+    sums.weight +=
+        weight || sample_weights ? sum_of_weights(sample_weights, first, stop, counts, of_target) : double(counted);
   }
   return sums;
 }
 
+template <class T>
+SoftmaxSums sums_of_targets(const SoftmaxArgs& args, bool by_weight, int64_t begin, int64_t end) {
+  if (args.target) {
+    return with_targets(args,
+                        [&](const auto* target) { return sums_of_targets<T>(target, args, by_weight, begin, end); });
+  }
+  const T* sample_weights = static_cast<const T*>(args.sample_weight);
+  if (!sample_weights) return {0, double(end - begin), -1};
+  const auto one = [](int64_t) { return 1.0; };
+  return {0, sum_of_weights(sample_weights, begin, end, one, one), -1};
+}
+
 SoftmaxSums softmax_targets(const SoftmaxArgs& args, bool by_weight, int64_t begin, int64_t end) {
-  if (!args.target) return {0, double(end - begin), -1};
-  const void* weight = by_weight ? args.weight : nullptr;
-  return with_targets(args, [&](const auto* target) {
-    return args.dtype == DType::Double ? sums_of_targets(target, args, static_cast<const double*>(weight), begin, end)
-                                       : sums_of_targets(target, args, static_cast<const float*>(weight), begin, end);
-  });
+  return args.dtype == DType::Double ? sums_of_targets<double>(args, by_weight, begin, end)
+                                     : sums_of_targets<float>(args, by_weight, begin, end);
 }
 
 SoftmaxSums softmax_forward(Softmax loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin,

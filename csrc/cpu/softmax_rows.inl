@@ -190,7 +190,9 @@ template <class S, class P, class Loss>
 SoftmaxPart statistics_of_part(const Loss& loss, const SoftmaxArgs& args, int64_t row, int64_t part) {
   const int64_t begin = part * kSoftmaxPart, end = least(args.logits_layout.classes, begin + kSoftmaxPart);
   const int64_t target = args.target ? target_of(args, row) : -1;
-  const int64_t skipped_column = args.target && target != args.ignore_index ? target : -1;
+  const auto* sample_weights = static_cast<const Accumulate<S>*>(args.sample_weight);
+  const bool ignored = target == args.ignore_index || (sample_weights && sample_weights[row] == 0);
+  const int64_t skipped_column = args.target && !ignored ? target : -1;
   const auto statistics = statistics_of<S, P>(loss, args, row, begin, end, skipped_column);
   return {statistics.max, statistics.sum_without_target, statistics.sum, statistics.mass};
 }
@@ -274,7 +276,7 @@ void write_targets(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
       const int64_t i = first + j;
       if (tile.y[i] < 0) continue;
       grad[j * layout.inner_stride + tile.y[i] * layout.class_stride] =
-          store<S>(loss.gradient(tile.weight[i], T(double(upstream[i]) * args.scale)));
+          store<S>(loss.gradient(tile.weight[i], T(double(upstream[i]) * args.scale * double(tile.counts[i]))));
     }
     first += rows;
   }

@@ -72,14 +72,14 @@ void store_results(const SoftmaxArgs& args, void* to, int64_t first, const T* fr
 }
 
 // Neighbouring rows, padded to whole vectors with rows that count nowhere. y is -1 where there is no target: in ignored
-// rows, and in all rows of class probabilities.
+// rows, those of sample weight 0 among them, and in all rows of class probabilities.
 template <class T>
 struct Tile {
   using Int = typename Constants<T>::Int;
   int64_t row, count, padded;
   bool all_active;
   Int y[kTile];
-  T counts[kTile];                              // 1 where the row counts, 0 where it is ignored
+  T counts[kTile];                              // the row's sample weight, or 1; 0 where it is ignored
   T weight[kTile], logit[kTile], slope[kTile];  // of the target; the logit as z, -infinity where there is none
   T max[kTile], sum_without_target[kTile], sum[kTile], mass[kTile];
 
@@ -104,9 +104,10 @@ struct Tile {
     }
     int64_t ignored = 0;
     if (args.target) ignored = with_targets(args, [&](const auto* target) { return read(target, args.ignore_index); });
-    all_active = all_second || ignored == 0;
     const T* weights = static_cast<const T*>(args.weight);
     for (int64_t j = 0; j < padded; ++j) weight[j] = weights && y[j] >= 0 ? weights[y[j]] : counts[j];
+    if (args.sample_weight) ignored = weigh(static_cast<const T*>(args.sample_weight));
+    all_active = all_second || ignored == 0;
     for (int64_t j = count; j < padded; ++j) {
       logit[j] = slope[j] = 0;
       set(j, {0, 0, 0, 0});
@@ -122,6 +123,19 @@ struct Tile {
       y[j] = Int(of_row == ignore_index ? -1 : of_row);
       counts[j] = of_row == ignore_index ? T(0) : T(1);
       ignored += of_row == ignore_index;
+    }
+    return ignored;
+  }
+
+  // Lets the rows count what they weigh. Returns how many are ignored.
+  int64_t weigh(const T* sample_weights) {
+    int64_t ignored = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      if (counts[j] != T(0)) counts[j] = sample_weights[row + j];
+      if (counts[j] != T(0)) continue;
+      y[j] = -1;
+      weight[j] = 0;
+      ++ignored;
     }
     return ignored;
   }
@@ -185,7 +199,7 @@ SoftmaxSums finish(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
         value = loss.value(tile.logit[i], tile.weight[i]);
       }
       const bool ignored = tile.counts[i] == T(0);
-      losses[i] = select(ignored, T(0), value);
+      losses[i] = select(ignored, T(0), tile.counts[i] * value);
       loss_lanes[lane] += losses[i];
       weight_lanes[lane] += tile.counts[i] * weight_in_mean<Loss>(tile.weight[i]);
     }
@@ -211,7 +225,7 @@ void coefficients(const Loss& loss, Tile<T>& tile, const SoftmaxArgs& args, Grad
   read_upstream(args, args.upstream, args.upstream_stride, tile.row, tile.count, T(1), upstream);
   read_upstream(args, args.upstream_second, args.upstream_second_stride, tile.row, tile.count, T(0), upstream_second);
   for (int64_t j = 0; j < tile.count; ++j) {
-    upstream[j] = select(tile.counts[j] == T(0), T(0), T(double(upstream[j]) * args.scale));
+    upstream[j] = select(tile.counts[j] == T(0), T(0), T(double(upstream[j]) * args.scale * double(tile.counts[j])));
   }
   for (int64_t j = tile.count; j < tile.padded; ++j) upstream[j] = upstream_second[j] = 0;
   for (int64_t j = 0; j < tile.padded; ++j) {

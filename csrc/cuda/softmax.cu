@@ -6,14 +6,14 @@ namespace {
 
 bool side_by_side(const SoftmaxLayout& layout) { return layout.class_stride == 1 || layout.classes == 1; }
 
-// 8 bytes a row, and those of its weight.
+// 8 bytes a row, and those of its weights.
 template <class T, class Loss>
 __global__ void __launch_bounds__(kThreads) divisor_kernel(Loss loss, CudaSoftmaxArgs args) {
   Sums<1> sums;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < args.logits_layout.rows; row += step) {
     const Target<T> target(loss, args, row);
-    if (target.counts) sums.values[0] += double(weight_in_mean<Loss>(target.weight));
+    sums.values[0] += double(weight_in_mean(loss, target));
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
   sum_of_grid(sums, Workspace(args.workspace), shared, [&](const Sums<1>& total) {

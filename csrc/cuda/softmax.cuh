@@ -73,48 +73,65 @@ struct Online : RowStatistics<Accumulate<S>> {
   }
 };
 
-// index -1: the row is ignored, its target is out of range, which reads no memory, or targets are probabilities.
+// index -1: the row is ignored, as one of sample weight 0 is, its target is out of range, which reads no memory, or
+// targets are probabilities.
 template <class T>
 struct Target {
   int index = -1;
   T weight = 0;
-  bool counts = false, active = false;  // active: there is a gradient, or a second result
+  T counts = 0;         // the row's sample weight, or 1; 0 where it has no loss
+  bool active = false;  // there is a gradient, or a second result
   bool out_of_range = false;
 
   __device__ Target() {}
   template <class Loss>
   __device__ Target(const Loss& loss, const SoftmaxArgs& args, int64_t row)
-      : Target(Given{Loss::soft ? 0 : target_of(args, row)}, loss, args) {}
+      : Target(Given(loss, args, row), loss, args) {}
 
+  // As it stands in memory.
   struct Given {
-    int64_t index;  // as it stands in memory
+    int64_t index = 0;
+    T sample_weight = 1;
+
+    __device__ Given() {}
+    template <class Loss>
+    __device__ Given(const Loss&, const SoftmaxArgs& args, int64_t row) {
+      if constexpr (!Loss::soft) index = target_of(args, row);
+      if (args.sample_weight) sample_weight = static_cast<const T*>(args.sample_weight)[row];
+    }
   };
   template <class Loss>
   __device__ Target(Given target, const Loss&, const SoftmaxArgs& args) {
-    if constexpr (Loss::soft) {
-      counts = active = true;
-      weight = T(1);
-    } else {
-      const int64_t given = target.index;
-      const bool ignored = given == args.ignore_index;
+    const int64_t given = target.index;
+    bool ignored = false;
+    if constexpr (!Loss::soft) {
+      ignored = given == args.ignore_index;
       out_of_range = !ignored && uint64_t(given) >= uint64_t(args.logits_layout.classes);
-      counts = !ignored && !out_of_range;
-      active = counts || (ignored && Loss::second_of_ignored && (args.second || args.upstream_second));
-      if (!counts) return;
+    }
+    if (!ignored && !out_of_range) counts = target.sample_weight;
+    const bool has_loss = counts != T(0);
+    active = has_loss || (!out_of_range && Loss::second_of_ignored && (args.second || args.upstream_second));
+    if (!has_loss) return;
+    weight = T(1);
+    if constexpr (!Loss::soft) {
       index = int(given);
-      weight = args.weight ? static_cast<const T*>(args.weight)[given] : T(1);
+      if (args.weight) weight = static_cast<const T*>(args.weight)[given];
     }
   }
 };
 
+// What a row adds to the divisor of a mean.
+template <class Loss, class T>
+__device__ T weight_in_mean(const Loss&, const Target<T>& target) {
+  return target.counts == T(0) ? T(0) : target.counts * weight_in_mean<Loss>(target.weight);
+}
+
 // The targets of neighbouring rows, all read before the first is looked at.
 template <class Loss, class T, int kRows>
 __device__ void read_targets(const Loss& loss, const SoftmaxArgs& args, int64_t row, Target<T> (&targets)[kRows]) {
-  typename Target<T>::Given given[kRows] = {};
-  if constexpr (!Loss::soft) {
+  typename Target<T>::Given given[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) given[r].index = target_of(args, row + r);
-  }
+  for (int r = 0; r < kRows; ++r) given[r] = typename Target<T>::Given(loss, args, row + r);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) targets[r] = Target<T>(given[r], loss, args);
 }
@@ -169,15 +186,15 @@ struct Finish {
     if constexpr (Loss::reads_row) {
       if (target.active) {
         const Row<T> completed = complete<Loss>(statistics, logit, target.weight);
-        if (target.counts) value = loss.value(completed, target.weight);
+        if (target.counts != T(0)) value = target.counts * loss.value(completed, target.weight);
         if (kSecond && args.second) store_result<S>(args.second, row, loss.second(completed), args.wide);
       } else if (kSecond && args.second) {
         store_result<S>(args.second, row, target.out_of_range ? T(NAN) : T(0), args.wide);
       }
-    } else if (target.counts) {
-      value = loss.value(logit, target.weight);
+    } else if (target.counts != T(0)) {
+      value = target.counts * loss.value(logit, target.weight);
     }
-    if (target.counts) sums.values[1] += double(weight_in_mean<Loss>(target.weight));
+    sums.values[1] += double(weight_in_mean(loss, target));
     if (target.out_of_range) {
       value = T(NAN);
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
@@ -291,7 +308,7 @@ struct RowGradient {
                          const RowStatistics<T>& statistics, T x)
       : target(to.index), active(to.active) {
     if (!active) return;
-    const T upstream = to.counts ? upstreams.loss : T(0), second = upstreams.second;
+    const T upstream = to.counts == T(0) ? T(0) : upstreams.loss * to.counts, second = upstreams.second;
     const ZAndSlope<T> logit = target_logit(loss, to, x);
     const Row<T> completed = complete<Loss>(statistics, logit.z, to.weight);
     const GradientOfRow<T> gradient = gradient_of_row(loss, completed, logit, to.weight, upstream, second);

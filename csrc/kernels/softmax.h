@@ -36,7 +36,8 @@ struct SoftmaxArgs {
   const void* probabilities;  // of dtype, or of its arithmetic type where wide_probabilities
   bool wide_probabilities;
   SoftmaxLayout probabilities_layout;
-  const void* weight;  // [classes] in arithmetic type; null: 1
+  const void* weight;         // [classes] in arithmetic type; null: 1
+  const void* sample_weight;  // [rows] in arithmetic type; null: 1. A row of weight 0 is ignored
   int64_t ignore_index;
   double params[kMaxParams];
   void* losses;  // forward: [rows], null where the reduction needs only the sums

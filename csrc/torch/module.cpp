@@ -117,7 +117,7 @@ BoundLoss bind(SoftmaxLoss& loss) {
       const py::object values =
           py::handle(formula)(logits, call.target, call.weight, name_of(call.reduction), call.ignore_index,
                               *py::tuple(py::cast(call.params.vec())), "wide"_a = call.wide, "second"_a = call.second,
-                              "zero"_a = call.reduction == kMeanOrZero);
+                              "zero"_a = call.reduction == kMeanOrZero, "sample_weight"_a = call.sample_weight);
       return call.second ? values.cast<std::vector<Tensor>>() : std::vector<Tensor>{values.cast<Tensor>()};
     };
   };

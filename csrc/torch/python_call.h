@@ -148,12 +148,13 @@ struct SoftmaxArguments : PythonCall {
   bool in_place = false;
 
   SoftmaxArguments(const SoftmaxLoss& loss, const Arguments& given) : PythonCall(given, 5) {
-    const auto [wide, second, zero, grad, inplace] =
-        given.options({"wide", "second", "zero", "grad_in_forward", "inplace"});
+    const auto [wide, second, zero, grad, inplace, sample_weight] =
+        given.options({"wide", "second", "zero", "grad_in_forward", "inplace", "sample_weight"});
     if (is_given(grad)) grad_in_forward = is_true(grad);
     in_place = is_true(inplace);
     call.second = is_true(second);
     if (!declined) declined = take_ignore_index(given[4], call.ignore_index);
+    if (!declined) declined = take_optional(sample_weight, call.sample_weight);
     if (declined) return;
     const bool wide_target = loss.traits.soft && target.scalar_type() != input.scalar_type();
     call.target = target;

@@ -24,8 +24,9 @@ struct SoftmaxCall {
   OptionalTensor weight;
   int64_t reduction, ignore_index;
   Params params;
-  bool wide = false;    // results in the arithmetic type of the logits: float32 of bfloat16 and float16
-  bool second = false;  // a second result is wanted: lse, or the entropy of log_probs
+  bool wide = false;                  // results in the arithmetic type of the logits: float32 of bfloat16 and float16
+  bool second = false;                // a second result is wanted: lse, or the entropy of log_probs
+  OptionalTensor sample_weight = {};  // a factor of every row's loss
 };
 
 // What a loss is whatever its parameters.
@@ -78,7 +79,8 @@ std::optional<SoftmaxLayout> layout_of(const Tensor& logits);
 
 // The checked arguments of an op, as tensors that kernels can read.
 struct SoftmaxInputs {
-  Tensor logits, target, weight;  // of a layout: logits and probabilities; weight in arithmetic type or undefined
+  Tensor logits, target;         // of a layout: logits and probabilities
+  Tensor weight, sample_weight;  // in arithmetic type, or undefined
   std::vector<int64_t> row_sizes;
   int64_t ignore_index;
   Params params;
@@ -131,13 +133,15 @@ void run_forward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t r
 template <class OnDevice>
 void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   const std::string name = base_name(loss.op);
-  m.impl(name.c_str(), [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, int64_t ignore_index, Params params, bool wide, bool second) {
-    const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide, second});
-    SoftmaxResults results(loss, inputs, reduction);
-    run_forward<OnDevice>(loss, inputs, reduction, results, nullptr);
-    return std::make_tuple(results.loss, results.second, results.statistics);
-  });
+  m.impl(name.c_str(),
+         [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 int64_t ignore_index, Params params, bool wide, bool second, const OptionalTensor& sample_weight) {
+           const SoftmaxInputs inputs(loss, logits,
+                                      {target, weight, reduction, ignore_index, params, wide, second, sample_weight});
+           SoftmaxResults results(loss, inputs, reduction);
+           run_forward<OnDevice>(loss, inputs, reduction, results, nullptr);
+           return std::make_tuple(results.loss, results.second, results.statistics);
+         });
   const auto with_grad = [](const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& logits,
                             int64_t reduction) {
     check_with_grad(loss, inputs, reduction);
@@ -148,21 +152,24 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   };
   m.impl((name + "_with_grad").c_str(),
          [&loss, with_grad](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                            int64_t ignore_index, Params params, bool wide) {
-           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+                            int64_t ignore_index, Params params, bool wide, const OptionalTensor& sample_weight) {
+           const SoftmaxInputs inputs(loss, logits,
+                                      {target, weight, reduction, ignore_index, params, wide, false, sample_weight});
            return with_grad(loss, inputs, logits, reduction);
          });
   m.impl((name + ".carrying").c_str(),
          [&loss, with_grad](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                            int64_t ignore_index, Params params, bool wide) {
-           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+                            int64_t ignore_index, Params params, bool wide, const OptionalTensor& sample_weight) {
+           const SoftmaxInputs inputs(loss, logits,
+                                      {target, weight, reduction, ignore_index, params, wide, false, sample_weight});
            const auto [value, statistics, grad] = with_grad(loss, inputs, logits, reduction);
            carry(statistics, grad);
            return std::make_tuple(value, statistics);
          });
   m.impl((name + "_with_grad_").c_str(), [&loss](Tensor logits, const Tensor& target, const OptionalTensor& weight,
-                                                 int64_t reduction, int64_t ignore_index, Params params, bool wide) {
-    SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+                                                 int64_t reduction, int64_t ignore_index, Params params, bool wide,
+                                                 const OptionalTensor& sample_weight) {
+    SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide, false, sample_weight});
     check_with_grad(loss, inputs, reduction);
     inputs.keep_apart_from(logits);
     SoftmaxResults results(loss, inputs, reduction);
@@ -181,9 +188,11 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   m.impl((name + "_backward").c_str(),
          [&loss, make, with_grad](const Tensor& upstream, const OptionalTensor& upstream_second, const Tensor& logits,
                                   const Tensor& target, const OptionalTensor& weight, const Tensor& statistics,
-                                  int64_t reduction, int64_t ignore_index, Params params) {
+                                  int64_t reduction, int64_t ignore_index, Params params,
+                                  const OptionalTensor& sample_weight) {
            const bool wide = upstream.scalar_type() != logits.scalar_type();
-           const SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
+           const SoftmaxInputs inputs(loss, logits,
+                                      {target, weight, reduction, ignore_index, params, wide, false, sample_weight});
            const GradientOfForward carried = take_carried(statistics);
            if (carried.made && !upstream_second && scales_exactly(logits, upstream)) {
              check_backward(loss, inputs, upstream, upstream_second, statistics, reduction);
@@ -193,19 +202,19 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
            Destination to = Destination::fresh(logits, inputs);
            return make(loss, to, inputs, upstream, upstream_second, statistics, reduction);
          });
-  m.impl((name + "_backward_").c_str(),
-         [&loss, make](const Tensor& upstream, const OptionalTensor& upstream_second, Tensor logits,
-                       const Tensor& target, const OptionalTensor& weight, const Tensor& statistics, int64_t reduction,
-                       int64_t ignore_index, Params params) {
-           const bool wide = upstream.scalar_type() != logits.scalar_type();
-           SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide});
-           inputs.keep_apart_from(logits);
-           check_overwritten(logits, {&upstream, &statistics, upstream_second ? &*upstream_second : nullptr});
-           OptionalTensor second = upstream_second;
-           if (second) second = apart_from(logits, *second);
-           Destination to(logits, inputs.logits);
-           make(loss, to, inputs, apart_from(logits, upstream), second, apart_from(logits, statistics), reduction);
-         });
+  m.impl((name + "_backward_").c_str(), [&loss, make](const Tensor& upstream, const OptionalTensor& upstream_second,
+                                                      Tensor logits, const Tensor& target, const OptionalTensor& weight,
+                                                      const Tensor& statistics, int64_t reduction, int64_t ignore_index,
+                                                      Params params, const OptionalTensor& sample_weight) {
+    const bool wide = upstream.scalar_type() != logits.scalar_type();
+    SoftmaxInputs inputs(loss, logits, {target, weight, reduction, ignore_index, params, wide, false, sample_weight});
+    inputs.keep_apart_from(logits);
+    check_overwritten(logits, {&upstream, &statistics, upstream_second ? &*upstream_second : nullptr});
+    OptionalTensor second = upstream_second;
+    if (second) second = apart_from(logits, *second);
+    Destination to(logits, inputs.logits);
+    make(loss, to, inputs, apart_from(logits, upstream), second, apart_from(logits, statistics), reduction);
+  });
 }
 
 }  // namespace fusedloss

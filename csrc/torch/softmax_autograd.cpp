@@ -10,17 +10,17 @@
 namespace fusedloss {
 
 using ForwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
-                                                     int64_t, Params, bool, bool);
+                                                     int64_t, Params, bool, bool, const OptionalTensor&);
 using WithGradOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
-                                                      int64_t, Params, bool);
+                                                      int64_t, Params, bool, const OptionalTensor&);
 using CarryingOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                              Params, bool);
+                                              Params, bool, const OptionalTensor&);
 using WithGradInPlaceOp = std::tuple<Tensor, Tensor>(Tensor, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                                     Params, bool);
+                                                     Params, bool, const OptionalTensor&);
 using BackwardOp = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                          const Tensor&, int64_t, int64_t, Params);
+                          const Tensor&, int64_t, int64_t, Params, const OptionalTensor&);
 using BackwardInPlaceOp = void(const Tensor&, const OptionalTensor&, Tensor, const Tensor&, const OptionalTensor&,
-                               const Tensor&, int64_t, int64_t, Params);
+                               const Tensor&, int64_t, int64_t, Params, const OptionalTensor&);
 
 struct SoftmaxHandles {
   c10::TypedOperatorHandle<ForwardOp> forward;
@@ -50,7 +50,13 @@ void save(AutogradContext* ctx, const SoftmaxLoss& loss, const SoftmaxCall& call
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
   return handles_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
-                                         call.params, call.wide);
+                                         call.params, call.wide, call.sample_weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> without_grad(const SoftmaxLoss& loss, const Tensor& logits,
+                                                const SoftmaxCall& call) {
+  return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index, call.params,
+                                       call.wide, call.second, call.sample_weight);
 }
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
@@ -64,8 +70,9 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     save(ctx, loss, call, in_place);
     Tensor value, second, statistics;
     if (gradient == GradientIn::Forward && in_place) {
-      std::tie(value, statistics) = handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction,
-                                                                     call.ignore_index, call.params, call.wide);
+      std::tie(value, statistics) =
+          handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
+                                           call.params, call.wide, call.sample_weight);
       logits.unsafeGetTensorImpl()->bump_version();
       // Saved as it is now, so that a change before backward is noticed like any other.
       ctx->save_for_backward({logits, Tensor(), Tensor(), Tensor()});
@@ -75,13 +82,15 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
         std::tie(value, statistics, grad) = with_grad(loss, logits, call);
         leave_gradient(ctx, grad);
       } else if (gradient == GradientIn::Carried) {
-        std::tie(value, statistics) = handles_of(loss).carrying.call(logits, call.target, call.weight, call.reduction,
-                                                                     call.ignore_index, call.params, call.wide);
+        std::tie(value, statistics) =
+            handles_of(loss).carrying.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
+                                           call.params, call.wide, call.sample_weight);
       } else {
-        std::tie(value, second, statistics) = handles_of(loss).forward.call(
-            logits, call.target, call.weight, call.reduction, call.ignore_index, call.params, call.wide, call.second);
+        std::tie(value, second, statistics) = without_grad(loss, logits, call);
       }
-      ctx->save_for_backward({logits, call.target, call.weight.value_or(Tensor()), statistics});
+      variable_list saved = {logits, call.target, call.weight.value_or(Tensor()), statistics};
+      if (call.sample_weight) saved.push_back(*call.sample_weight);
+      ctx->save_for_backward(std::move(saved));
     }
     *statistics_out = statistics;
     return call.second ? variable_list{value, second} : variable_list{value};
@@ -103,13 +112,15 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     const auto tensors = ctx->get_saved_variables();
     const Tensor &logits = tensors[0], &statistics = tensors[3];
     const OptionalTensor weight = tensors[2].defined() ? OptionalTensor(tensors[2]) : std::nullopt;
+    const OptionalTensor sample_weight = tensors.size() > 4 ? OptionalTensor(tensors[4]) : std::nullopt;
     const SoftmaxCall call = {tensors[1],
                               weight,
                               saved.reduction,
                               saved.ignore_index,
                               saved.params,
                               bool(saved.flags & kWide),
-                              bool(saved.flags & kSecond)};
+                              bool(saved.flags & kSecond),
+                              sample_weight};
     Tensor upstream = upstreams[0];
     const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
     if (!upstream.defined()) {
@@ -134,7 +145,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       gradients[0] = scale_(std::get<2>(with_grad(loss, logits, call)), upstream);
     } else {
       gradients[0] = handles_of(loss).backward.call(upstream, second, logits, call.target, weight, statistics,
-                                                    call.reduction, call.ignore_index, call.params);
+                                                    call.reduction, call.ignore_index, call.params, sample_weight);
     }
     return gradients;
   }
@@ -144,7 +155,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (statistics.defined()) {
       handles_of(loss).backward_.call(upstream, second, logits, call.target, call.weight, statistics, call.reduction,
-                                      call.ignore_index, call.params);
+                                      call.ignore_index, call.params, call.sample_weight);
     } else {
       scale_(logits, upstream);
     }
@@ -171,12 +182,12 @@ std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, cons
                                                    const SoftmaxCall& call, GradientIn gradient, bool in_place) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
-                                         call.params, call.wide, call.second);
+    return without_grad(loss, logits, call);
   }
   if (in_place) {
     torch::autograd::check_inplace(logits, true);
-    check_overwritten(logits, {&call.target, call.weight ? &*call.weight : nullptr});
+    check_overwritten(logits, {&call.target, call.weight ? &*call.weight : nullptr,
+                               call.sample_weight ? &*call.sample_weight : nullptr});
   }
   if (call.second || !loss.traits.reads_row || !may_make_gradient_in_forward(logits, call.reduction))
     gradient = GradientIn::Backward;
@@ -211,12 +222,15 @@ void define_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   const std::string forward =
       "Tensor target, Tensor? weight, int reduction, int ignore_index, float[] params, bool wide=False";
   const std::string backward =
-      "Tensor target, Tensor? weight, Tensor statistics, int reduction, int ignore_index, float[] params)";
+      "Tensor target, Tensor? weight, Tensor statistics, int reduction, int ignore_index, float[] params, "
+      "Tensor? sample_weight=None)";
+  const std::string last = ", Tensor? sample_weight=None) -> ";
   const auto define = [&](const std::string& schema) { m.def((name + schema).c_str()); };
-  define("(Tensor logits, " + forward + ", bool second=False) -> (Tensor loss, Tensor second, Tensor statistics)");
-  define("_with_grad(Tensor logits, " + forward + ") -> (Tensor loss, Tensor statistics, Tensor grad)");
-  define(".carrying(Tensor logits, " + forward + ") -> (Tensor loss, Tensor statistics)");
-  define("_with_grad_(Tensor(a!) logits, " + forward + ") -> (Tensor loss, Tensor statistics)");
+  define("(Tensor logits, " + forward + ", bool second=False" + last +
+         "(Tensor loss, Tensor second, Tensor statistics)");
+  define("_with_grad(Tensor logits, " + forward + last + "(Tensor loss, Tensor statistics, Tensor grad)");
+  define(".carrying(Tensor logits, " + forward + last + "(Tensor loss, Tensor statistics)");
+  define("_with_grad_(Tensor(a!) logits, " + forward + last + "(Tensor loss, Tensor statistics)");
   define("_backward(Tensor upstream, Tensor? upstream_second, Tensor logits, " + backward + " -> Tensor");
   define("_backward_(Tensor upstream, Tensor? upstream_second, Tensor(a!) logits, " + backward + " -> ()");
 }
@@ -224,12 +238,13 @@ void define_softmax(torch::Library& m, const SoftmaxLoss& loss) {
 void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss) {
   m.impl(base_name(loss.op).c_str(), [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              int64_t reduction, int64_t ignore_index, Params params, bool wide,
-                                             bool second) {
-    const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second};
+                                             bool second, const OptionalTensor& sample_weight) {
+    const SoftmaxCall call = {target, weight, reduction, ignore_index, params, wide, second, sample_weight};
     const bool carries = device_for(logits).row_gradient_in_forward_pays && gradient_in_forward_pays(logits, reduction);
     const GradientIn gradient = carries ? GradientIn::Carried : GradientIn::Backward;
-    auto results = needs_formula({logits, target, weight}) ? native(loss, logits, call)
-                                                           : with_statistics(loss, logits, call, gradient, false);
+    auto results = needs_formula({logits, target, weight, sample_weight})
+                       ? native(loss, logits, call)
+                       : with_statistics(loss, logits, call, gradient, false);
     Tensor& of_second = std::get<1>(results);
     if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
     return results;

@@ -36,6 +36,15 @@ bool same_or_wider(at::ScalarType type, const Tensor& logits) {
   return type == logits.scalar_type() || type == arithmetic_type(logits.scalar_type());
 }
 
+const char* declines_sample_weight(const Tensor& logits, const Tensor& sample_weight) {
+  if (sample_weight.device() != logits.device()) return "tensors on different devices";
+  if (sample_weight.requires_grad()) return "the sample_weight requires a gradient";
+  if (!kernel_dtype(sample_weight.scalar_type()))
+    return "the sample_weight is no float64, float32, bfloat16 or float16";
+  if (!are_rows_of(sample_weight.sizes(), logits)) return "the sample_weight does not fit the rows";
+  return nullptr;
+}
+
 }  // namespace
 
 SoftmaxLoss& softmax_loss(int64_t number) {
@@ -97,6 +106,9 @@ const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const Softma
       return "the target holds no class indices in int64 or uint8";
     if (!are_rows_of(target.sizes(), logits)) return "the target does not fit the logits";
   }
+  if (call.sample_weight) {
+    if (const char* why = declines_sample_weight(logits, *call.sample_weight)) return why;
+  }
   if (!call.weight) return nullptr;
   const Tensor& weight = *call.weight;
   if (weight.device() != logits.device()) return "tensors on different devices";
@@ -122,13 +134,16 @@ SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, con
   row_sizes = row_sizes_of(logits);
   if (!layout_of(logits)) logits = logits.contiguous();
   if (!loss.traits.soft || !layout_of(target)) target = target.contiguous();
-  if (call.weight) weight = call.weight->to(arithmetic_type(logits.scalar_type())).contiguous();
+  const at::ScalarType arithmetic = arithmetic_type(logits.scalar_type());
+  if (call.weight) weight = call.weight->to(arithmetic).contiguous();
+  if (call.sample_weight) sample_weight = call.sample_weight->to(arithmetic).contiguous();
 }
 
 void SoftmaxInputs::keep_apart_from(const Tensor& overwritten) {
-  check_overwritten(overwritten, {&target, &weight});
+  check_overwritten(overwritten, {&target, &weight, &sample_weight});
   target = apart_from(overwritten, target);
   weight = apart_from(overwritten, weight);
+  sample_weight = apart_from(overwritten, sample_weight);
 }
 
 at::ScalarType SoftmaxInputs::result_dtype() const {
@@ -149,6 +164,7 @@ void SoftmaxInputs::fill(SoftmaxArgs& args) const {
     args.byte_target = target.scalar_type() == at::kByte;
   }
   args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+  args.sample_weight = sample_weight.defined() ? sample_weight.const_data_ptr() : nullptr;
   args.ignore_index = ignore_index;
   copy_params(params, args.params);
 }

@@ -1,10 +1,15 @@
 """Binary cross-entropy of probabilities and of logits."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
+from .._dtypes import HALVES, widened
+from .._sizes import same_shape
 from ._elementwise import INDEX_DTYPES, check_broadcasts
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
@@ -24,8 +29,34 @@ def _binary_cross_entropy_with_logits(
 
 def _class_indices(target: Tensor) -> Tensor:
     if target.dtype not in INDEX_DTYPES:
-        raise ValueError(f"ignore_index needs class indices of an integer dtype for targets, got {target.dtype}")
+        raise ValueError(f"ignore_index needs targets of a floating point or integer dtype, got {target.dtype}")
     return target.long()
+
+
+def _over_kept_elements(
+    loss: Any, absent: float, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """The loss of the elements whose target is not ``ignore_index``; with the target 0 that of ``absent`` is exactly 0.
+
+    A mean is a sum over the number of those elements, in float32 where a half type would round it twice or overflow.
+    """
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
+    if not same_shape(target.shape, input.shape):
+        return loss(input, target, weight, reduction, **options)  # torch's error
+    kept = target != ignore_index
+    x, t = torch.where(kept, input, absent), torch.where(kept, target, 0.0)
+    if weight is not None and same_shape(weight.shape, input.shape):
+        weight = torch.where(kept, weight, 0.0)  # whatever it is there
+    if reduction != "mean":
+        return loss(x, t, weight, reduction, **options)
+    rounds = target.dtype in HALVES and not widened(input)
+    if rounds and loss is _binary_cross_entropy and input.dtype == target.dtype:  # takes one dtype
+        x, weight = x.float(), weight.float() if weight is not None and weight.dtype == input.dtype else weight
+    total = loss(x, t.float() if rounds else t, weight, "sum", **options)
+    mean = total / kept.sum()
+    return mean.to(target.dtype) if rounds else mean
 
 
 def binary_cross_entropy(
@@ -44,9 +75,12 @@ def binary_cross_entropy(
 
     with logarithms of at least -100.
 
-    With an ``ignore_index`` the targets are class indices y, and the result is that of their one-hot, which the kernels
-    never build: :math:`t_c` is 1 in the column c = y and 0 in every other. The number of classes C, like every negative
-    number but ``ignore_index``, is the background: t is 0 in all columns.
+    With an ``ignore_index`` integer targets are class indices y, and the result is that of their one-hot, which the
+    kernels never build: :math:`t_c` is 1 in the column c = y and 0 in every other. The number of classes C, like every
+    negative number but ``ignore_index``, is the background: t is 0 in all columns.
+
+    Floating point targets stay what they are, and an element whose target is ``ignore_index`` counts nowhere. That
+    copies the input and the target, and the gradient once more, around the fused loss.
 
     Args:
         input: probabilities x in [0, 1], any shape and strides; (N, C) or (N, C, d1, ...) for class indices. float32,
@@ -56,14 +90,15 @@ def binary_cross_entropy(
         weight: a factor that broadcasts to the input, of its dtype.
         reduction: ``"mean"`` (over all elements that are not ignored, whatever their weight), ``"sum"`` or ``"none"``
             (the shape of the input).
-        ignore_index: class indices of this value count nowhere and get no gradient, whatever the input. ``None``: the
-            targets are no class indices, and everything is as in torch.
+        ignore_index: targets of this value, class indices or elements, count nowhere and get no gradient, whatever the
+            input. ``None``: everything is as in torch.
 
     Raises:
         RuntimeError: an input or a target is NaN or outside [0, 1] (on a GPU its loss is NaN instead), or the dtypes
             differ.
-        ValueError: the sizes do not fit, an unknown ``reduction``, or an ``ignore_index`` beside targets that are no
-            integers.
+        ValueError: the sizes do not fit, an unknown ``reduction``, or an ``ignore_index`` beside targets that are bools
+            or complex.
+        TypeError: an ``ignore_index`` beside floating point targets that is no int.
         IndexError: a class index is above C and not ``ignore_index``. On a GPU the losses of its row are NaN instead,
             and the next forward outside a replayed graph or :func:`fusedloss.check` raises.
 
@@ -87,6 +122,8 @@ def binary_cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if ignore_index is None:
         return _binary_cross_entropy(input, target, weight, reduction)
+    if target.is_floating_point():
+        return _over_kept_elements(_binary_cross_entropy, 0.0, input, target, weight, reduction, ignore_index)
     check_broadcasts("weight", weight, input)
     return _binary_cross_entropy(input, _class_indices(target), weight, reduction, ignore_index=ignore_index)
 
@@ -108,7 +145,8 @@ def binary_cross_entropy_with_logits(
 
     with :math:`\mathrm{softplus}(x) = \log(1 + e^x)`, accurate to the last digits for logits of any size.
 
-    With an ``ignore_index`` the targets are class indices, as :func:`binary_cross_entropy` explains them.
+    With an ``ignore_index`` integer targets are class indices, as :func:`binary_cross_entropy` explains them, and
+    elements of floating point targets may be missing.
 
     Args:
         input: logits x, any shape and strides; (N, C) or (N, C, d1, ...) for class indices. float32, float64, bfloat16
@@ -121,13 +159,14 @@ def binary_cross_entropy_with_logits(
             (the shape of the input).
         pos_weight: a factor p of the positive term that broadcasts to the input, such as one for each class: (C) beside
             (N, C), or (C, 1, 1) beside (N, C, H, W). It is read through its strides.
-        ignore_index: class indices of this value count nowhere and get no gradient, whatever the logits. ``None``: the
-            targets are no class indices, and everything is as in torch.
+        ignore_index: targets of this value, class indices or elements, count nowhere and get no gradient, whatever the
+            logits. ``None``: everything is as in torch.
 
     Raises:
         RuntimeError: a weight that does not broadcast, or, without ``ignore_index``, a target of an integer dtype.
-        ValueError: the sizes do not fit, an unknown ``reduction``, or an ``ignore_index`` beside targets that are no
-            integers or a weight that does not broadcast.
+        ValueError: the sizes do not fit, an unknown ``reduction``, or an ``ignore_index`` beside targets that are bools
+            or complex, or class indices and a weight that does not broadcast.
+        TypeError: an ``ignore_index`` beside floating point targets that is no int.
         IndexError: a class index is out of range, as for :func:`binary_cross_entropy`.
 
     >>> binary_cross_entropy_with_logits(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
@@ -140,6 +179,11 @@ def binary_cross_entropy_with_logits(
     tensor([[0.6931, 0.1269],
             [0.6931, 0.3133],
             [0.0000, 0.0000]])
+
+    Labels of which one is missing:
+
+    >>> binary_cross_entropy_with_logits(x[:2], torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), ignore_index=-1)
+    tensor(0.3778)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight) and _route.overrides_apply():
         return handle_torch_function(
@@ -152,6 +196,11 @@ def binary_cross_entropy_with_logits(
     loss = _binary_cross_entropy_with_logits
     if ignore_index is None:
         return loss(input, target, weight, reduction, pos_weight=pos_weight)
+    if target.is_floating_point():
+        # exp(-1e4) is 0 in every dtype, and float16 has the number.
+        return _over_kept_elements(
+            loss, -1e4, input, target, weight, reduction, ignore_index, pos_weight=pos_weight
+        )  # fmt: skip
     check_broadcasts("weight", weight, input)
     check_broadcasts("pos_weight", pos_weight, input)
     return loss(input, _class_indices(target), weight, reduction, pos_weight=pos_weight, ignore_index=ignore_index)

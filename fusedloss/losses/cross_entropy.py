@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
+from ._ignored import IgnoreIndex, is_one, with_one_index
 from ._numbers import NUMBERS, checked
 from ._rows import class_dim, class_index, reduced
 
@@ -24,7 +25,7 @@ def _capped(logits: Tensor, softcap: float) -> Tensor:
     return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap)) if softcap else logits
 
 
-@_route.softmax("cross_entropy")
+@_route.softmax("cross_entropy", mean_by_weight=True)
 def _cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
@@ -80,25 +81,25 @@ def _soft_cross_entropy(
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
-    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
-    *, z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
-    return_lse: Literal[False] = ..., grad_in_forward: bool | None = ..., inplace: bool = ...,
+    ignore_index: IgnoreIndex = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ...,
+    all_ignored: str = ..., return_lse: Literal[False] = ..., grad_in_forward: bool | None = ..., inplace: bool = ...,
 ) -> Tensor: ...
 
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
-    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
-    *, z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
-    return_lse: Literal[True], grad_in_forward: bool | None = ..., inplace: bool = ...,
+    ignore_index: IgnoreIndex = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ...,
+    all_ignored: str = ..., return_lse: Literal[True], grad_in_forward: bool | None = ..., inplace: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
-    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
-    *, z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
-    return_lse: bool, grad_in_forward: bool | None = ..., inplace: bool = ...,
+    ignore_index: IgnoreIndex = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
+    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ...,
+    all_ignored: str = ..., return_lse: bool, grad_in_forward: bool | None = ..., inplace: bool = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
 
@@ -108,11 +109,12 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: IgnoreIndex = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
@@ -138,7 +140,13 @@ def cross_entropy(
         target: class indices (), (N) or (N, d1, ...) in int64 or uint8, or class probabilities of the input's shape, in
             its dtype or float32.
         weight: a factor for each of the C classes; the mean then divides by the sum of the targets' weights.
-        ignore_index: class indices of this value count nowhere and get no gradient.
+        ignore_index: class indices of this value, or of one of these values, count nowhere and get no gradient. Or a
+            bool tensor that is True for the rows that are ignored, beside probabilities too. Several values and a mask
+            cost a copy of the class indices.
+        sample_weight: a factor s for each row, in the shape of class indices and any floating point dtype. A row's
+            whole loss is multiplied by it, and the mean is :math:`\sum_i s_i \ell_i / \sum_i s_i w_{y_i}`, beside
+            probabilities :math:`\sum_i s_i \ell_i / \sum_i s_i`. A row of weight 0 is as an ignored one, whatever its
+            logits. With weights that require a gradient the loss runs natively.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: :math:`\epsilon` in [0, 1].
         z_loss: :math:`\lambda`, at least 0: a row that is not ignored adds :math:`\lambda \, \mathrm{lse}^2`.
@@ -147,7 +155,7 @@ def cross_entropy(
         out_dtype: the dtype of the results; the arithmetic is at least as precise. ``torch.float32`` gives a float32
             loss of bfloat16 logits without a copy of them.
         all_ignored: the mean where every row is ignored: ``"nan"``, as in torch, or ``"zero"``, with a gradient of 0.
-        return_lse: returns ``(loss, lse)``, the differentiable lse of every row, ignored ones too.
+        return_lse: returns ``(loss, lse)``, the differentiable lse of every row, ignored ones too, without weights.
         grad_in_forward: ``True`` computes the gradient in the forward pass, while it reads the logits: one read and one
             write of them in all. Backward multiplies it by the upstream gradient, which costs nothing where that is 1
             and a read and a write otherwise. ``False`` computes it in backward: two reads and one write. ``None`` is
@@ -165,24 +173,34 @@ def cross_entropy(
         IndexError: a target is out of range and not ``ignore_index``. On a GPU the loss is NaN instead, and the next
             forward outside a replayed graph or :func:`fusedloss.check` raises.
         RuntimeError: ``inplace=True`` with logits that are a leaf requiring grad or a view of one, or that share memory
-            among themselves, with the target or with the weight; or a backward through overwritten logits: a second
+            among themselves, with the target or with the weights; or a backward through overwritten logits: a second
             one, one with ``create_graph=True``, or one over a batch of upstream gradients.
-        ValueError: ``z_loss`` is negative, ``softcap`` is not positive, ``out_dtype`` or ``all_ignored`` is unknown.
-        TypeError: ``z_loss`` or ``softcap`` is no number, nor a tensor of one.
+        ValueError: ``z_loss`` is negative, ``softcap`` is not positive, ``out_dtype`` or ``all_ignored`` is unknown,
+            or ``sample_weight`` or a mask is not of the rows' shape, or the weights of another device or of integers.
+        TypeError: ``z_loss`` or ``softcap`` is no number, nor a tensor of one; one of several ``ignore_index`` is no
+            int; ``sample_weight`` is no tensor.
         ValueError, RuntimeError: as torch, for shapes, dtypes and reductions that do not fit.
 
     >>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, -100]))
     tensor(0.1269)
+    >>> logits, target = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
+    >>> cross_entropy(logits, target, sample_weight=torch.tensor([1.0, 0.5]))
+    tensor(0.7936)
+    >>> cross_entropy(logits, target, ignore_index=torch.tensor([False, True]))
+    tensor(0.1269)
     """
-    if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+    if has_torch_function_variadic(input, target, weight, sample_weight) and _route.overrides_apply():
         return handle_torch_function(
-            cross_entropy, (input, target, weight), input, target, weight=weight,
+            cross_entropy, (input, target, weight, sample_weight), input, target, weight=weight,
             size_average=size_average, ignore_index=ignore_index, reduce=reduce, reduction=reduction,
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, out_dtype=out_dtype,
-            all_ignored=all_ignored, return_lse=return_lse, grad_in_forward=grad_in_forward, inplace=inplace,
+            label_smoothing=label_smoothing, sample_weight=sample_weight, z_loss=z_loss, softcap=softcap,
+            out_dtype=out_dtype, all_ignored=all_ignored, return_lse=return_lse, grad_in_forward=grad_in_forward, inplace=inplace,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    index: Any = ignore_index
+    if type(index) is not int and not is_one(index):
+        target, index, sample_weight = with_one_index("cross_entropy", input, target, index, sample_weight)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     loss = _soft_cross_entropy if soft else _cross_entropy
     # As in torch, a negative or NaN smoothing is 0; torch names what is no number.
@@ -191,11 +209,11 @@ def cross_entropy(
     if not isinstance(z_loss, NUMBERS):
         z_loss = checked("cross_entropy", "z_loss", z_loss)
     if not (z_loss or softcap is not None or out_dtype is not None or all_ignored != "nan" or return_lse):
-        if grad_in_forward is None and not inplace:
-            return loss(input, target, weight, reduction, ignore_index, label_smoothing, 0.0, 0.0)
+        if grad_in_forward is None and not inplace and sample_weight is None:
+            return loss(input, target, weight, reduction, index, label_smoothing, 0.0, 0.0)
         return loss(
-            input, target, weight, reduction, ignore_index, label_smoothing, 0.0, 0.0,
-            grad_in_forward=grad_in_forward, inplace=inplace,
+            input, target, weight, reduction, index, label_smoothing, 0.0, 0.0,
+            grad_in_forward=grad_in_forward, inplace=inplace, sample_weight=sample_weight,
         )  # fmt: skip
 
     if not z_loss >= 0:
@@ -217,8 +235,9 @@ def cross_entropy(
         input = input.to(computed)
         weight = weight if weight is None else weight.to(computed)
     result = loss(
-        input, target, weight, reduction, ignore_index, label_smoothing, z_loss, cap,
+        input, target, weight, reduction, index, label_smoothing, z_loss, cap,
         wide=wide, second=return_lse, zero=all_ignored == "zero", grad_in_forward=grad_in_forward, inplace=inplace,
+        sample_weight=sample_weight,
     )  # fmt: skip
     if out_dtype is None:
         return result

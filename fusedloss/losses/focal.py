@@ -10,6 +10,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
 from .._sizes import same_shape
+from .._weighted import check, divisor, weighted
+from ._ignored import IgnoreIndex, is_one, with_one_index
 from ._numbers import NUMBERS, checked, factors_of_classes
 from ._rows import class_dim, class_index, reduced
 
@@ -63,12 +65,22 @@ def _focal(
 
 
 def _soft_focal(
-    logits: Tensor, target: Tensor, factor: float, weight: Tensor | None, gamma: float, reduction: str
-) -> Tensor:
+    logits: Tensor, target: Tensor, factor: float, weight: Tensor | None, gamma: float, reduction: str,
+    sample_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
     x = in_float(logits)
-    losses = of_probabilities(x, target, factor, weight, gamma, torch.finfo(x.dtype).tiny)
-    if reduction != "none":
-        losses = losses.mean() if reduction == "mean" else losses.sum()
+
+    def losses_of(x: Tensor) -> Tensor:
+        return of_probabilities(x, target, factor, weight, gamma, torch.finfo(x.dtype).tiny)
+
+    if sample_weight is None:
+        losses = losses_of(x)
+        if reduction != "none":
+            losses = losses.mean() if reduction == "mean" else losses.sum()
+    else:
+        check(sample_weight, logits)
+        s = sample_weight.to(x.dtype)
+        losses = reduced(weighted(x, s, None, losses_of), divisor(s, None, None), reduction, False)
     return losses.to(x.dtype if widened(logits) else logits.dtype)
 
 
@@ -90,8 +102,9 @@ def focal_loss(
     alpha: float | Sequence[float] | Tensor | None = None,
     gamma: float = 2.0,
     *,
-    ignore_index: int = -100,
+    ignore_index: IgnoreIndex = -100,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax focal loss (Lin et al., "Focal Loss for Dense Object Detection", 2017).
 
@@ -109,22 +122,26 @@ def focal_loss(
         alpha: None, one factor, or C class weights, as a tensor, a list or a tuple. The mean divides by the number of
             targets that are not ignored, never by the weights.
         gamma: focusing exponent, at least 0.
-        ignore_index: class indices of this value count nowhere and get no gradient.
+        ignore_index: class indices of this value or of one of these values count nowhere and get no gradient, or a mask
+            of the rows that are ignored, as for :func:`cross_entropy`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        sample_weight: a factor for each row, as for :func:`cross_entropy`; the mean then divides by the sum of the
+            factors of the rows that are not ignored.
 
     Raises:
         ValueError: ``gamma`` is negative or NaN, ``alpha`` has the wrong length, ``reduction`` is unknown, or
             probabilities are not of the input's shape.
         TypeError: ``gamma`` or ``alpha`` is no number.
+        ValueError, TypeError: a ``sample_weight`` or an ``ignore_index``, as for :func:`cross_entropy`.
         IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
 
     >>> focal_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
     tensor(0.0018)
     """
-    if has_torch_function_variadic(input, target, alpha) and _route.overrides_apply():
+    if has_torch_function_variadic(input, target, alpha, sample_weight) and _route.overrides_apply():
         return handle_torch_function(
-            focal_loss, (input, target, alpha), input, target, alpha=alpha, gamma=gamma,
-            ignore_index=ignore_index, reduction=reduction,
+            focal_loss, (input, target, alpha, sample_weight), input, target, alpha=alpha, gamma=gamma,
+            ignore_index=ignore_index, reduction=reduction, sample_weight=sample_weight,
         )  # fmt: skip
     if not isinstance(gamma, NUMBERS):
         gamma = checked("focal_loss", "gamma", gamma)
@@ -140,9 +157,14 @@ def focal_loss(
         weight = _weight(alpha, input)
     elif alpha is not None:
         factor = checked("focal_loss", "alpha", alpha)
+    index: Any = ignore_index
+    if type(index) is not int and not is_one(index):
+        target, index, sample_weight = with_one_index("focal_loss", input, target, index, sample_weight)
     if not target.is_floating_point():
-        return _focal(input, target, weight, reduction, ignore_index, factor, gamma)
+        if sample_weight is None:
+            return _focal(input, target, weight, reduction, index, factor, gamma)
+        return _focal(input, target, weight, reduction, index, factor, gamma, sample_weight=sample_weight)
     if not same_shape(target.shape, input.shape):
         raise ValueError(f"probabilities must be of the input's shape {input.shape}, got {target.shape}")
     _route.tell_native("class probabilities in a focal loss")
-    return _soft_focal(input, target, factor, weight, gamma, reduction)
+    return _soft_focal(input, target, factor, weight, gamma, reduction, sample_weight)

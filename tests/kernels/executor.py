@@ -261,7 +261,7 @@ class SoftmaxCall(ctypes.Structure):
         + [
             (name, ctypes.c_void_p)
             for name in (
-                "logits", "target", "probabilities", "weight", "upstream", "upstream_second",
+                "logits", "target", "probabilities", "weight", "sample_weight", "upstream", "upstream_second",
                 "losses", "second", "total", "statistics", "divisor", "grad",
             )
         ]
@@ -274,7 +274,7 @@ def run_softmax(
     mean: bool = False, zero_for_none: bool = False, in_place: bool = False, wide: bool = False,
     ignore_index: int = -100, **tensors: Tensor | None,
 ) -> tuple[int, int]:  # fmt: skip
-    """`tensors`: weight, losses, second, total, statistics, divisor, grad, upstream, upstream_second."""
+    """`tensors`: weight, sample_weight, losses, second, total, statistics, divisor, grad, upstream, upstream_second."""
     soft = target.is_floating_point()
     call = SoftmaxCall(
         what=what, loss=number(name), dtype=losses.DTYPES.index(logits.dtype), wide=wide,

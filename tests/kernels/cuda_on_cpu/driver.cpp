@@ -140,7 +140,7 @@ struct SoftmaxCall {
   int64_t upstream_stride, upstream_second_stride;
   double params[fusedloss::kMaxParams];
   int64_t logits_layout[6], probabilities_layout[6], grad_layout[6];
-  const void *logits, *target, *probabilities, *weight, *upstream, *upstream_second;
+  const void *logits, *target, *probabilities, *weight, *sample_weight, *upstream, *upstream_second;
   void *losses, *second, *total, *statistics, *divisor, *grad;
   int64_t bad_target[2];
 };
@@ -160,6 +160,7 @@ int run_softmax(SoftmaxCall* call) {
   args.probabilities = call->probabilities;
   args.wide_probabilities = call->wide_probabilities;
   args.weight = call->weight;
+  args.sample_weight = call->sample_weight;
   args.ignore_index = call->ignore_index;
   args.losses = call->losses;
   args.second = call->second;
