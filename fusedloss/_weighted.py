@@ -26,9 +26,8 @@ def over_weighted_rows(formula: Callable[..., Any], soft: bool, mean_by_weight: 
     ) -> Any:  # fmt: skip
         if sample_weight is None:
             return formula(logits, target, weight, reduction, ignore_index, *params, **options)
-        if not (isinstance(sample_weight, Tensor) and same_shape(sample_weight.shape, rows_of(logits))):
-            # A target that does not fit is named first, in torch's words.
-            formula(logits, target, weight, "none", ignore_index, *params)
+        if not _fit(logits, target, sample_weight, soft):
+            formula(logits, target, weight, "none", ignore_index, *params)  # torch names what it refuses first
         check(sample_weight, logits)
         if reduction not in REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
@@ -52,6 +51,13 @@ def over_weighted_rows(formula: Callable[..., Any], soft: bool, mean_by_weight: 
         return loss, of_rows.to(dtype)
 
     return native
+
+
+def _fit(logits: Any, target: Any, sample_weight: Any, soft: bool) -> bool:
+    if not all(isinstance(each, Tensor) for each in (logits, target, sample_weight)):
+        return False
+    rows = rows_of(logits)
+    return same_shape(sample_weight.shape, rows) and same_shape(target.shape, logits.shape if soft else rows)
 
 
 def check(sample_weight: Any, logits: Tensor) -> None:

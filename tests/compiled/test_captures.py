@@ -65,6 +65,10 @@ def one_call(chance: random.Random, name: str) -> tuple[list[Any], dict[str, Any
     if known.family == "softmax":
         options["wide"] = chance.random() < 0.3
         options["second"] = chance.random() < 0.3
+        if chance.random() < 0.4:
+            of_weight = chance.choice(FLOATS if chance.random() < 0.8 else DTYPES)
+            rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+            options["sample_weight"] = tensor(chance, chance.choice([rows, rows, near(chance, shape)]), of_weight)
     reduction = chance.choice(["mean", "sum", "none"]) if chance.random() < 0.95 else chance.choice(["avg", None])
     params = [number(chance, *limits) for limits in known.traits.params]
     if chance.random() < 0.03:

@@ -71,7 +71,7 @@ def column_shapes(dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
 
 def check_softmax(
     kernels, loss: Loss, dtype: torch.dtype, x: Tensor, weighted: bool, guarded: Guarded, wide: bool = False,
-    second: bool = False,
+    second: bool = False, sampled: bool = False,
 ) -> None:  # fmt: skip
     classes, rows = x.shape[1], x.numel() // x.shape[1]
     _, target = loss.data(tuple(x.shape), dtype, seed=classes)
@@ -84,15 +84,22 @@ def check_softmax(
     weight = torch.rand(classes, dtype=torch.float64).add(0.5).to(dtype) if weighted else None
     w = None if weight is None else weight.to(arithmetic)
     what = f"{tuple(x.shape)} of strides {x.stride()}"
-    original = x.clone()
     shape = loss.losses_shape(tuple(x.shape))
+    sample_weight = None
+    if sampled:
+        sample_weight = torch.rand(shape, dtype=torch.float64).add(0.5).to(arithmetic)
+        sample_weight.view(-1)[3::7] = 0
+        if not second:  # which is of all rows
+            x.movedim(1, -1)[sample_weight == 0] = float("nan")
+    original = x.clone()
 
     def exact(reduction: str, upstream: Tensor, upstream_second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         leaf = original.double().requires_grad_()
         native = NATIVE[loss.op]
         of_target = target.double() if loss.soft else target
         of_weight = None if weight is None else weight.double()
-        results = native(leaf, of_target, of_weight, reduction, -100, *loss.params, second=second)
+        s = None if sample_weight is None else sample_weight.double()
+        results = native(leaf, of_target, of_weight, reduction, -100, *loss.params, second=second, sample_weight=s)
         value, of_second = results if second else (results, None)
         upstreams = [upstream.double()] + ([upstream_second.double()] if second else [])
         (grad,) = torch.autograd.grad([value] + ([of_second] if second else []), leaf, upstreams)
@@ -113,6 +120,7 @@ def check_softmax(
         "logits": x,
         "target": target,
         "weight": w,
+        "sample_weight": sample_weight,
         "divisor": divisor,
         "statistics": statistics.tensor,
         "wide": wide,
@@ -175,10 +183,10 @@ def has_second(loss: Loss) -> bool:
 
 
 def check_variants(kernels, loss: Loss, dtype: torch.dtype, x: Guarded, seed: int) -> None:
-    """With weights, wide results and a second result now and then."""
+    """With weights of classes and of rows, wide results and a second result now and then."""
     check_softmax(
         kernels, loss, dtype, x.tensor, weighted=seed % 5 < 2 and loss.op != "log_probs", guarded=x,
-        wide=seed % 2 == 0, second=has_second(loss) and seed % 4 < 2,
+        wide=seed % 2 == 0, second=has_second(loss) and seed % 4 < 2, sampled=seed % 3 == 0,
     )  # fmt: skip
 
 
@@ -242,7 +250,9 @@ def test_a_bad_target_is_reported_reads_nothing_and_harms_no_other_row(kernels, 
         met = run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
         assert met == (rows // 2, bad)
         run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=upstream)
-        total = torch.empty(())
+        total, of_weight_0 = torch.empty(()), torch.zeros(rows)
+        met = run_softmax(kernels, FORWARD, **shared, total=total, statistics=statistics, sample_weight=of_weight_0)
+        assert met == (rows // 2, bad)
         run_softmax(kernels, FORWARD, **shared, total=total, statistics=statistics)
         assert total.isnan() and losses.view(-1)[rows // 2].isnan()
 
