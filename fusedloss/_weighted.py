@@ -66,7 +66,7 @@ def check(sample_weight: Any, logits: Tensor) -> None:
     rows = rows_of(logits)
     if not same_shape(sample_weight.shape, rows):
         raise ValueError(
-            f"sample_weight must hold a weight for each row, shape {tuple(rows)}, got shape {tuple(sample_weight.shape)}"
+            f"sample_weight must be of the rows' shape {tuple(rows)}, got shape {tuple(sample_weight.shape)}"
         )
     if not sample_weight.is_floating_point():
         raise ValueError(f"sample_weight must be of a floating point dtype, got {sample_weight.dtype}")

@@ -82,24 +82,27 @@ def _soft_cross_entropy(
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: IgnoreIndex = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
-    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ...,
-    all_ignored: str = ..., return_lse: Literal[False] = ..., grad_in_forward: bool | None = ..., inplace: bool = ...,
+    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ...,
+    out_dtype: torch.dtype | None = ..., all_ignored: str = ..., return_lse: Literal[False] = ...,
+    grad_in_forward: bool | None = ..., inplace: bool = ...,
 ) -> Tensor: ...
 
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: IgnoreIndex = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
-    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ...,
-    all_ignored: str = ..., return_lse: Literal[True], grad_in_forward: bool | None = ..., inplace: bool = ...,
+    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ...,
+    out_dtype: torch.dtype | None = ..., all_ignored: str = ..., return_lse: Literal[True],
+    grad_in_forward: bool | None = ..., inplace: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: IgnoreIndex = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ...,
-    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ..., out_dtype: torch.dtype | None = ...,
-    all_ignored: str = ..., return_lse: bool, grad_in_forward: bool | None = ..., inplace: bool = ...,
+    *, sample_weight: Tensor | None = ..., z_loss: float = ..., softcap: float | None = ...,
+    out_dtype: torch.dtype | None = ..., all_ignored: str = ..., return_lse: bool,
+    grad_in_forward: bool | None = ..., inplace: bool = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
 
@@ -194,7 +197,8 @@ def cross_entropy(
             cross_entropy, (input, target, weight, sample_weight), input, target, weight=weight,
             size_average=size_average, ignore_index=ignore_index, reduce=reduce, reduction=reduction,
             label_smoothing=label_smoothing, sample_weight=sample_weight, z_loss=z_loss, softcap=softcap,
-            out_dtype=out_dtype, all_ignored=all_ignored, return_lse=return_lse, grad_in_forward=grad_in_forward, inplace=inplace,
+            out_dtype=out_dtype, all_ignored=all_ignored, return_lse=return_lse, grad_in_forward=grad_in_forward,
+            inplace=inplace,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)

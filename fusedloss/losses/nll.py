@@ -46,8 +46,8 @@ def nll_loss(
         input: log-probabilities (C), (N, C) or (N, C, d1, ...), as the logits of :func:`cross_entropy`.
         target: class indices (), (N) or (N, d1, ...) in int64 or uint8.
         weight: a factor for each of the C classes; the mean then divides by the sum of the targets' weights.
-        ignore_index: targets of this value or of one of these values count nowhere and get no gradient, or a mask of the
-            rows that are ignored, as for :func:`cross_entropy`.
+        ignore_index: targets of this value, or of one of these values, count nowhere and get no gradient; or a mask of
+            the rows that are ignored, as for :func:`cross_entropy`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         sample_weight: a factor for each row, as for :func:`cross_entropy`; the mean then divides by the sum of the
             factors times the targets' weights.

@@ -133,7 +133,7 @@ def test_what_is_no_index_is_refused(name):
     for mask in (torch.ones(7, dtype=torch.bool), torch.tensor(True), torch.ones(8, 5, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"a mask of ignored rows must be of their shape \(8,\), got shape"):
             function(x, t, ignore_index=mask)
-    for alone in ("0", 1.5, True, torch.tensor([1, 2])):
+    for alone in ("0", 1.5, True):
         torchs = F.cross_entropy if name == "cross_entropy" else F.nll_loss
         ours, expected = (warned(lambda: f(x, t, ignore_index=alone))[0] for f in (function, torchs))  # noqa: B023
         assert ours[0] == expected[0]
@@ -146,9 +146,8 @@ def test_what_is_no_index_is_refused(name):
 def test_several_indices_beside_probabilities_are_refused_as_one_is():
     x, t = data()[0], torch.rand(8, 5).softmax(1)
     for one, several in ((1, [-100, 1]), (0, (0, -1))):
-        assert warned(lambda: L.cross_entropy(x, t, ignore_index=one))[0] == (  # noqa: B023
-            warned(lambda: L.cross_entropy(x, t, ignore_index=several))[0]  # noqa: B023
-        )
+        run = lambda index: warned(lambda: L.cross_entropy(x, t, ignore_index=index))[0]  # noqa: E731
+        assert run(one) == run(several)
     same(L.cross_entropy(x, t, ignore_index=[-100, -2]), L.cross_entropy(x, t))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close, autocast, same, upstream_of, value_and_grads
-from losses import DTYPES, HALVES, REDUCTIONS, traits
+from losses import DTYPES, HALVES, ONE_OF_EACH, REDUCTIONS, SOFTMAX, each_of, traits
 from marks import needs_extension
 from observe import compiled_with_ops
 from torch import Tensor
@@ -169,6 +169,21 @@ def test_the_native_formula_has_the_same_values_and_gradients(call):
         w = torch.linspace(0.5, 1.5, 5, dtype=torch.float64) if weighted else None
         for reduction in REDUCTIONS:
             check(Call(call.name, loss, call.of_rows, call.op, call.soft), x, t, s, w, reduction)
+
+
+@needs_extension
+@each_of([loss for loss in SOFTMAX if loss in ONE_OF_EACH])
+def test_every_declared_loss_takes_weights(loss):
+    x, t = loss.data((9, 5), torch.float64)
+    w, s = torch.rand(5).double() + 0.5, torch.rand(9).double()
+    s[3] = 0
+    declared = _route.LOSSES[loss.op]
+    weight = None if loss.op == "log_probs" else w
+    for reduction in REDUCTIONS:
+        run = lambda each, x: each(x, t, weight, reduction, -100, *loss.params, sample_weight=s)  # noqa: B023, E731
+        assert "fused" in fusedloss.explain(run, declared.routed, x)
+        expected = value_and_grads(lambda x: run(declared.native, x), x)  # noqa: B023
+        same(value_and_grads(lambda x: run(declared.routed, x), x), expected)  # noqa: B023
 
 
 @pytest.mark.thinned(1, deep=2)

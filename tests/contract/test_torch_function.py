@@ -19,20 +19,31 @@ import fusedloss.functional as L
 def _tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
     x, t = torch.randn(6, 5), torch.rand(6, 5)
-    return {"x": x, "p": x.sigmoid(), "t": t, "y": torch.randint(5, (6,)), "of_classes": torch.rand(5), "like_x": t + 1}
+    return {
+        "x": x,
+        "p": x.sigmoid(),
+        "t": t,
+        "y": torch.randint(5, (6,)),
+        "of_classes": torch.rand(5),
+        "like_x": t + 1,
+        "of_rows": t[:, 0],
+    }
 
 
 # The tensors by name, which may each be a subclass, and the other arguments.
 CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "binary_cross_entropy": (("p", "t"), {"weight": "of_classes", "reduction": "sum"}),
     "binary_cross_entropy_with_logits": (("x", "t"), {"weight": "like_x", "pos_weight": "of_classes"}),
-    "cross_entropy": (("x", "y"), {"weight": "of_classes", "z_loss": 0.1, "softcap": 5.0, "return_lse": True}),
-    "focal_loss": (("x", "y"), {"alpha": "of_classes", "gamma": 1.5}),
+    "cross_entropy": (
+        ("x", "y"),
+        {"weight": "of_classes", "sample_weight": "of_rows", "z_loss": 0.1, "softcap": 5.0, "return_lse": True},
+    ),
+    "focal_loss": (("x", "y"), {"alpha": "of_classes", "gamma": 1.5, "sample_weight": "of_rows"}),
     "huber_loss": (("x", "t"), {"weight": "like_x", "delta": 0.3}),
     "l1_loss": (("x", "t"), {"weight": "like_x"}),
     "log_probs": (("x", "y"), {"temperature": 2.0, "return_entropy": True}),
     "mse_loss": (("x", "t"), {"weight": "like_x"}),
-    "nll_loss": (("x", "y"), {"weight": "of_classes", "ignore_index": 2}),
+    "nll_loss": (("x", "y"), {"weight": "of_classes", "ignore_index": 2, "sample_weight": "of_rows"}),
     "sigmoid_focal_loss": (("x", "y"), {"weight": "of_classes", "reduction": "mean", "normalizer": torch.tensor(3.0)}),
     "smooth_l1_loss": (("x", "t"), {"beta": 0.3}),
 }
@@ -98,7 +109,7 @@ def test_a_mode_sees_one_call(name):
 def test_a_subclass_sees_one_call_and_is_the_results(name):
     operands, others = CALLS[name]
     expected = parts(getattr(L, name)(*called(name)[1], **called(name)[2]))
-    for of in (*operands, *(other for other in others.values() if other in ("of_classes", "like_x"))):
+    for of in (*operands, *(other for other in others.values() if other in ("of_classes", "of_rows", "like_x"))):
         function, tensors, options = called(name, Logged, of)
         Logged.seen.clear()
         results = parts(function(*tensors, **options))
