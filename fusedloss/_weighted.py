@@ -43,7 +43,7 @@ def over_weighted_rows(formula: Callable[..., Any], soft: bool, mean_by_weight: 
         of_class = None
         if mean_by_weight and factor is not None and kept is not None and reduction == "mean":
             of_class = factor.to(x.dtype)[torch.where(kept, target, 0)]
-        loss = reduced(losses, divisor(s, kept, of_class), reduction, options.get("zero", False)).to(dtype)
+        loss = reduced_by_weight(losses, s, kept, of_class, reduction, options.get("zero", False)).to(dtype)
         if not options.get("second", False):
             return loss
         counting = target if soft else torch.where(s == 0, ignore_index, target)
@@ -87,10 +87,17 @@ def weighted(x: Tensor, s: Tensor, kept: Tensor | None, losses_of: Callable[[Ten
     return torch.where(usable, _product(losses_of(torch.where(usable.unsqueeze(dim), x, 0.0)), s), 0.0)
 
 
-def divisor(s: Tensor, kept: Tensor | None, of_class: Tensor | None) -> Tensor:
-    """What a mean divides by: the sum of the weights of the rows that are kept, times those of their classes."""
+def reduced_by_weight(
+    losses: Tensor, s: Tensor, kept: Tensor | None, of_class: Tensor | None, reduction: str, zero: bool
+) -> Tensor:
+    """A mean divides by the sum of the weights of the rows that are kept, times those of their classes."""
+    if reduction != "mean":
+        return reduced(losses, losses, reduction, zero)
+    s = s if kept is None else torch.where(kept, s, 0.0)
     counted = s if of_class is None else _product(of_class, s)
-    return (counted if kept is None else torch.where(kept, counted, 0.0)).sum()
+    nothing = (s == 0).all()  # then the gradient is 0, and not that of 0 / 0
+    mean = reduced(losses, torch.where(nothing, torch.inf, counted.sum()), reduction, zero)
+    return mean if zero else mean + torch.where(nothing, torch.nan, 0.0)
 
 
 def _product(a: Tensor, s: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
 from .._sizes import same_shape
-from .._weighted import check, divisor, weighted
+from .._weighted import check, reduced_by_weight, weighted
 from ._ignored import IgnoreIndex, is_one, with_one_index
 from ._numbers import NUMBERS, checked, factors_of_classes
 from ._rows import class_dim, class_index, reduced
@@ -80,7 +80,7 @@ def _soft_focal(
     else:
         check(sample_weight, logits)
         s = sample_weight.to(x.dtype)
-        losses = reduced(weighted(x, s, None, losses_of), divisor(s, None, None), reduction, False)
+        losses = reduced_by_weight(weighted(x, s, None, losses_of), s, None, None, reduction, False)
     return losses.to(x.dtype if widened(logits) else logits.dtype)
 
 

@@ -41,10 +41,11 @@ def test_several_indices_are_ignored_as_one_is(name, shape, target):
     function, module = FUNCTIONS[name]
     x, t = data(shape)
     t = t.to(target)
-    for several in ([4], (4, 2), [2, 4, 0], range(3), [], [-100, -7]):
+    for several in ([4], (4, 2, 0), range(3), []):
         ignored = torch.isin(t.long(), torch.tensor(list(several)).long())
         as_one = torch.where(ignored, -100, t.long())
-        x[ignored.unsqueeze(1).expand_as(x)] = NAN
+        if fusedloss._library.extension:  # natively an ignored row gives torch's NaN
+            x[ignored.unsqueeze(1).expand_as(x)] = NAN
         for reduction in REDUCTIONS:
             got = value_and_grads(lambda x: function(x, t, ignore_index=several, reduction=reduction), x)  # noqa: B023
             expected = value_and_grads(lambda x: function(x, as_one, reduction=reduction), x)  # noqa: B023
@@ -106,8 +107,11 @@ def test_options_beside_several():
     same(L.cross_entropy(x[0], t[0], ignore_index=torch.tensor(False)), L.cross_entropy(x[0], t[0]))
 
 
+DEEP = pytest.mark.deep("other losses by the same route as one that ran, with ignored rows and elements")
+
+
 @needs_extension
-@each_function
+@pytest.mark.parametrize("name", ["cross_entropy", *(pytest.param(name, marks=DEEP) for name in [*FUNCTIONS][1:])])
 @pytest.mark.parametrize("what", ["several", "mask"])
 def test_a_compiled_call_keeps_the_op(name, what):
     function, _ = FUNCTIONS[name]
@@ -247,7 +251,7 @@ def test_derivatives_of_elements(of):
 
 
 @needs_extension
-@each_binary
+@pytest.mark.parametrize("of", ["logits", pytest.param("probabilities", marks=DEEP)])
 def test_a_compiled_call_of_elements_keeps_the_op(of):
     ours = BINARY[of][0]
     x, t, _ = elements(of, torch.float32, -1)

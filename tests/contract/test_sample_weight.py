@@ -235,7 +235,7 @@ def test_a_mean_over_rows_of_weight_0(call, all_ignored):
         leaf = x.requires_grad_()
         value = call.loss(leaf * 1, t, sample_weight=s * 0, all_ignored=all_ignored, inplace=inplace)
         assert value.isnan() if all_ignored == "nan" else value == 0
-        assert not torch.autograd.grad(value, leaf)[0].any()
+        assert not torch.autograd.grad(value, leaf, create_graph=not inplace)[0].any()
 
 
 @pytest.mark.parametrize("of_weight", DTYPES, ids=str)
@@ -267,10 +267,19 @@ def test_weights_are_read_whatever_their_strides():
     same(call.loss(x, t, sample_weight=one, reduction="sum"), 0.5 * call.loss(x, t, reduction="sum"))
 
 
+OTHERS_DEEP = "other losses by the same route as one that ran, with weights of rows"
+
+
+def one_and(others: list[Call]) -> pytest.MarkDecorator:
+    """Over the z-loss and softcap of cross-entropy, and with --deep over others."""
+    deep = [pytest.param(call, marks=pytest.mark.deep(OTHERS_DEEP)) for call in others]
+    return pytest.mark.parametrize("call", [ENTROPY, *deep], ids=lambda call: call.name)
+
+
 # ---- derivatives
 
 
-@each_call
+@one_and([call for call in CALLS if call is not ENTROPY])
 def test_derivatives_of_every_order(call):
     x, t, s = finite(call, (4, 3))
     if call.name == "nll":
@@ -321,7 +330,7 @@ def test_weights_that_are_overwritten_before_backward(grad_in_forward):
 
 
 @needs_extension
-@pytest.mark.parametrize("call", [ENTROPY, PROBABILITIES, CALLS[5]], ids=lambda call: call.name)
+@one_and([PROBABILITIES, CALLS[5]])
 def test_a_compiled_call_keeps_the_op(call):
     x, t, s = data(call, (30, 5), torch.float32)
     run, ops = compiled_with_ops(lambda x, t, s: call.loss(x, t, sample_weight=s))
