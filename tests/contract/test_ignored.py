@@ -174,7 +174,7 @@ def elements(of: str, dtype: torch.dtype, missing: float) -> tuple[Tensor, Tenso
     return x, t.to(dtype), t != missing
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(1, deep=2)
 @pytest.mark.parametrize("weighted", ["", "weight", "one of each class", "pos_weight"])
 @pytest.mark.parametrize("missing", [-100, -1, 1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -6,7 +6,7 @@
 
 extern "C" double run_softmax(int loss, int is_double, int64_t rows, int64_t classes, const void* logits,
                               const int64_t* target, const void* probabilities, const double* params, void* statistics,
-                              void* losses, void* grad) {
+                              void* losses, void* grad, const void* sample_weight) {
   fusedloss::SoftmaxArgs args = {};
   args.dtype = dtype_of(is_double);
   copy_params(params, args);
@@ -15,6 +15,7 @@ extern "C" double run_softmax(int loss, int is_double, int64_t rows, int64_t cla
   args.logits = logits;
   args.target = target;
   args.probabilities = probabilities;
+  args.sample_weight = sample_weight;
   args.ignore_index = -100;
   args.losses = losses;
   args.statistics = statistics;

@@ -18,6 +18,7 @@ from losses import (
     CROSS_ENTROPY,
     FOCAL_WITHOUT_FOCUS,
     LOSSES,
+    NATIVE,
     SIGMOID_FOCAL_WITHOUT_FOCUS,
     SOFTMAX,
     Loss,
@@ -130,6 +131,9 @@ MUTANTS = {
             "gradients.exponential_coefficient[j] *= exp(max[j] - tile.max[j]);",
             ";",
         ),
+        "a row's weight not in its loss": ("cpu/softmax_tile.inl", "tile.counts[i] * value", "value"),
+        "a row's weight not in its gradient": ("cpu/softmax_tile.inl", " * double(tile.counts[j])", ""),
+        "a row of weight 0 not ignored": ("cpu/softmax_tile.inl", "      ++ignored;\n", ""),
         "kept tail lost": ("cpu/softmax_rows.inl", "kept[count - filled + i] = last[kLanes - filled + i];", ";"),
     },
     "focal": {
@@ -139,6 +143,7 @@ MUTANTS = {
         "probabilities unsmoothed": ("losses/softmax.h", "probability * kept + uniform", "probability"),
     },
     "nll": {
+        "a row's weight not in its gradient": ("cpu/softmax_rows.inl", " * double(tile.counts[i])", ""),
         "nll sign": ("losses/softmax.h", "return -weight * upstream;", "return weight * upstream;"),
     },
     "log_probs": {
@@ -183,8 +188,9 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def run(
-    kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor, pos_weight: Tensor | None = None
-) -> tuple[float, Tensor, Tensor, Tensor]:
+    kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor, pos_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> tuple[float, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum of the losses, the losses, the gradient of their sum and that by the target, if the loss has one."""
     params = (ctypes.c_double * 8)(*(loss.params + (0.0,) * 8)[:8])
     grad_target = x.new_empty(0)
@@ -195,7 +201,7 @@ def run(
         index, probabilities = (None, pointer(target)) if loss.soft else (pointer(target), None)
         total = kernels.run_softmax(
             *head, ctypes.c_int64(len(x)), ctypes.c_int64(x.shape[1]), pointer(x), index, probabilities,
-            params, pointer(statistics), pointer(losses), pointer(grad),
+            params, pointer(statistics), pointer(losses), pointer(grad), pointer(sample_weight),
         )  # fmt: skip
     else:
         has_slope = traits(loss.op).has_target_slope
@@ -226,6 +232,8 @@ def agrees_with_native(kernels: ctypes.CDLL, op: str) -> bool:
                 return False
     if op == "binary_cross_entropy_with_logits":
         return agrees_with_pos_weight(kernels)
+    if op in ("cross_entropy", "nll"):
+        return agrees_with_sample_weight(kernels, loss_named(op))
     return op != "sigmoid_focal" or agrees_with_class_indices(kernels)
 
 
@@ -257,6 +265,19 @@ def agrees_with_pos_weight(kernels: ctypes.CDLL) -> bool:
         weight = torch.rand(shape, dtype=torch.float64) + 0.5
         native = lambda x, t, r: F.binary_cross_entropy_with_logits(x, t, reduction=r, pos_weight=weight)  # noqa: B023, E731
         if not agrees(loss, native, x, target, run(kernels, loss, x, target, weight)):
+            return False
+    return True
+
+
+def agrees_with_sample_weight(kernels: ctypes.CDLL, loss: Loss) -> bool:
+    """Rows and columns, of which some weigh nothing and hold no numbers."""
+    for shape in [(40, 7), (5, 200)]:
+        x, target = loss.data(shape, torch.float64)
+        s = torch.rand(shape[0], dtype=torch.float64) + 0.5
+        s[::4] = 0
+        x[::4] = float("nan")
+        native = lambda x, t, r: NATIVE[loss.op](x, t, None, r, -100, *loss.params, sample_weight=s)  # noqa: B023, E731
+        if not agrees(loss, native, x, target, run(kernels, loss, x, target, sample_weight=s)):
             return False
     return True
 
