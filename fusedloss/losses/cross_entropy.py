@@ -31,7 +31,8 @@ def _cross_entropy(
     smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
     *, wide: bool = False, second: bool = False, zero: bool = False,
 ) -> Any:  # fmt: skip
-    target = class_index(target)
+    if getattr(target, "shape", None) != getattr(logits, "shape", None):  # or torch names the dtype that it was given
+        target = class_index(target)
     if not (z_loss or softcap or wide or second or zero):
         return _torchs.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing

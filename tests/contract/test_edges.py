@@ -188,6 +188,9 @@ REJECTED = {
     "target rank": lambda f: f.cross_entropy(torch.randn(3, 4), torch.zeros(3, 1, dtype=torch.long)),
     "target size": lambda f: f.cross_entropy(torch.randn(4, 5, 3), torch.zeros(4, 2, dtype=torch.long)),
     "target dtype": lambda f: f.cross_entropy(torch.randn(3, 4), torch.zeros(3, dtype=torch.int32)),
+    "byte target of the logits' size": lambda f: f.cross_entropy(
+        torch.randn(3, 4), torch.zeros(3, 4, dtype=torch.uint8)
+    ),
     "integer logits": lambda f: f.cross_entropy(torch.ones(3, 4, dtype=torch.long), torch.tensor([0, 1, 2])),
     "weight length": lambda f: f.cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.ones(3)),
     "weight dtype": lambda f: f.cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.ones(4).half()),
