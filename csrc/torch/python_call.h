@@ -131,6 +131,15 @@ struct PointwiseArguments : PythonCall {
     if (!declined) declined = take_optional(pos_weight, call.pos_weight);
     if (!declined && is_given(ignore_index)) declined = take_ignore_index(ignore_index, call.ignore_index.emplace());
     if (!declined) declined = declines(loss, input, target, call, autocast, call.wide);
+    if (!declined && any_of_inference() && at::GradMode::is_enabled() &&
+        (input.requires_grad() || target.requires_grad()))
+      declined = "a gradient beside a tensor that inference mode made";
+  }
+
+  // Autograd saves no such tensor. torch raises too where its formula saves one, which that of l1_loss does not.
+  bool any_of_inference() const {
+    return input.is_inference() || target.is_inference() || (weight && weight->is_inference()) ||
+           (call.pos_weight && call.pos_weight->is_inference());
   }
 
   std::string work() const {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import no_less_exact, same, upstream_of, value_and_grads
+from compare import no_less_exact, same, upstream_of, value_and_grads, warned
 from layouts import laid_out
 from losses import HALVES, REDUCTIONS
 from marks import needs_extension, on_cpu_alone
@@ -34,9 +34,45 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+import fusedloss
 import fusedloss.functional as L
 
 # ---- gradients of the target
+
+
+@EVERY_REDUCTION
+@TORCHS
+def test_what_inference_mode_made_is_taken_where_torch_takes_it(call, reduction):
+    # Autograd saves no such tensor, so that it depends on what a formula saves: that of l1_loss neither operand.
+    function, (x, t), options = made(call, (6, 5), torch.float32)
+    given = {"input": x, "target": t, **options}
+    for name in [name for name, value in given.items() if isinstance(value, Tensor)]:
+        leaf = "target" if name == "input" else "input"
+        with torch.inference_mode():
+            changed = given | {name: given[name].clone()}
+
+        def run(functions, changed=changed, leaf=leaf):
+            rest = {name: value for name, value in changed.items() if name != leaf}
+            loss = lambda tensor: getattr(functions, function)(**rest, **{leaf: tensor}, reduction=reduction)  # noqa: E731
+            return warned(lambda: value_and_grads(loss, changed[leaf]))[0]
+
+        expected, got = run(F), run(L)
+        if isinstance(expected, list):
+            same(got, expected)
+        else:
+            assert got == expected
+
+
+@needs_extension
+def test_what_inference_mode_made_is_explained():
+    x, t = random(6, 5), random(6, 5, seed=1)
+    with torch.inference_mode():
+        made_there = t * 1
+    reason = "native: a gradient beside a tensor that inference mode made"
+    assert fusedloss.explain(L.l1_loss, x.clone().requires_grad_(), made_there) == reason
+    assert fused("l1_loss", x, made_there)
+    with torch.no_grad():
+        assert fused("l1_loss", x.requires_grad_(), made_there)
 
 
 @pytest.mark.thinned
