@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ecosystem  # noqa: F401  (adds its situations)
 import torch
 from losses import ONE_OF_EACH, REDUCTIONS, Loss, loss_named
 from situations import PLAIN, SITUATIONS
