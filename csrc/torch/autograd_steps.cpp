@@ -3,6 +3,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
 #include <cmath>
@@ -51,8 +52,14 @@ void check_gradient_in_forward(const char* name, const Tensor& input, int64_t re
 
 bool under_saved_tensor_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
 
+bool recorded() {
+  using namespace c10::impl;
+  return tls_is_dispatch_key_included(c10::DispatchKey::Python) &&
+         TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+}
+
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
-  return may_make_gradient_in_forward(input, reduction) && !under_saved_tensor_hooks();
+  return may_make_gradient_in_forward(input, reduction) && !under_saved_tensor_hooks() && !recorded();
 }
 
 void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
@@ -60,7 +67,8 @@ void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data[
 GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream) {
   constexpr c10::DispatchKeySet kTraced({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   const auto left = ctx->saved_data.find("grad");
-  if (left == ctx->saved_data.end() || !upstream.defined() || upstream.key_set().has_any(kTraced)) return {};
+  if (left == ctx->saved_data.end() || !upstream.defined() || upstream.key_set().has_any(kTraced) || recorded())
+    return {};
   at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
   return {true, grad.isTensor() ? std::move(grad).toTensor() : Tensor()};
 }

@@ -52,6 +52,10 @@ void check_gradient_in_forward(const char* name, const Tensor& input, int64_t re
 // Checkpointing, offloading.
 bool under_saved_tensor_hooks();
 
+// Whether make_fx records the ops that run. Its graph may run many times and be differentiated, so that it has no use
+// for a gradient left in between, or for overwritten logits.
+bool recorded();
+
 // Whether to make it unasked. Under saved-tensor hooks everything that forward leaves must pass through the hooks, and
 // a gradient does not.
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);

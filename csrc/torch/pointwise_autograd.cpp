@@ -61,6 +61,9 @@ Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& targ
   return loss.formula(input.to(at::kFloat), target.is_floating_point() ? target.to(at::kFloat) : target, widened);
 }
 
+}  // namespace
+
+// Named outside, because profilers show the name.
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
@@ -136,6 +139,8 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     return gradients;
   }
 };
+
+namespace {
 
 // Sizes that a compiler keeps open differ only where it can say so without the data.
 bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {

@@ -65,7 +65,8 @@ struct PythonCall {
     if (const char* why = take_tensor(target_, target)) return why;
     // Modes that want torch's own operators.
     if (at::tracer::impl::is_dispatch_enabled() ||
-        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
+        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch))
       return "a transform of torch.func, or tracing";
     if (const char* why = take_optional(weight_, weight)) return why;
     const std::optional<int64_t> known = reduction_of(reduction_);

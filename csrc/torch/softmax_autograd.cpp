@@ -59,6 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> without_grad(const SoftmaxLoss& loss, const T
                                        call.wide, call.second, call.sample_weight);
 }
 
+}  // namespace
+
+// Named outside, because profilers show the name.
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
@@ -178,6 +181,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   }
 };
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, const Tensor& logits,
                                                    const SoftmaxCall& call, GradientIn gradient, bool in_place) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
@@ -209,6 +214,10 @@ std::tuple<Tensor, Tensor, Tensor> native(const SoftmaxLoss& loss, const Tensor&
 
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
                                    std::optional<bool> grad_in_forward, bool in_place) {
+  if (recorded()) {
+    grad_in_forward = false;
+    in_place = false;
+  }
   const bool in_forward = grad_in_forward.value_or(!in_place && device_for(logits).row_gradient_in_forward_pays &&
                                                    gradient_in_forward_pays(logits, call.reduction)) &&
                           !(in_place && under_saved_tensor_hooks());  // one may raise: nothing is overwritten yet

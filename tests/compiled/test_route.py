@@ -13,6 +13,7 @@ from marks import needs_extension
 from observe import Recorder, compiled_with_ops, holds
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedloss
 import fusedloss.functional as L
@@ -227,6 +228,38 @@ def test_dispatch_modes_see_the_ops_of_the_eager_route():
         L.cross_entropy(x, y, grad_in_forward=False).backward()
     assert "fusedloss.cross_entropy.default" in recorder.seen
     assert "fusedloss.cross_entropy_backward.default" in recorder.seen
+
+
+RECORDED = {loss.name: (loss.op, loss.fused) for loss in ONE_OF_EACH}
+RECORDED |= {
+    option: ("cross_entropy", lambda x, t, r, option=option: L.cross_entropy(x, t, reduction=r, **{option: True}))
+    for option in ("grad_in_forward", "inplace")
+}
+
+
+@pytest.mark.thinned(1)
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RECORDED)
+def test_make_fx_records_ops_that_can_be_run_and_differentiated_again(name, dtype):
+    # No gradient of forward, which has no derivative, and none of a bfloat16 upstream gradient's numbers.
+    op, fused = RECORDED[name]
+    loss = next(loss for loss in ONE_OF_EACH if name in (loss.name, "grad_in_forward", "inplace"))
+    x, target = loss.data((6, 5), dtype)
+
+    def step(x, target):
+        value = fused(x * 1, target, "mean")
+        return value, torch.autograd.grad(value, x, torch.full_like(value, 0.3))[0]
+
+    graph = make_fx(step)(x.clone().requires_grad_(), target)
+    ops = [str(node.target) for node in graph.graph.nodes]
+    assert f"fusedloss.{op}.default" in ops and f"fusedloss.{op}_backward.default" in ops
+    for given in (x, x.flip(0).contiguous()):
+        leaf = given.clone().requires_grad_()
+        value, grad = graph(leaf, target)
+        expected = step(given.clone().requires_grad_(), target)
+        torch.testing.assert_close((value.detach(), grad.detach()), (expected[0].detach(), expected[1]))
+        torch.testing.assert_close(torch.autograd.grad(value, leaf, torch.full_like(value, 0.3))[0], expected[1])
 
 
 def test_traced_graphs_hold_no_fused_op():

@@ -8,6 +8,7 @@ from compare import upstream_of
 from situations import Loss, Module, leaf, situation, with_gradient
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -53,6 +54,25 @@ def selective_checkpoint(loss: Loss, input: Tensor, target: Tensor) -> Any:
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     run = lambda x, t: checkpoint(loss, x, t, use_reentrant=False, context_fn=contexts)  # noqa: E731
     return with_gradient(run, input, target)
+
+
+# ---- graphs that make_fx records, run with an input that requires a gradient
+
+
+@situation("`make_fx`")
+def recorded(loss: Loss, input: Tensor, target: Tensor) -> Any:
+    return with_gradient(make_fx(loss)(leaf(input), target), input, target)
+
+
+@situation("`make_fx` of a gradient, run twice")
+def recorded_gradient(loss: Loss, input: Tensor, target: Tensor) -> Any:
+    graph = make_fx(lambda x, t: with_gradient_of_ones(loss, x * 1, t))(leaf(input), target)
+    return [graph(leaf(each), target)[1].detach() for each in (input, input.flip(0))]
+
+
+@situation("`make_fx(pre_dispatch=True)`")
+def recorded_before_dispatch(loss: Loss, input: Tensor, target: Tensor) -> Any:
+    return with_gradient(make_fx(loss, pre_dispatch=True)(leaf(input), target), input, target)
 
 
 # ---- modules

@@ -14,7 +14,9 @@ pytestmark = [
 ]
 
 
-OF_COMPILERS = [name for name in SITUATIONS if "compile" in name or "export" in name or "decompositions" in name]
+OF_COMPILERS = [
+    name for name in SITUATIONS if any(word in name for word in ("compile", "export", "decompositions", "make_fx"))
+]
 each_loss = pytest.mark.parametrize("loss", [loss.name for loss in ONE_OF_EACH])
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
