@@ -239,7 +239,7 @@ def main(number: int) -> None:
             check_module(info, number)
     for check, count in COUNTS.items():
         print(f"{count:6}  {check}")
-    sys.exit("\n".join(FAILURES))
+    sys.exit("\n".join(FAILURES) or None)
 
 
 if __name__ == "__main__":
