@@ -55,7 +55,8 @@ bool under_saved_tensor_hooks() { return !at::SavedTensorDefaultHooks::get_tls_s
 bool recorded() {
   using namespace c10::impl;
   return tls_is_dispatch_key_included(c10::DispatchKey::Python) &&
-         TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+         TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value() &&
+         !TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value();
 }
 
 bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {

@@ -52,8 +52,8 @@ void check_gradient_in_forward(const char* name, const Tensor& input, int64_t re
 // Checkpointing, offloading.
 bool under_saved_tensor_hooks();
 
-// Whether make_fx records the ops that run. Its graph may run many times and be differentiated, so that it has no use
-// for a gradient left in between, or for overwritten logits.
+// Whether make_fx records the ops that run. Its graph may be differentiated, so that it has no use for a gradient made
+// in forward, or for overwritten logits. A compiler, which makes the tensors functional first, differentiates no more.
 bool recorded();
 
 // Whether to make it unasked. Under saved-tensor hooks everything that forward leaves must pass through the hooks, and
