@@ -11,7 +11,8 @@ which gives a callable of the same arguments that goes one of three ways:
 2. into the dispatcher op ``torch.ops.fusedloss.huber`` while torch.compile or torch.export captures a graph;
 3. into the formula itself for everything declined, and where the extension is missing.
 
-The formula is also what the extension differentiates when a backward is itself differentiated.
+The formula is also what the extension differentiates when a backward is itself differentiated, where it knows no second
+derivative in closed form.
 """
 
 import inspect

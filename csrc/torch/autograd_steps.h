@@ -19,8 +19,10 @@ struct SavedCall {
   int64_t loss, reduction, ignore_index, flags;
   c10::SmallVector<double, kMaxParams> params;
 
-  void save(AutogradContext* ctx) const;
+  static void save(AutogradContext* ctx, int64_t loss, int64_t reduction, int64_t ignore_index, int64_t flags,
+                   Params params);
   static SavedCall of(AutogradContext* ctx);
+  static void share(AutogradContext* from, AutogradContext* to);  // 0.5 us less than to save it again
 };
 
 // The ops of a loss, looked up at its first call.
@@ -80,6 +82,9 @@ GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream);
 // What was left times the upstream gradient, in the same memory unless something else holds it: compiled autograd hands
 // every backward a copy of the context.
 Tensor scaled(const Tensor& left, const Tensor& upstream);
+
+// Whether a graph of the backward is being made of it.
+bool is_traced(const Tensor& upstream);
 
 // Whether a gradient of forward times the upstream one is to the last digit what backward makes. `like` has the dtype
 // and device of the input: a bfloat16 gradient would be rounded twice.

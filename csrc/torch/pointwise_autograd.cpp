@@ -2,8 +2,9 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/sum.h>
 
-#include "pointwise.h"
+#include "second_derivatives.h"
 
 namespace fusedloss {
 
@@ -35,8 +36,7 @@ void save(AutogradContext* ctx, const PointwiseLoss& loss, const Tensor& input, 
           const PointwiseCall& call) {
   const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type();
   const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0) | (mirrored ? kMirrored : 0);
-  SavedCall{loss.number, call.reduction, call.ignore_index.value_or(0), flags, {call.params.begin(), call.params.end()}}
-      .save(ctx);
+  SavedCall::save(ctx, loss.number, call.reduction, call.ignore_index.value_or(0), flags, call.params);
 }
 
 std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
@@ -61,9 +61,95 @@ Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& targ
   return loss.formula(input.to(at::kFloat), target.is_floating_point() ? target.to(at::kFloat) : target, widened);
 }
 
+// What forward or the gradient saved: the call, its tensors standing after the first `given` ones.
+PointwiseCall call_of(const SavedCall& saved, const variable_list& tensors, size_t given) {
+  PointwiseCall call = {{}, {}, saved.reduction, saved.params, bool(saved.flags & kWide), {}};
+  if (tensors[given].defined()) call.weight = tensors[given];
+  if (tensors[given + 1].defined()) call.pos_weight = tensors[given + 1];
+  if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
+  return call;
+}
+
+variable_list by_formula(const PointwiseLoss& loss, const PointwiseCall& call, const Tensor& upstream,
+                         const Tensor& input, const Tensor& target) {
+  std::function<variable_list(const variable_list&)> formula;
+  if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
+  return differentiable_gradients(loss.op, {input, target}, {upstream}, formula);
+}
+
+Tensor gradient_by_input(const PointwiseLoss& loss, const PointwiseCall& call, const Tensor& upstream,
+                         const Tensor& input, const Tensor& target, const GradientOfForward& of_forward,
+                         const OptionalTensor& carrier) {
+  if (!of_forward.made || !scales_exactly(input, upstream)) {
+    return backward_of(loss, upstream, input, target, call, false, carrier);
+  }
+  if (of_forward.left.defined()) return scaled(of_forward.left, upstream);
+  return scale_(std::get<1>(with_grad(loss, input, target, call)), upstream);
+}
+
+// <v, gradient by the input for an upstream gradient of 1>, for each number of the upstream gradient. Half precision
+// would not hold it before it is divided.
+Tensor derivative_by_upstream(const PointwiseLoss& loss, const PointwiseCall& call, const Tensor& upstream,
+                              const Tensor& input, const Tensor& target, const Tensor& v) {
+  PointwiseCall each = call;
+  each.reduction = kNone;
+  const auto wide = [](const Tensor& tensor) { return tensor.to(arithmetic_type(tensor.scalar_type())); };
+  for (OptionalTensor* factor : {&each.weight, &each.pos_weight}) {
+    if (*factor) *factor = wide(**factor);
+  }
+  each.wide = false;
+  const Tensor x = wide(input), t = wide(target);
+  Tensor products = backward_of(loss, v.to(arithmetic_type(upstream.scalar_type())), x, t, each, false, {});
+  if (call.reduction == kMean) products = products.sum().div_(double(input.numel()));
+  if (call.reduction == kSum) products = products.sum();
+  return products.to(upstream.scalar_type());
+}
+
 }  // namespace
 
-// Named outside, because profilers show the name.
+// Named outside, because profilers show the names.
+// The gradient by the input as a function of its own, where a second derivative is known.
+struct PointwiseGradient : torch::autograd::Function<PointwiseGradient> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& upstream, const Tensor& input, const Tensor& target,
+                        const PointwiseLoss& loss, const PointwiseCall& call, const GradientOfForward& of_forward,
+                        AutogradContext* of_loss) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward(
+        {upstream, input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
+    SavedCall::share(of_loss, ctx);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return gradient_by_input(loss, call, upstream, input, target, of_forward, {});
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    variable_list gradients(7);  // one for each argument of forward
+    const Tensor& v = upstreams[0];
+    if (!v.defined()) return gradients;
+    const auto tensors = ctx->get_saved_variables();
+    const Tensor &upstream = tensors[0], &input = tensors[1], &target = tensors[2];
+    const SavedCall saved = SavedCall::of(ctx);
+    const PointwiseLoss& loss = pointwise_loss(saved.loss);
+    const PointwiseCall call = call_of(saved, tensors, 3);
+    if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
+      const auto formula = [&](const variable_list& x) {
+        const variable_list found = by_formula(loss, call, x[0], x[1], x[2]);
+        return variable_list{found[0].defined() ? found[0] : found[1].neg()};
+      };
+      const variable_list found = differentiable_gradients(loss.op, {upstream, input, target}, {v}, formula);
+      std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (ctx->needs_input_grad(0)) gradients[0] = derivative_by_upstream(loss, call, upstream, input, target, v);
+    const bool of_target = ctx->needs_input_grad(2);
+    if (!ctx->needs_input_grad(1) && !of_target) return gradients;
+    const Tensor second = second_derivative(loss, call, upstream, input, target, v);
+    if (of_target) gradients[2] = second.neg();  // of a difference: no other loss comes here
+    if (ctx->needs_input_grad(1)) gradients[1] = second;
+    return gradients;
+  }
+};
+
 struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
@@ -96,7 +182,7 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const SavedCall saved = SavedCall::of(ctx);
     const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
     const bool mirrored = saved.flags & kMirrored;
-    const bool differentiable = at::GradMode::is_enabled() || needs_formula({upstream});
+    const bool batched = needs_formula({upstream}), differentiable = at::GradMode::is_enabled() || batched;
     const auto mirror = [&](const Tensor& gradient) {
       if (of_target) gradients[1] = gradient.neg();
       if (of_input) gradients[0] = gradient;
@@ -110,28 +196,19 @@ struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
     const auto tensors = ctx->get_saved_variables();
     const Tensor &input = tensors[0], &target = tensors[1];
     const PointwiseLoss& loss = pointwise_loss(saved.loss);
-    PointwiseCall call = {{}, {}, saved.reduction, saved.params, bool(saved.flags & kWide), {}};
-    if (tensors[2].defined()) call.weight = tensors[2];
-    if (tensors[3].defined()) call.pos_weight = tensors[3];
-    if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
+    const PointwiseCall call = call_of(saved, tensors, 2);
     const OptionalTensor carrier = tensors[4].defined() ? OptionalTensor(tensors[4]) : std::nullopt;
     if (differentiable) {
-      std::function<variable_list(const variable_list&)> formula;
-      if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
-      const variable_list found = differentiable_gradients(loss.op, {input, target}, {upstream}, formula);
+      if (!batched && !is_traced(upstream) && (mirrored || !of_target) && has_second_derivative(loss, call)) {
+        return mirror(PointwiseGradient::apply(upstream, input, target, loss, call, of_forward, ctx));
+      }
+      const variable_list found = by_formula(loss, call, upstream, input, target);
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }
     at::AutoDispatchBelowADInplaceOrView guard;
     if (of_input || (mirrored && of_forward.made)) {
-      Tensor gradient;
-      if (!of_forward.made || !scales_exactly(input, upstream)) {
-        gradient = backward_of(loss, upstream, input, target, call, false, carrier);
-      } else if (of_forward.left.defined()) {
-        gradient = scaled(of_forward.left, upstream);
-      } else {
-        gradient = scale_(std::get<1>(with_grad(loss, input, target, call)), upstream);
-      }
+      const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
       if (mirrored) return mirror(gradient);
       gradients[0] = gradient;
     }

@@ -2,10 +2,12 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
-#include "softmax.h"
+#include "second_derivatives.h"
 
 namespace fusedloss {
 
@@ -45,7 +47,7 @@ constexpr int64_t kWide = 1, kSecond = 2, kInPlace = 4;  // flags
 
 void save(AutogradContext* ctx, const SoftmaxLoss& loss, const SoftmaxCall& call, bool in_place) {
   const int64_t flags = (call.wide ? kWide : 0) | (call.second ? kSecond : 0) | (in_place ? kInPlace : 0);
-  SavedCall{loss.number, call.reduction, call.ignore_index, flags, {call.params.begin(), call.params.end()}}.save(ctx);
+  SavedCall::save(ctx, loss.number, call.reduction, call.ignore_index, flags, call.params);
 }
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
@@ -59,9 +61,111 @@ std::tuple<Tensor, Tensor, Tensor> without_grad(const SoftmaxLoss& loss, const T
                                        call.wide, call.second, call.sample_weight);
 }
 
+// What forward or the gradient saved beside the logits and statistics.
+SoftmaxCall call_of(const SavedCall& saved, const variable_list& tensors) {
+  const OptionalTensor weight = tensors[2].defined() ? OptionalTensor(tensors[2]) : std::nullopt;
+  const bool weighted = tensors.size() > 4 && tensors[4].defined();
+  return {tensors[1],
+          weight,
+          saved.reduction,
+          saved.ignore_index,
+          saved.params,
+          bool(saved.flags & kWide),
+          bool(saved.flags & kSecond),
+          weighted ? OptionalTensor(tensors[4]) : std::nullopt};
+}
+
+Tensor gradient_of(const SoftmaxLoss& loss, const SoftmaxCall& call, const Tensor& upstream,
+                   const OptionalTensor& second, const Tensor& logits, const Tensor& statistics,
+                   const GradientOfForward& of_forward) {
+  if (!of_forward.made || !scales_exactly(logits, upstream)) {
+    return handles_of(loss).backward.call(upstream, second, logits, call.target, call.weight, statistics,
+                                          call.reduction, call.ignore_index, call.params, call.sample_weight);
+  }
+  if (of_forward.left.defined()) return scaled(of_forward.left, upstream);
+  return scale_(std::get<2>(with_grad(loss, logits, call)), upstream);
+}
+
+Tensor gradient_by_formula(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                           const Tensor& upstream, const OptionalTensor& second) {
+  std::function<variable_list(const variable_list&)> formula;
+  if (loss.formula) {
+    formula = [&](const variable_list& x) {
+      variable_list values = loss.formula(x[0], call);
+      if (!second) values.resize(1);
+      return values;
+    };
+  }
+  const variable_list upstreams = second ? variable_list{upstream, *second} : variable_list{upstream};
+  return differentiable_gradients(loss.op, {logits}, upstreams, formula)[0];
+}
+
+// <v, gradient for an upstream gradient of 1>, for each number of the upstream gradient.
+Tensor derivative_by_upstream(const SoftmaxLoss& loss, const SoftmaxCall& call, const Tensor& upstream,
+                              const Tensor& logits, const Tensor& statistics, const Tensor& v) {
+  if (!loss.traits.reads_row) {  // linear
+    return std::get<0>(handles_of(loss).forward.call(v, call.target, call.weight, call.reduction, call.ignore_index,
+                                                     call.params, call.wide, false, {}));
+  }
+  const auto wide = [&](const Tensor& tensor) { return tensor.to(statistics.scalar_type()); };
+  const OptionalTensor weight = call.weight ? OptionalTensor(wide(*call.weight)) : std::nullopt;
+  const Tensor ones = at::ones(upstream.sizes(), statistics.options());
+  const Tensor products =
+      handles_of(loss)
+          .backward
+          .call(ones, std::nullopt, wide(logits), loss.traits.soft ? wide(call.target) : call.target, weight,
+                statistics, call.reduction, call.ignore_index, call.params, {})
+          .mul_(v);
+  const Tensor sums = call.reduction == kNone ? products.sum(class_dim(logits)) : products.sum();
+  return sums.to(upstream.scalar_type());
+}
+
 }  // namespace
 
-// Named outside, because profilers show the name.
+// Named outside, because profilers show the names.
+// The gradient as a function of its own, where a second derivative is known.
+struct SoftmaxGradient : torch::autograd::Function<SoftmaxGradient> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& upstream, const Tensor& logits, const SoftmaxLoss& loss,
+                        const SoftmaxCall& call, const Tensor& statistics, const GradientOfForward& of_forward,
+                        AutogradContext* of_loss) {
+    ctx->set_materialize_grads(false);
+    // A loss that is linear in its logits is known by its upstream gradient.
+    if (loss.traits.reads_row || upstream.requires_grad()) {
+      ctx->save_for_backward({logits, call.target, call.weight.value_or(Tensor()), statistics, Tensor(), upstream});
+      SavedCall::share(of_loss, ctx);
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return gradient_of(loss, call, upstream, std::nullopt, logits, statistics, of_forward);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
+    variable_list gradients(7);  // one for each argument of forward
+    const Tensor& v = upstreams[0];
+    if (!v.defined()) return gradients;
+    if (ctx->saved_data.empty()) {
+      gradients[1] = at::zeros_like(v);
+      return gradients;
+    }
+    const SavedCall saved = SavedCall::of(ctx);
+    const SoftmaxLoss& loss = softmax_loss(saved.loss);
+    const auto tensors = ctx->get_saved_variables();
+    const Tensor &logits = tensors[0], &statistics = tensors[3], &upstream = tensors[5];
+    const SoftmaxCall call = call_of(saved, tensors);
+    if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
+      const auto formula = [&](const variable_list& x) {
+        return variable_list{gradient_by_formula(loss, x[1], call, x[0], std::nullopt)};
+      };
+      const variable_list found = differentiable_gradients(loss.op, {upstream, logits}, {v}, formula);
+      std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (ctx->needs_input_grad(0)) gradients[0] = derivative_by_upstream(loss, call, upstream, logits, statistics, v);
+    if (ctx->needs_input_grad(1)) gradients[1] = second_derivative(loss, call, upstream, logits, statistics, v);
+    return gradients;
+  }
+};
+
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   static constexpr bool is_traceable = true;  // by compiled autograd
 
@@ -114,16 +218,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     const SoftmaxLoss& loss = softmax_loss(saved.loss);
     const auto tensors = ctx->get_saved_variables();
     const Tensor &logits = tensors[0], &statistics = tensors[3];
-    const OptionalTensor weight = tensors[2].defined() ? OptionalTensor(tensors[2]) : std::nullopt;
-    const OptionalTensor sample_weight = tensors.size() > 4 ? OptionalTensor(tensors[4]) : std::nullopt;
-    const SoftmaxCall call = {tensors[1],
-                              weight,
-                              saved.reduction,
-                              saved.ignore_index,
-                              saved.params,
-                              bool(saved.flags & kWide),
-                              bool(saved.flags & kSecond),
-                              sample_weight};
+    const SoftmaxCall call = call_of(saved, tensors);
     Tensor upstream = upstreams[0];
     const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
     if (!upstream.defined()) {
@@ -139,16 +234,13 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
       gradients[0] = in_place(loss, logits, call, statistics, upstream, second);
       return gradients;
     }
-    if (differentiable) {
-      gradients[0] = differentiable_gradient(loss, logits, call, upstream, second);
-      return gradients;
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (of_forward.made && scales_exactly(logits, upstream)) {
-      gradients[0] = scale_(std::get<2>(with_grad(loss, logits, call)), upstream);
+    if (!differentiable) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      gradients[0] = gradient_of(loss, call, upstream, second, logits, statistics, of_forward);
+    } else if (!batched && !second && !is_traced(upstream) && has_second_derivative(loss, call)) {
+      gradients[0] = SoftmaxGradient::apply(upstream, logits, loss, call, statistics, of_forward, ctx);
     } else {
-      gradients[0] = handles_of(loss).backward.call(upstream, second, logits, call.target, weight, statistics,
-                                                    call.reduction, call.ignore_index, call.params, sample_weight);
+      gradients[0] = gradient_by_formula(loss, logits, call, upstream, second);
     }
     return gradients;
   }
@@ -164,20 +256,6 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     }
     logits.unsafeGetTensorImpl()->bump_version();  // a second backward is refused, with torch's own words
     return logits.detach();
-  }
-
-  static Tensor differentiable_gradient(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
-                                        const Tensor& upstream, const OptionalTensor& second) {
-    std::function<variable_list(const variable_list&)> formula;
-    if (loss.formula) {
-      formula = [&](const variable_list& x) {
-        variable_list values = loss.formula(x[0], call);
-        if (!second) values.resize(1);
-        return values;
-      };
-    }
-    const variable_list upstreams = second ? variable_list{upstream, *second} : variable_list{upstream};
-    return differentiable_gradients(loss.op, {logits}, upstreams, formula)[0];
   }
 };
 

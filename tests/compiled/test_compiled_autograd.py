@@ -42,3 +42,13 @@ def test_each_call_keeps_its_own_parameters():
         (expected,) = torch.autograd.grad(L.huber_loss(leaf, t, delta=delta), leaf)
         captured(lambda: L.huber_loss(leaf, t, delta=delta).backward())  # noqa: B023
         torch.testing.assert_close(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("function", [L.huber_loss, L.cross_entropy])
+def test_a_second_backward_is_that_of_eager(function):
+    x, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5).softmax(1)
+    (grad,) = torch.autograd.grad(function(x, t), x, create_graph=True)
+    (expected,) = torch.autograd.grad(grad.square().sum(), x, retain_graph=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        grad.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
