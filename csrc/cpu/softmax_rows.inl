@@ -248,7 +248,9 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
 template <class S>
 void write_zeros(const SoftmaxLayout& layout, S* grad, int64_t rows) {
   if (layout.class_stride == 1) {
-    for (int64_t j = 0; j < rows; ++j) std::memset(grad + j * layout.inner_stride, 0, layout.classes * sizeof(S));
+    const bool side_by_side = layout.inner_stride == layout.classes;
+    const int64_t count = side_by_side ? 1 : rows, numbers = side_by_side ? rows * layout.classes : layout.classes;
+    for (int64_t j = 0; j < count; ++j) std::memset(grad + j * layout.inner_stride, 0, numbers * sizeof(S));
     return;
   }
   for (int64_t c = 0; c < layout.classes; ++c) {
