@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) divisor_kernel(Loss loss, CudaSoftma
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < args.logits_layout.rows; row += step) {
     const Target<T> target(loss, args, row);
-    sums.values[0] += double(weight_in_mean(loss, target));
+    sums.values[0] += double(weight_in_mean<Loss>(target, sample_weight_of<T>(args, row)));
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
   sum_of_grid(sums, Workspace(args.workspace), shared, [&](const Sums<1>& total) {

@@ -73,65 +73,60 @@ struct Online : RowStatistics<Accumulate<S>> {
   }
 };
 
-// index -1: the row is ignored, as one of sample weight 0 is, its target is out of range, which reads no memory, or
-// targets are probabilities.
+// index -1: the row is ignored, its target is out of range, which reads no memory, or targets are probabilities.
 template <class T>
 struct Target {
   int index = -1;
   T weight = 0;
-  T counts = 0;         // the row's sample weight, or 1; 0 where it has no loss
-  bool active = false;  // there is a gradient, or a second result
+  bool counts = false, active = false;  // active: there is a gradient, or a second result
   bool out_of_range = false;
 
   __device__ Target() {}
   template <class Loss>
   __device__ Target(const Loss& loss, const SoftmaxArgs& args, int64_t row)
-      : Target(Given(loss, args, row), loss, args) {}
+      : Target(Given{Loss::soft ? 0 : target_of(args, row)}, loss, args) {}
 
-  // As it stands in memory.
   struct Given {
-    int64_t index = 0;
-    T sample_weight = 1;
-
-    __device__ Given() {}
-    template <class Loss>
-    __device__ Given(const Loss&, const SoftmaxArgs& args, int64_t row) {
-      if constexpr (!Loss::soft) index = target_of(args, row);
-      if (args.sample_weight) sample_weight = static_cast<const T*>(args.sample_weight)[row];
-    }
+    int64_t index;  // as it stands in memory
   };
   template <class Loss>
   __device__ Target(Given target, const Loss&, const SoftmaxArgs& args) {
-    const int64_t given = target.index;
-    bool ignored = false;
-    if constexpr (!Loss::soft) {
-      ignored = given == args.ignore_index;
+    if constexpr (Loss::soft) {
+      counts = active = true;
+      weight = T(1);
+    } else {
+      const int64_t given = target.index;
+      const bool ignored = given == args.ignore_index;
       out_of_range = !ignored && uint64_t(given) >= uint64_t(args.logits_layout.classes);
-    }
-    if (!ignored && !out_of_range) counts = target.sample_weight;
-    const bool has_loss = counts != T(0);
-    active = has_loss || (!out_of_range && Loss::second_of_ignored && (args.second || args.upstream_second));
-    if (!has_loss) return;
-    weight = T(1);
-    if constexpr (!Loss::soft) {
+      counts = !ignored && !out_of_range;
+      active = counts || (ignored && Loss::second_of_ignored && (args.second || args.upstream_second));
+      if (!counts) return;
       index = int(given);
-      if (args.weight) weight = static_cast<const T*>(args.weight)[given];
+      weight = args.weight ? static_cast<const T*>(args.weight)[given] : T(1);
     }
   }
 };
 
+// 0: the row has no loss, whatever its logits. Read where it is needed: forward_rows has no register to keep it in.
+template <class T>
+__device__ T sample_weight_of(const SoftmaxArgs& args, int64_t row) {
+  return args.sample_weight ? static_cast<const T*>(args.sample_weight)[row] : T(1);
+}
+
 // What a row adds to the divisor of a mean.
 template <class Loss, class T>
-__device__ T weight_in_mean(const Loss&, const Target<T>& target) {
-  return target.counts == T(0) ? T(0) : target.counts * weight_in_mean<Loss>(target.weight);
+__device__ T weight_in_mean(const Target<T>& target, T sample_weight) {
+  return target.counts && sample_weight != T(0) ? sample_weight * weight_in_mean<Loss>(target.weight) : T(0);
 }
 
 // The targets of neighbouring rows, all read before the first is looked at.
 template <class Loss, class T, int kRows>
 __device__ void read_targets(const Loss& loss, const SoftmaxArgs& args, int64_t row, Target<T> (&targets)[kRows]) {
-  typename Target<T>::Given given[kRows];
+  typename Target<T>::Given given[kRows] = {};
+  if constexpr (!Loss::soft) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) given[r] = typename Target<T>::Given(loss, args, row + r);
+    for (int r = 0; r < kRows; ++r) given[r].index = target_of(args, row + r);
+  }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) targets[r] = Target<T>(given[r], loss, args);
 }
@@ -182,19 +177,24 @@ struct Finish {
     value_of(row, target, statistics, logit);
   }
   __device__ void value_of(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
-    T value = 0;
+    T value = 0, sample_weight;
     if constexpr (Loss::reads_row) {
       if (target.active) {
         const Row<T> completed = complete<Loss>(statistics, logit, target.weight);
-        if (target.counts != T(0)) value = target.counts * loss.value(completed, target.weight);
+        if (target.counts) value = loss.value(completed, target.weight);
         if (kSecond && args.second) store_result<S>(args.second, row, loss.second(completed), args.wide);
       } else if (kSecond && args.second) {
         store_result<S>(args.second, row, target.out_of_range ? T(NAN) : T(0), args.wide);
       }
-    } else if (target.counts != T(0)) {
-      value = target.counts * loss.value(logit, target.weight);
+      sample_weight = sample_weight_of<T>(args, row);  // forward_rows has no register to keep it in
+    } else {
+      sample_weight = sample_weight_of<T>(args, row);
+      if (target.counts) value = loss.value(logit, target.weight);
     }
-    sums.values[1] += double(weight_in_mean(loss, target));
+    if (target.counts) {
+      value = sample_weight == T(0) ? T(0) : sample_weight * value;
+      sums.values[1] += double(weight_in_mean<Loss>(target, sample_weight));
+    }
     if (target.out_of_range) {
       value = T(NAN);
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
@@ -250,7 +250,8 @@ __device__ ZAndSlope<T> target_logit(const Loss& loss, const Target<T>& target, 
 template <class S>
 __device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t row) {
   using T = Accumulate<S>;
-  const T upstream = args.upstream ? upstream_of<S>(args.upstream, row * args.upstream_stride, args.wide) : T(1);
+  T upstream = args.upstream ? upstream_of<S>(args.upstream, row * args.upstream_stride, args.wide) : T(1);
+  upstream *= sample_weight_of<T>(args, row);
   return args.mean ? upstream / *static_cast<const T*>(args.divisor) : upstream;
 }
 
@@ -258,13 +259,15 @@ __device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t ro
 template <class T>
 struct Upstreams {
   T loss, second;
+  bool has_loss, has_second;
 };
 template <class S>
 __device__ Upstreams<Accumulate<S>> upstreams_of(const CudaSoftmaxArgs& args, int64_t row) {
   using T = Accumulate<S>;
   return {
       scaled_upstream<S>(args, row),
-      args.upstream_second ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide) : T(0)};
+      args.upstream_second ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide) : T(0),
+      sample_weight_of<T>(args, row) != T(0), args.upstream_second != nullptr};
 }
 
 // The statistics of a row, or of neighbouring rows, as the forward has saved them.
@@ -306,12 +309,14 @@ struct RowGradient {
   // is looked at, so that nobody waits for one load after another.
   __device__ RowGradient(const Loss& loss, const Target<T>& to, const Upstreams<T>& upstreams,
                          const RowStatistics<T>& statistics, T x)
-      : target(to.index), active(to.active) {
+      : target(to.index) {
+    const bool counts = to.counts && upstreams.has_loss;
+    active = counts || (to.active && Loss::second_of_ignored && upstreams.has_second);
     if (!active) return;
-    const T upstream = to.counts == T(0) ? T(0) : upstreams.loss * to.counts, second = upstreams.second;
+    const T upstream = counts ? upstreams.loss : T(0), weight = counts ? to.weight : T(0), second = upstreams.second;
     const ZAndSlope<T> logit = target_logit(loss, to, x);
     const Row<T> completed = complete<Loss>(statistics, logit.z, to.weight);
-    const GradientOfRow<T> gradient = gradient_of_row(loss, completed, logit, to.weight, upstream, second);
+    const GradientOfRow<T> gradient = gradient_of_row(loss, completed, logit, weight, upstream, second);
     max = completed.max;
     own = gradient.own;
     columns = gradient.columns;

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads) forward_targets(Loss loss, CudaSoftm
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < layout.rows; row += step) {
     const Target<T> target(loss, args, row);
     T logit = 0;
-    if (target.index >= 0) logit = load(logits_of<S>(args, row)[target.index * layout.class_stride]);
+    if (target.counts) logit = load(logits_of<S>(args, row)[target.index * layout.class_stride]);
     finish.row(row, target, RowStatistics<T>{}, logit);
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kThreads) backward_targets(Loss loss, CudaSoft
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= args.logits_layout.rows) return;
   const Target<T> target(loss, args, row);
-  if (target.index < 0) return;
+  if (!target.counts || sample_weight_of<T>(args, row) == T(0)) return;
   S* place = grad_of<S>(args, row) + target.index * args.grad_layout.class_stride;
-  *place = store<S>(loss.gradient(target.weight, scaled_upstream<S>(args, row) * target.counts));
+  *place = store<S>(loss.gradient(target.weight, scaled_upstream<S>(args, row)));
 }
 
 }  // namespace
