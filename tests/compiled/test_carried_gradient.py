@@ -2,6 +2,7 @@
 
 import gc
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,6 +86,18 @@ def test_a_compiled_step_carries_it(loss):
     with torch.no_grad():
         compiled(x)
     assert f"fusedloss.{loss.op}.default" in ops
+
+
+def test_threads_that_run_one_backward_get_a_gradient_each():
+    x, y = torch.randn(200, 1000), torch.zeros(200, dtype=torch.long)
+    call = (1, -100, [0.0, 0.0, 0.0])
+    for _ in range(20):
+        _, left = OPS.cross_entropy.carrying(x, y, None, *call)
+        backward = lambda _, left=left: OPS.cross_entropy_backward(torch.tensor(1.0), None, x, y, None, left, *call)  # noqa: E731
+        with ThreadPoolExecutor(3) as pool:
+            grads = list(pool.map(backward, range(3)))
+        assert len({grad.data_ptr() for grad in grads}) == 3
+        assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
 def test_a_gradient_that_nobody_asks_for_goes_with_what_carries_it():
