@@ -23,8 +23,8 @@ _HEAD = """# Where a loss runs, and how
 
 Every loss in every situation gives the numbers that plain PyTorch gives there. This table says what computes them: the
 kernels (**fused**) or plain PyTorch (**native**). What torch refuses is refused with its error (**refused**). The
-derivative of a gradient is native where the forward was fused, and so is the backward of a batch of upstream gradients.
-`fusedloss.explain` tells for a single call.
+derivative of a gradient is made by PyTorch's operators where the forward was fused, and the backward of a batch of
+upstream gradients is native. `fusedloss.explain` tells for a single call.
 
 Each row was run for {losses} losses and {reductions} reductions, float32 on a CPU: {cells} cells, of which {counts}.
 The losses: {names}.
