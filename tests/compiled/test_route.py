@@ -267,6 +267,7 @@ def test_traced_graphs_hold_no_fused_op():
     assert "fusedloss::" not in str(traced.graph) and "huber_loss" in str(traced.graph)
 
 
+@pytest.mark.deep("compiles in a process of its own with nothing cached; compiled steps in this one ran")
 @needs_extension
 def test_inductor_is_first_imported_after_the_losses():
     """As in every training script, but in no test that runs beside others: Inductor notes on import what decomposes."""
