@@ -83,6 +83,12 @@ GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream);
 // every backward a copy of the context.
 Tensor scaled(const Tensor& left, const Tensor& upstream);
 
+// What forward made, times the upstream gradient. Where it was given away, `make` makes it again in the same way.
+template <class Make>
+Tensor scaled(const GradientOfForward& of_forward, const Tensor& upstream, Make make) {
+  return of_forward.left.defined() ? scaled(of_forward.left, upstream) : scale_(make(), upstream);
+}
+
 // Whether a graph of the backward is being made of it.
 bool is_traced(const Tensor& upstream);
 

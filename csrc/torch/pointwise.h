@@ -143,9 +143,8 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
                        " is not differentiable with respect to its target");
            const GradientOfForward carried = carrier && !of_target ? take_carried(*carrier) : GradientOfForward{};
            if (carried.made && scales_exactly(input, upstream)) {
-             const bool left = carried.left.defined();
-             return scale_(left ? carried.left : std::get<1>(with_grad(loss, inputs, input, reduction, wide)),
-                           upstream);
+             return scaled(carried, upstream,
+                           [&] { return std::get<1>(with_grad(loss, inputs, input, reduction, wide)); });
            }
            Tensor grad = empty_gradient(of_target ? target : input);
            if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of_target, grad);

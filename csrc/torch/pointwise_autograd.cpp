@@ -83,8 +83,7 @@ Tensor gradient_by_input(const PointwiseLoss& loss, const PointwiseCall& call, c
   if (!of_forward.made || !scales_exactly(input, upstream)) {
     return backward_of(loss, upstream, input, target, call, false, carrier);
   }
-  if (of_forward.left.defined()) return scaled(of_forward.left, upstream);
-  return scale_(std::get<1>(with_grad(loss, input, target, call)), upstream);
+  return scaled(of_forward, upstream, [&] { return std::get<1>(with_grad(loss, input, target, call)); });
 }
 
 // <v, gradient by the input for an upstream gradient of 1>, for each number of the upstream gradient. Half precision

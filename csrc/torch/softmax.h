@@ -196,8 +196,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
            const GradientOfForward carried = take_carried(statistics);
            if (carried.made && !upstream_second && scales_exactly(logits, upstream)) {
              check_backward(loss, inputs, upstream, upstream_second, statistics, reduction);
-             const bool left = carried.left.defined();
-             return scale_(left ? carried.left : std::get<2>(with_grad(loss, inputs, logits, reduction)), upstream);
+             return scaled(carried, upstream, [&] { return std::get<2>(with_grad(loss, inputs, logits, reduction)); });
            }
            Destination to = Destination::fresh(logits, inputs);
            return make(loss, to, inputs, upstream, upstream_second, statistics, reduction);

@@ -82,8 +82,7 @@ Tensor gradient_of(const SoftmaxLoss& loss, const SoftmaxCall& call, const Tenso
     return handles_of(loss).backward.call(upstream, second, logits, call.target, call.weight, statistics,
                                           call.reduction, call.ignore_index, call.params, call.sample_weight);
   }
-  if (of_forward.left.defined()) return scaled(of_forward.left, upstream);
-  return scale_(std::get<2>(with_grad(loss, logits, call)), upstream);
+  return scaled(of_forward, upstream, [&] { return std::get<2>(with_grad(loss, logits, call)); });
 }
 
 Tensor gradient_by_formula(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
