@@ -30,49 +30,56 @@ __device__ __forceinline__ uint32_t two_halves(float low, float high) {
 #endif
 }
 
-// 16 bytes of S: what a thread loads at once.
-template <class S>
-struct alignas(16) Vector {
-  static constexpr int width = 16 / sizeof(S);
-  S values[width];
+// Neighbouring numbers that one instruction reads or writes: 16 bytes of them, or fewer.
+template <class S, int kCount = int(16 / sizeof(S))>
+struct alignas(kCount * sizeof(S)) Vector {
+  static constexpr int width = kCount;
+  using Bits =
+      std::conditional_t<sizeof(S) * kCount == 16, uint4,
+                         std::conditional_t<sizeof(S) * kCount == 8, uint2,
+                                            std::conditional_t<sizeof(S) * kCount == 4, unsigned, unsigned short>>>;
+  S values[kCount];
 };
 
-template <class S>
-__device__ __forceinline__ Vector<S> load_vector(const S* from) {
-  return bit_cast<Vector<S>>(load_vector_bits(from));
+template <class S, int kCount = Vector<S>::width>
+__device__ __forceinline__ Vector<S, kCount> load_vector(const S* from) {
+  return bit_cast<Vector<S, kCount>>(load_bits<typename Vector<S, kCount>::Bits>(from));
 }
-template <class S>
-__device__ __forceinline__ void store_vector(S* to, const Vector<S>& vector) {
-  store_vector_bits(to, bit_cast<uint4>(vector));
+template <class S, int kCount>
+__device__ __forceinline__ void store_vector(S* to, const Vector<S, kCount>& vector) {
+  store_bits(to, bit_cast<typename Vector<S, kCount>::Bits>(vector));
 }
 
+template <int kCount>
+struct Words {
+  uint32_t words[kCount];
+};
+
 // The numbers of a vector, each half type by one instruction.
-template <class S>
-__device__ __forceinline__ void unpack(const Vector<S>& vector, Accumulate<S> (&numbers)[Vector<S>::width]) {
-  const uint4 bits = bit_cast<uint4>(vector);
-  [[maybe_unused]] const uint32_t pairs[] = {bits.x, bits.y, bits.z, bits.w};
+template <class S, int kCount>
+__device__ __forceinline__ void unpack(const Vector<S, kCount>& vector, Accumulate<S> (&numbers)[kCount]) {
+  if constexpr (std::is_same_v<S, bf16> && kCount % 2 == 0) {
+    const auto pairs = bit_cast<Words<kCount / 2>>(vector);
 #pragma unroll
-  for (int k = 0; k < Vector<S>::width; ++k) {
-    if constexpr (std::is_same_v<S, bf16>) {
-      numbers[k] = bit_cast<float>(k % 2 ? pairs[k / 2] & 0xffff0000u : pairs[k / 2] << 16);
-    } else {
-      numbers[k] = load(vector.values[k]);
+    for (int k = 0; k < kCount; ++k) {
+      numbers[k] = bit_cast<float>(k % 2 ? pairs.words[k / 2] & 0xffff0000u : pairs.words[k / 2] << 16);
     }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) numbers[k] = load(vector.values[k]);
   }
 }
-template <class S>
-__device__ __forceinline__ Vector<S> pack(const Accumulate<S> (&numbers)[Vector<S>::width]) {
-  if constexpr (sizeof(S) == 2) {
-    uint4 bits;
-    bits.x = two_halves<S>(numbers[0], numbers[1]);
-    bits.y = two_halves<S>(numbers[2], numbers[3]);
-    bits.z = two_halves<S>(numbers[4], numbers[5]);
-    bits.w = two_halves<S>(numbers[6], numbers[7]);
-    return bit_cast<Vector<S>>(bits);
-  } else {
-    Vector<S> vector;
+template <class S, int kCount>
+__device__ __forceinline__ Vector<S, kCount> pack(const Accumulate<S> (&numbers)[kCount]) {
+  if constexpr (sizeof(S) == 2 && kCount % 2 == 0) {
+    Words<kCount / 2> pairs;
 #pragma unroll
-    for (int k = 0; k < Vector<S>::width; ++k) vector.values[k] = store<S>(numbers[k]);
+    for (int k = 0; k < kCount / 2; ++k) pairs.words[k] = two_halves<S>(numbers[2 * k], numbers[2 * k + 1]);
+    return bit_cast<Vector<S, kCount>>(pairs);
+  } else {
+    Vector<S, kCount> vector;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) vector.values[k] = store<S>(numbers[k]);
     return vector;
   }
 }

@@ -38,9 +38,15 @@ __device__ __forceinline__ uint32_t two_fp16(float low, float high) {
   return bits;
 }
 
-// 16 aligned bytes. Stores are streaming: nothing written is read again by the same kernel.
-__device__ __forceinline__ uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }
-__device__ __forceinline__ void store_vector_bits(void* to, uint4 bits) { __stcs(static_cast<uint4*>(to), bits); }
+// Aligned bytes at once. Stores are streaming: nothing written is read again by the same kernel.
+template <class Bits>
+__device__ __forceinline__ Bits load_bits(const void* from) {
+  return *static_cast<const Bits*>(from);
+}
+template <class Bits>
+__device__ __forceinline__ void store_bits(void* to, Bits bits) {
+  __stcs(static_cast<Bits*>(to), bits);
+}
 
 __device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
 __device__ __forceinline__ void thread_fence() { __threadfence(); }

@@ -71,7 +71,7 @@ struct Elements {
     if constexpr (!kGrads) {
       if (kSums && named != kIgnored) sums.values[1] += 1;
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
-      if (named == kOutOfRange) store_vector_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, args.index[row]}));
+      if (named == kOutOfRange) store_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, args.index[row]}));
     }
   }
 

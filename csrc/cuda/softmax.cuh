@@ -198,7 +198,7 @@ struct Finish {
     if (target.out_of_range) {
       value = T(NAN);
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
-      store_vector_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, target_of(args, row)}));
+      store_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, target_of(args, row)}));
     }
     sums.values[0] += double(value);
     if (args.losses) store_result<S>(args.losses, row, value, args.wide);

@@ -11,28 +11,42 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-// Loads in flight a thread, as many as the registers of 8 rows leave room for.
-template <class Loss>
-constexpr int kClasses = !Loss::Sum::has_factors          ? 4
-                         : decltype(Loss::logit)::changes ? 1
-                                                          : 2;
-constexpr int kColumnBlocks = 2;  // resident on a multiprocessor: up to 8 rows a thread need their registers
+// The neighbouring rows that one load of a thread reads. Forward takes as many as fill a vector, which spends the
+// fewest instructions. Backward waits for its row's numbers, so that more threads of fewer registers are faster.
+template <class S>
+constexpr int kForwardRows = Vector<S>::width;
+template <class S>
+constexpr int kBackwardRows = sizeof(S) == 8 ? 2 : 4;
+// Classes that are read at once, and whether the next ones are read ahead, as the registers of those rows leave room.
+template <class S, class Loss>
+constexpr int kForwardClasses = sizeof(S) == 8                                             ? 2
+                                : sizeof(S) == 4 || !Loss::Sum::has_sum                    ? 4
+                                : Loss::Sum::has_factors && decltype(Loss::logit)::changes ? 1
+                                                                                           : 2;
+template <class S>
+constexpr bool kReadsAhead = sizeof(S) > 2;
+constexpr int kBackwardClasses = 4;
+// Blocks resident on a multiprocessor: 2 leave a thread 128 registers, 3 leave 80. 4 leave 64, which suffice for half
+// types on sm_90; for others ptxas would spill in the focal loss.
+constexpr int kForwardBlocks = 2;
+template <class S, class Loss>
+FUSEDLOSS_HD constexpr int backward_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  if (sizeof(S) == 2 && !Loss::Sum::has_sum) return 4;
+#endif
+  return sizeof(S) == 8 ? 2 : 3;
+}
 
-// kRows neighbouring values at one class; by a vector where there are several.
+// kRows neighbouring values, by vectors.
 template <class P, int kRows>
 __device__ void read_values(const P* from, Accumulate<P> (&values)[kRows]) {
-  if constexpr (kRows == 1) {
-    values[0] = load(*from);
-  } else {
-    constexpr int width = Vector<P>::width;
+  constexpr int width = kRows < Vector<P>::width ? kRows : Vector<P>::width;
 #pragma unroll
-    for (int i = 0; i < kRows; i += width) {
-      const Vector<P> packed = load_vector(from + i);
-      Accumulate<P> numbers[width];
-      unpack(packed, numbers);
+  for (int i = 0; i < kRows; i += width) {
+    Accumulate<P> numbers[width];
+    unpack(load_vector<P, width>(from + i), numbers);
 #pragma unroll
-      for (int r = 0; r < width; ++r) values[i + r] = numbers[r];
-    }
+    for (int r = 0; r < width; ++r) values[i + r] = numbers[r];
   }
 }
 
@@ -52,30 +66,47 @@ __device__ void read_factors(const Loss& loss, const SoftmaxArgs& args, const P*
   }
 }
 
+// Some classes of kRows neighbouring rows, all read before the first is used.
+template <class S, int kRows, int kClasses>
+struct Pieces {
+  Vector<S, kRows> pieces[kClasses] = {};
+
+  __device__ void read(const SoftmaxArgs& args, const S* logits, int first, int step) {
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) {
+      const int c = first + i * step;
+      if (c < args.logits_layout.classes)
+        pieces[i] = load_vector<S, kRows>(logits + c * args.logits_layout.class_stride);
+    }
+  }
+};
+
 // kRows neighbouring rows as one thread sees them: their statistics, and the logits of their targets.
 template <class S, class P, class Loss, int kRows>
 struct Rows {
   using T = Accumulate<S>;
+  static constexpr int kClasses = kForwardClasses<S, Loss>;
+  using Several = Pieces<S, kRows, kClasses>;
   Online<S, typename Loss::Sum> statistics[kRows];
   T logit[kRows] = {};
 
-  // Classes first, first + step, ... of the rows that begin at `logits`.
-  __device__ void collect(const Loss& loss, const SoftmaxArgs& args, const S* logits, const P* probabilities,
-                          const Target<T> (&target)[kRows], int first, int step) {
+  // Classes first, first + step, ... of the rows that begin at `logits`; the first pieces have been read.
+  __device__ void collect(const Loss& loss, const SoftmaxArgs& args, Several pieces, const S* logits,
+                          const P* probabilities, const int (&target)[kRows], int first, int step) {
     const int classes = int(args.logits_layout.classes);
-    for (; first < classes; first += kClasses<Loss> * step) {
-      T z[kRows][kClasses<Loss>], factor[kRows][kClasses<Loss>];
+    for (; first < classes; first += kClasses * step) {
+      [[maybe_unused]] Several next;
+      if constexpr (kReadsAhead<S>) next.read(args, logits, first + kClasses * step, step);
+      T z[kRows][kClasses], factor[kRows][kClasses];
 #pragma unroll
-      for (int i = 0; i < kClasses<Loss>; ++i) {
+      for (int i = 0; i < kClasses; ++i) {
         const int c = first + i * step;
-        T values[kRows] = {}, factors[kRows] = {};
-        if (c < classes) {
-          read_values<S, kRows>(logits + c * args.logits_layout.class_stride, values);
-          read_factors<P>(loss, args, probabilities, c, factors);
-        }
+        T values[kRows], factors[kRows] = {};
+        unpack(pieces.pieces[i], values);
+        if (c < classes) read_factors<P>(loss, args, probabilities, c, factors);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          const bool is_target = c == target[r].index;
+          const bool is_target = c == target[r];
           logit[r] = is_target ? values[r] : logit[r];
           z[r][i] = is_target || c >= classes ? -infinity<T>() : loss.logit(values[r]).z;
           factor[r][i] = is_target ? T(0) : factors[r];
@@ -83,11 +114,16 @@ struct Rows {
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) statistics[r].add(z[r], factor[r]);
+      if constexpr (kReadsAhead<S>) {
+        pieces = next;
+      } else {
+        pieces.read(args, logits, first + kClasses * step, step);
+      }
     }
   }
 
   // Merges the shares of the classes, in every thread; share c % shares has collected class c.
-  __device__ void merge_shares(const Target<T> (&target)[kRows]) {
+  __device__ void merge_shares(const int (&target)[kRows]) {
     Rows* shared = reinterpret_cast<Rows*>(shared_memory());
     __syncthreads();
     shared[threadIdx.y * blockDim.x + threadIdx.x] = *this;
@@ -98,55 +134,31 @@ struct Rows {
       for (int share = 0; share < int(blockDim.y); ++share) {
         statistics[r].merge(shared[share * blockDim.x + threadIdx.x].statistics[r]);
       }
-      if (target[r].index >= 0) {
-        logit[r] = shared[target[r].index % blockDim.y * blockDim.x + threadIdx.x].logit[r];
-      }
+      if (target[r] >= 0) logit[r] = shared[target[r] % blockDim.y * blockDim.x + threadIdx.x].logit[r];
     }
   }
 };
 
-// Some classes of kRows neighbouring rows, all read before the first is used.
-template <class S, int kRows>
-struct Pieces {
-  static constexpr int kCount = 4;
-  std::conditional_t<kRows == 1, S, Vector<S>> pieces[kCount];
-
-  __device__ void read(const SoftmaxArgs& args, const S* logits, int first, int step) {
+// The gradient in those classes.
+template <class S, class P, class Loss, int kRows, int kClasses>
+__device__ void write(const Pieces<S, kRows, kClasses>& pieces, const Loss& loss, const SoftmaxArgs& args,
+                      const P* probabilities, S* grad, const RowGradient<S, Loss> (&gradient)[kRows], int first,
+                      int step) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int c = first + i * step;
-      if (c >= args.logits_layout.classes) break;
-      const S* from = logits + c * args.logits_layout.class_stride;
-      if constexpr (kRows == 1) pieces[i] = *from;
-      if constexpr (kRows > 1) pieces[i] = load_vector(from);
-    }
+  for (int i = 0; i < kClasses; ++i) {
+    const int c = first + i * step;
+    if (c >= args.logits_layout.classes) break;
+    Accumulate<S> values[kRows], factors[kRows];
+    read_factors<P>(loss, args, probabilities, c, factors);
+    unpack(pieces.pieces[i], values);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) values[r] = gradient[r](loss, values[r], c, factors[r]);
+    store_vector(grad + c * args.grad_layout.class_stride, pack<S>(values));
   }
-
-  template <class P, class Loss>
-  __device__ void write(const Loss& loss, const SoftmaxArgs& args, const P* probabilities, S* grad,
-                        const RowGradient<S, Loss> (&gradient)[kRows], int first, int step) const {
-    using T = Accumulate<S>;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int c = first + i * step;
-      if (c >= args.logits_layout.classes) break;
-      T values[kRows], factors[kRows];
-      read_factors<P>(loss, args, probabilities, c, factors);
-      if constexpr (kRows == 1) values[0] = load(pieces[i]);
-      if constexpr (kRows > 1) unpack(pieces[i], values);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        values[r] = gradient[r](loss, values[r], c, factors[r]);
-      }
-      S* to = grad + c * args.grad_layout.class_stride;
-      if constexpr (kRows == 1) *to = store<S>(values[0]);
-      if constexpr (kRows > 1) store_vector(to, pack<S>(values));
-    }
-  }
-};
+}
 
 template <class S, class P, class Loss, int kRows>
-__global__ void __launch_bounds__(kThreads, kColumnBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
   const int share = threadIdx.y, shares = blockDim.y;
@@ -155,18 +167,28 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks) forward_columns(Loss 
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x * kRows; first < layout.rows; first += step) {
     const int64_t row = first + threadIdx.x * kRows;
     const bool inside = row < layout.rows;
-    Target<T> target[kRows];
-    if (inside) read_targets(loss, args, row, target);
-    bool any = false;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) any = any || target[r].active;
-    Rows<S, P, Loss, kRows> rows;
     const S* logits = logits_of<S>(args, inside ? row : 0);
     const P* probabilities = Loss::soft ? probabilities_of<P>(args, inside ? row : 0) : nullptr;
-    if (any) rows.collect(loss, args, logits, probabilities, target, share, shares);
-    if (shares > 1) rows.merge_shares(target);
+    Rows<S, P, Loss, kRows> rows;
+    typename decltype(rows)::Several pieces;
+    pieces.read(args, logits, share, shares);  // under way while the targets are read
+    int index[kRows];
+    bool any = false;
+    {
+      Target<T> target[kRows];
+      if (inside) read_targets(loss, args, row, target);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        index[r] = target[r].index;
+        any = any || target[r].active;
+      }
+    }
+    if (any) rows.collect(loss, args, pieces, logits, probabilities, index, share, shares);
+    if (shares > 1) rows.merge_shares(index);
     if (!inside || share > 0) continue;
     finish.save(row, rows.statistics);
+    Target<T> target[kRows];
+    read_targets(loss, args, row, target);  // again, from the cache: meanwhile the registers were needed
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       finish.value_of(row + r, target[r], rows.statistics[r], target_logit(loss, target[r], rows.logit[r]).z);
@@ -177,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks) forward_columns(Loss 
 }
 
 template <class S, class P, class Loss, int kRows>
-__global__ void __launch_bounds__(kThreads, kColumnBlocks)
+__global__ void __launch_bounds__(kThreads, backward_blocks<S, Loss>())
     backward_columns(Loss loss, CudaSoftmaxArgs args, int shares) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
@@ -186,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
   const S* logits = logits_of<S>(args, row);
   const P* probabilities = Loss::soft ? probabilities_of<P>(args, row) : nullptr;
   // Under way while the rows' few numbers are worked out.
-  Pieces<S, kRows> pieces;
+  Pieces<S, kRows, kBackwardClasses> pieces;
   int first = int(blockIdx.x % shares);
   pieces.read(args, logits, first, shares);
   RowStatistics<T> statistics[kRows];
@@ -208,34 +230,33 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
     gradient[r] = RowGradient<S, Loss>(loss, target[r], upstreams[r], statistics[r], logit[r]);
   }
   S* grad = grad_of<S>(args, row);
-  while (true) {
-    pieces.write(loss, args, probabilities, grad, gradient, first, shares);
-    first += pieces.kCount * shares;
-    if (first >= layout.classes) break;
-    pieces.read(args, logits, first, shares);
+  for (; first < layout.classes; first += kBackwardClasses * shares) {
+    Pieces<S, kRows, kBackwardClasses> next;
+    next.read(args, logits, first + kBackwardClasses * shares, shares);
+    write(pieces, loss, args, probabilities, grad, gradient, first, shares);
+    pieces = next;
   }
 }
 
-// Whether kRows neighbouring rows are aligned vectors at every class.
-template <class S>
-bool vectors_fit(const SoftmaxLayout& layout, const void* base) {
-  constexpr int width = Vector<S>::width;
+// Whether `rows` neighbouring rows of numbers of `size` bytes are an aligned vector at every class.
+bool vectors_fit(const SoftmaxLayout& layout, const void* base, int rows, size_t size) {
   const bool one_run = layout.inner == layout.rows;
-  return layout.inner_stride == 1 && layout.inner % width == 0 && layout.class_stride % width == 0 &&
-         (one_run || layout.outer_stride % width == 0) && same_alignment(base, nullptr);
+  return layout.inner_stride == 1 && layout.inner % rows == 0 && layout.class_stride % rows == 0 &&
+         (one_run || layout.outer_stride % rows == 0) && reinterpret_cast<uintptr_t>(base) % (rows * size) == 0;
 }
 
 template <class S, class P, class Loss>
-bool by_vectors(const CudaSoftmaxArgs& args) {
-  return vectors_fit<S>(args.logits_layout, args.logits) &&
-         (!args.grad || vectors_fit<S>(args.grad_layout, args.grad)) &&
-         (!Loss::soft || vectors_fit<P>(args.probabilities_layout, args.probabilities));
+bool by_vectors(const CudaSoftmaxArgs& args, int rows) {
+  return vectors_fit(args.logits_layout, args.logits, rows, sizeof(S)) &&
+         (!args.grad || vectors_fit(args.grad_layout, args.grad, rows, sizeof(S))) &&
+         (!Loss::soft || vectors_fit(args.probabilities_layout, args.probabilities, rows, sizeof(P)));
 }
 
 // Shares of the classes, at least 8 each, until every multiprocessor has its threads.
 int64_t shares_of(int64_t threads, int64_t classes, int64_t most, const Device& device) {
+  constexpr int kEnoughBlocks = 2;
   int64_t shares = 1;
-  while (shares < most && threads * shares < int64_t(device.multiprocessors) * kColumnBlocks * kThreads &&
+  while (shares < most && threads * shares < int64_t(device.multiprocessors) * kEnoughBlocks * kThreads &&
          classes >= 16 * shares) {
     shares *= 2;
   }
@@ -248,7 +269,7 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   const int64_t threads = args.logits_layout.rows / kRows;
   const int shares = int(shares_of(threads, args.logits_layout.classes, kWarps, device));
   const int64_t x = kThreads / shares;
-  const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kColumnBlocks));
+  const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kForwardBlocks));
   Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
   how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
   how.counter = Workspace(args.workspace).counter;
@@ -273,8 +294,9 @@ int forward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream str
     using P = decltype(probability);
     using Loss = std::decay_t<decltype(functor)>;
     if constexpr (Loss::reads_row) {
-      return by_vectors<S, P, Loss>(args) ? run_forward<S, P, Vector<S>::width>(functor, args, stream)
-                                          : run_forward<S, P, 1>(functor, args, stream);
+      constexpr int rows = kForwardRows<S>;
+      return by_vectors<S, P, Loss>(args, rows) ? run_forward<S, P, rows>(functor, args, stream)
+                                                : run_forward<S, P, 1>(functor, args, stream);
     }
     return cudaErrorInvalidValue;
   });
@@ -286,8 +308,9 @@ int backward_by_columns(Softmax loss, const CudaSoftmaxArgs& args, CudaStream st
     using P = decltype(probability);
     using Loss = std::decay_t<decltype(functor)>;
     if constexpr (Loss::reads_row) {
-      return by_vectors<S, P, Loss>(args) ? run_backward<S, P, Vector<S>::width>(functor, args, stream)
-                                          : run_backward<S, P, 1>(functor, args, stream);
+      constexpr int rows = kBackwardRows<S>;
+      return by_vectors<S, P, Loss>(args, rows) ? run_backward<S, P, rows>(functor, args, stream)
+                                                : run_backward<S, P, 1>(functor, args, stream);
     }
     return cudaErrorInvalidValue;
   });

@@ -27,6 +27,9 @@
 struct alignas(16) [[gnu::may_alias]] uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) [[gnu::may_alias]] uint2 {
+  unsigned x, y;
+};
 
 inline void __syncthreads(cuda_on_cpu::Source source = cuda_on_cpu::Source::current()) {
   cuda_on_cpu::executor.meet(cuda_on_cpu::kSyncThreads, source);
@@ -66,8 +69,18 @@ inline float exp2_approximately(float x) {
 }
 
 // A plain access, for UBSan to see a misaligned one.
-inline uint4 load_vector_bits(const void* from) { return *static_cast<const uint4*>(from); }
-inline void store_vector_bits(void* to, uint4 bits) { *static_cast<uint4*>(to) = bits; }
+template <class T>
+struct [[gnu::may_alias]] Aliasing {
+  T bits;
+};
+template <class T>
+T load_bits(const void* from) {
+  return static_cast<const Aliasing<T>*>(from)->bits;
+}
+template <class T>
+void store_bits(void* to, T bits) {
+  static_cast<Aliasing<T>*>(to)->bits = bits;
+}
 
 inline unsigned atomic_increment(unsigned* counter) { return (*counter)++; }
 inline void thread_fence() {}
