@@ -14,15 +14,22 @@ namespace {
 constexpr int kTileBlocks = 4;  // resident on a multiprocessor: 64 registers a thread, and 48 KB of shared memory
 
 struct TilesPlan {
-  int classes, lanes, rows;  // rows of a tile; lanes: threads of a row
+  int classes, lanes_log2, rows;  // rows of a tile; lanes: threads of a row, a power of two, as a division costs twenty
   int64_t tiles;
+
+  __device__ int lanes() const { return 1 << lanes_log2; }
 };
 
-inline TilesPlan plan_tiles(const SoftmaxLayout& layout) {
-  constexpr int kColumnsOfThread = 32;
-  const int lanes = power_of_two_from(divide_up(layout.classes, kColumnsOfThread));
-  const int rows = kThreads / lanes;
-  return {int(layout.classes), lanes, rows, divide_up(layout.rows, rows)};
+template <class S>
+TilesPlan plan_tiles(const SoftmaxLayout& layout) {
+  constexpr int kColumnsOfThread = 128 / sizeof(S);
+  TilesPlan plan = {int(layout.classes), 0, kThreads, 0};
+  for (int columns = kColumnsOfThread; columns < plan.classes; columns *= 2) {
+    ++plan.lanes_log2;
+    plan.rows /= 2;
+  }
+  plan.tiles = divide_up(layout.rows, plan.rows);
+  return plan;
 }
 
 // Numbers of a tile as they lie in shared memory, aligned like those in global memory.
@@ -71,26 +78,24 @@ struct Tile {
   }
 };
 
-// A row of a tile as one of its threads sees it.
+// The row of a tile that a thread goes through, of each tile the same one.
 template <class S, class Loss>
 struct RowOfTile {
   using T = Accumulate<S>;
   const Loss& loss;
   const T* weights;
-  S* numbers;
   int classes, lanes, lane, start, columns;  // of the row; threads; which one, its first column and how many it takes
   static constexpr int kTogether = 4;
 
-  __device__ RowOfTile(const Loss& loss_, const SoftmaxArgs& args, S* tile, const TilesPlan& plan)
+  __device__ RowOfTile(const Loss& loss_, const SoftmaxArgs& args, const TilesPlan& plan)
       : loss(loss_),
         weights(static_cast<const T*>(args.weight)),
-        numbers(tile + threadIdx.x / plan.lanes * plan.classes),
         classes(plan.classes),
-        lanes(plan.lanes),
-        lane(threadIdx.x % plan.lanes),
+        lanes(plan.lanes()),
+        lane(threadIdx.x & (lanes - 1)),
         // Rows of an even length begin in few of the 32 banks, so that neighbours begin in different columns.
-        start(plan.classes % 2 ? lane : (threadIdx.x / plan.lanes + lane) % plan.classes),
-        columns((plan.classes - lane + plan.lanes - 1) / plan.lanes) {}
+        start(plan.classes % 2 ? lane : ((threadIdx.x >> plan.lanes_log2) + lane) % plan.classes),
+        columns((plan.classes - lane + lanes - 1) >> plan.lanes_log2) {}
 
   __device__ int after(int column) const {
     column += lanes;
@@ -99,7 +104,7 @@ struct RowOfTile {
   __device__ T factor(int c) const { return factor_of(loss, weights, c, T(0)); }
 
   // The target's logit has been made -infinity.
-  __device__ Online<S, typename Loss::Sum> statistics(int target) const {
+  __device__ Online<S, typename Loss::Sum> statistics(const S* numbers, int target) const {
     Online<S, typename Loss::Sum> online;
     int c = start;
     for (int left = columns; left > 0; left -= kTogether) {
@@ -117,7 +122,7 @@ struct RowOfTile {
     return online;
   }
 
-  __device__ void write(const RowGradient<S, Loss> gradient) const {
+  __device__ void write(S* numbers, const RowGradient<S, Loss> gradient) const {
     int c = start;
 #pragma unroll 1
     for (int left = columns; left > 0; left -= kTogether) {
@@ -157,7 +162,9 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
   auto& shared = *reinterpret_cast<Shared<S, Loss>*>(shared_memory());
   RowStatistics<T>* statistics = shared.statistics();
   RowGradient<S, Loss>* gradients = shared.gradients(plan);
-  const int mine = threadIdx.x, seen = threadIdx.x / plan.lanes;  // the rows a thread is alone with, and goes through
+  // The rows a thread is alone with, and goes through.
+  const int mine = threadIdx.x, seen = threadIdx.x >> plan.lanes_log2;
+  const RowOfTile<S, Loss> of_tile(loss, args, plan);
   Finish<S, Loss, !kGrad> finish(loss, args);
 
   for (int64_t number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
@@ -182,12 +189,12 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
       logit = load(place);
       if constexpr (kForward) place = store<S>(-infinity<T>());
     }
-    const RowOfTile<S, Loss> of_tile(loss, args, tile.numbers, plan);
+    S* numbers = tile.numbers + seen * plan.classes;
     if constexpr (kForward) {
       if (Loss::Sum::has_factors && mine < plan.rows) gradients[mine].target = target.index;
       __syncthreads();
       const int index = Loss::Sum::has_factors ? gradients[seen].target : -1;
-      const Online<S, typename Loss::Sum> online = of_tile.statistics(index);
+      const Online<S, typename Loss::Sum> online = of_tile.statistics(numbers, index);
       if (of_tile.lane == 0) statistics[seen] = online;
       __syncthreads();
       if (mine < rows) {
@@ -198,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
     if constexpr (kGrad) {
       if (mine < rows) gradients[mine] = RowGradient<S, Loss>(loss, target, upstreams, saved, logit);
       __syncthreads();
-      if (seen < rows) of_tile.write(gradients[seen]);
+      if (seen < rows) of_tile.write(numbers, gradients[seen]);
       __syncthreads();
       tile.write(static_cast<S*>(args.grad) + first * plan.classes);
     }
@@ -212,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
 
 template <class S, bool kForward, bool kGrad, class Loss>
 cudaError_t run_tiles(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
-  const TilesPlan plan = plan_tiles(args.logits_layout);
+  const TilesPlan plan = plan_tiles<S>(args.logits_layout);
   Launch how = {least(plan.tiles, Device().resident_blocks(kTileBlocks)), dim3(kThreads)};
   how.shared = Shared<S, Loss>::bytes(plan);
   if (kForward) how.counter = Workspace(args.workspace).counter;
