@@ -1,7 +1,8 @@
-// Dense operands of the output's type, read as vectors.
+// Dense operands of the output's type, read as vectors. Beside a weight of the positive term, factors of the loss may
+// also be those of each place of the innermost dimension.
 //
-// Bytes an element moves, of size s: the sum reads 2s; losses, a gradient, or a sum with its gradient move 3s. A weight
-// or an upstream gradient of its own adds s each.
+// Bytes an element moves, of size s: the sum reads 2s; losses, a gradient, or a sum with its gradient move 3s. A factor
+// or an upstream gradient of its own adds s each; factors that repeat come from a cache.
 #pragma once
 
 #include "pointwise_pass.cuh"
@@ -14,24 +15,55 @@ template <class T>
 constexpr int kDenseBlocks = sizeof(T) == 8 ? 2 : 3;
 
 // Vectors of input and of target in flight a thread: 64 bytes. What ptxas makes of the longer losses of half types for
-// sm_100 leaves no registers for more than 32.
-template <class S, class Loss>
+// sm_100, and of those of float16 one by one for sm_90, leaves no registers for more than 32.
+template <PointwiseResult kResult, class S, class Loss>
 FUSEDLOSS_HD constexpr int dense_unroll() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return sizeof(S) == 2 && !Loss::of_difference ? 1 : 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return std::is_same_v<S, fp16> && kResult == PointwiseResult::Losses && !Loss::of_difference ? 1 : 2;
 #else
   return 2;
 #endif
 }
 
+// After how many elements factors of the loss repeat; 0: they do not.
+struct Periods {
+  uint32_t weight, pos_weight;
+};
+
+// A factor of the loss: 1 where data is null, and number i % period of data where it repeats. That is for losses with a
+// weight of the positive term, which is nearly always one for each class; others lack the registers.
+template <class S, class Loss>
+struct Factors {
+  const S* data;
+  uint32_t period;
+
+  // Whole vectors where it repeats, of which none goes beyond the period.
+  __device__ void read(int64_t first, Vector<S>& vector) const {
+    if (data) vector = load_vector(data + place(first));
+  }
+  __device__ Accumulate<S> number(const Vector<S>& vector, int k) const {
+    return data ? load(vector.values[k]) : Accumulate<S>(1);
+  }
+  __device__ Accumulate<S> operator[](int64_t i) const { return data ? load(data[place(i)]) : Accumulate<S>(1); }
+
+ private:
+  __device__ int64_t place(int64_t i) const {
+    if (!takes_pos_weight<Loss> || period == 0) return i;
+    return i <= UINT32_MAX ? uint32_t(i) % period : i % period;
+  }
+};
+
 template <PointwiseResult kResult, class S, class Loss>
 __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
-    pointwise_dense(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run) {
+    pointwise_dense(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run, Periods periods) {
   using T = Accumulate<S>;
-  constexpr int width = Vector<S>::width, unroll = dense_unroll<S, Loss>();
+  constexpr int width = Vector<S>::width, unroll = dense_unroll<kResult, S, Loss>();
   const auto pass = pass_of<kResult, T>(loss, args);
   const S *input = static_cast<const S*>(args.input.data), *target = static_cast<const S*>(args.target.data);
-  const S* weights = static_cast<const S*>(args.weight.data);
+  const Factors<S, Loss> weights = {static_cast<const S*>(args.weight.data), periods.weight};
+  const Factors<S, Loss> pos_weights = {static_cast<const S*>(args.pos_weight.data), periods.pos_weight};
   const S* upstreams = pass.kTakesUpstream && !args.one_upstream ? static_cast<const S*>(args.upstream.data) : nullptr;
   S* outputs = static_cast<S*>(args.output);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
@@ -51,26 +83,30 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
     for (int u = 0; u < unroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
-      Vector<S> weight, upstream, output;
-      if (weights) weight = load_vector(weights + run.vector(v));
+      Vector<S> weight, pos_weight, upstream, output;
+      weights.read(run.vector(v), weight);
+      if constexpr (takes_pos_weight<Loss>) pos_weights.read(run.vector(v), pos_weight);
       if (upstreams) upstream = load_vector(upstreams + run.vector(v));
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        const T w = weights ? load(weight.values[k]) : T(1);
-        const T g = upstreams ? load(upstream.values[k]) : T(1);
-        output.values[k] = store<S>(pass(load(x[u].values[k]), load(t[u].values[k]), T(1), w, g, sum));
+        T p = 1;
+        if constexpr (takes_pos_weight<Loss>) p = pos_weights.number(pos_weight, k);
+        const T w = weights.number(weight, k), g = upstreams ? load(upstream.values[k]) : T(1);
+        output.values[k] = store<S>(pass(load(x[u].values[k]), load(t[u].values[k]), p, w, g, sum));
       }
       if constexpr (pass.kStores) store_vector(outputs + run.vector(v), output);
     }
     sums.values[0] += double(sum);
   }
 
+#pragma unroll 1
   for (int64_t scalar = thread; scalar < run.scalars(); scalar += threads) {
     const int64_t i = run.scalar(scalar);
-    const T w = weights ? load(weights[i]) : T(1);
-    const T g = upstreams ? load(upstreams[i]) : T(1);
+    T p = 1;
+    if constexpr (takes_pos_weight<Loss>) p = pos_weights[i];
+    const T w = weights[i], g = upstreams ? load(upstreams[i]) : T(1);
     T sum = 0;
-    const T output = pass(load(input[i]), load(target[i]), T(1), w, g, sum);
+    const T output = pass(load(input[i]), load(target[i]), p, w, g, sum);
     if constexpr (pass.kStores) outputs[i] = store<S>(output);
     sums.values[0] += double(sum);
   }
@@ -80,12 +116,26 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
 
 // ---- host side
 
+// Whether a factor is one number for each place of the innermost dimension, read by whole vectors of `width`.
+inline bool repeats(const Operand& from, const CudaPointwiseArgs& args, int64_t width) {
+  if (!from.data || from.dense || from.strides[0] != 1 || args.sizes[0] % width != 0 || args.sizes[0] > UINT32_MAX)
+    return false;
+  for (int d = 1; d < args.dims; ++d) {
+    if (from.strides[d] != 0) return false;
+  }
+  return same_alignment(from.data, nullptr) && same_alignment(args.input.data, nullptr);
+}
+
+inline int64_t width_of(DType dtype) { return dtype == DType::Double ? 2 : dtype == DType::Float ? 4 : 8; }
+
 inline bool all_dense(PointwiseResult result, const CudaPointwiseArgs& args) {
   const DType dtype = args.input.dtype;
-  return result != PointwiseResult::TargetGrad && !args.pos_weight.data &&
-         (result == PointwiseResult::Sum || args.output_dtype == dtype) &&
-         (args.arithmetic == DType::Double) == (dtype == DType::Double) &&
-         of_operands(result, args, [&](const Operand& from) { return from.dense && from.dtype == dtype; });
+  const auto fits = [&](const Operand& from) {
+    const bool is_factor = args.pos_weight.data && (&from == &args.weight || &from == &args.pos_weight);
+    return from.dtype == dtype && (from.dense || (is_factor && repeats(from, args, width_of(dtype))));
+  };
+  return result != PointwiseResult::TargetGrad && (result == PointwiseResult::Sum || args.output_dtype == dtype) &&
+         (args.arithmetic == DType::Double) == (dtype == DType::Double) && of_operands(result, args, fits);
 }
 
 template <PointwiseResult kResult, class S, class Loss>
@@ -93,11 +143,14 @@ cudaError_t run_dense(const Loss& loss, const CudaPointwiseArgs& args, CudaStrea
   const bool aligned =
       (kResult == PointwiseResult::Sum || same_alignment(args.input.data, args.output)) &&
       of_operands(kResult, args, [&](const Operand& from) { return same_alignment(args.input.data, from.data); });
+  const auto period = [&](const Operand& from) {
+    return repeats(from, args, Vector<S>::width) ? uint32_t(args.sizes[0]) : 0;
+  };
   const Run<S, int64_t> run(args.input.data, args.count, aligned);
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
   const int sums = Pass<kResult, Accumulate<S>, Loss>::kSums ? 1 : 0;
   return launch(grid_for(work, kDenseBlocks<S>, sums, args.workspace), stream, pointwise_dense<kResult, S, Loss>, loss,
-                args, run);
+                args, run, Periods{period(args.weight), period(args.pos_weight)});
 }
 
 }  // namespace

@@ -78,19 +78,41 @@ struct Huber : OfDifference<T> {
   }
 };
 
+// log(x) and log(1 - x) of a probability.
+struct ExactLogarithms {
+  template <class T>
+  static FUSEDLOSS_HD T of(T x) {
+    return log(x);
+  }
+  template <class T>
+  static FUSEDLOSS_HD T of_rest(T x) {
+    return log1p(-x);
+  }
+};
+struct LogarithmsForHalves {
+  template <class T>
+  static FUSEDLOSS_HD T of(T x) {
+    return log_for_halves(x, T(1) - x);
+  }
+  template <class T>
+  static FUSEDLOSS_HD T of_rest(T x) {
+    return log_for_halves(T(1) - x, x);
+  }
+};
+
 // torch.nn.functional.binary_cross_entropy of probabilities x: logarithms are -100 at least, and NaN outside [0, 1].
-template <class T>
-struct BinaryCrossEntropy {
+template <class T, class Logarithms>
+struct BinaryCrossEntropyWith {
   static constexpr bool of_difference = false;
   static constexpr ResultDType result = ResultDType::Same;
   static constexpr bool takes_class_indices = true;
-  explicit FUSEDLOSS_HD BinaryCrossEntropy(const double*) {}
+  explicit FUSEDLOSS_HD BinaryCrossEntropyWith(const double*) {}
 
   // What torch raises for.
   static FUSEDLOSS_HD bool is_probability(T p) { return bool(int(p >= T(0)) & int(p <= T(1))); }
 
   FUSEDLOSS_HD T value(T x, T t) const {
-    const T log_x = log(x), log_rest = log1p(-x);
+    const T log_x = Logarithms::of(x), log_rest = Logarithms::of_rest(x);
     const T of_one = log_x < T(-100) ? T(-100) : log_x, of_zero = log_rest < T(-100) ? T(-100) : log_rest;
     const bool both = bool(int(is_probability(x)) & int(is_probability(t)));
     return select(both, (t - T(1)) * of_zero - t * of_one, T(NAN));
@@ -99,14 +121,19 @@ struct BinaryCrossEntropy {
     const T variance = (T(1) - x) * x;
     return divide(x - t, variance > T(1e-12) ? variance : T(1e-12));
   }
-  FUSEDLOSS_HD T grad_target(T x, T) const { return log1p(-x) - log(x); }
+  FUSEDLOSS_HD T grad_target(T x, T) const { return Logarithms::of_rest(x) - Logarithms::of(x); }
+};
+template <class T>
+struct BinaryCrossEntropy : BinaryCrossEntropyWith<T, ExactLogarithms> {
+  using ForHalves = BinaryCrossEntropyWith<T, LogarithmsForHalves>;  // on a GPU, whose special functions make it faster
+  explicit FUSEDLOSS_HD BinaryCrossEntropy(const double* params) : BinaryCrossEntropyWith<T, ExactLogarithms>(params) {}
 };
 
 // torch.nn.functional.binary_cross_entropy_with_logits, as softplus(-x) for a target of 1 and softplus(x) for one of 0:
 // no digit of a confident logit is lost.
 template <class T>
 struct WithPositiveWeight {
-  static constexpr bool takes_pos_weight = true;
+  static constexpr bool takes_pos_weight = true, of_difference = false;
 
   FUSEDLOSS_HD T value(T x, T t, T weight) const {
     const T wanted = weight * t, other = T(1) - t;

@@ -261,6 +261,18 @@ def test_a_weight_of_the_positive_term(kernels, dtypes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factors_of_each_place_of_a_row(kernels, dtype):
+    # Rows of whole vectors and of parts of one, and factors that are not aligned.
+    shapes = ((9, 8), 0), ((3, 700, 16), 0), ((9, 12), 0), ((9, 24), 1), ((5, 1024), 0), ((11, 48), 0)
+    for seed, (shape, offset) in enumerate(shapes):
+        pretend(kernels, seed)
+        x, t = data(LOGITS, shape, dtype, seed)
+        weight = operand(shape[-1:] if seed % 2 else shape, dtype)
+        pos_weight = operand(shape[-1:], dtype, offset)
+        check(kernels, LOGITS, x, t, weight, False, f"{shape} at {offset}", pos_weight=pos_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_loss_of_no_list(kernels, dtype):
     loss = Loss(CUSTOM, "pointwise", custom, custom, CUSTOM, (1.7,))
     for seed, target in enumerate((dtype, torch.float32)):
