@@ -34,6 +34,7 @@ class Timing:
     passes: int  # over the input's elements, read or written once each; 0 where the cost of a call is what counts
     goals: list[Goal]
     count_target: bool = False  # the target's bytes count too
+    row_bytes: int = 0  # what each row moves besides: its target and statistics
     fused: Loss | None = None  # used in place of the case's own fused loss
 
 

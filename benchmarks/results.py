@@ -66,14 +66,14 @@ class Row:
     spread: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # provider: why it has no figure
     goals: list[Goal] = field(default_factory=list)
-    target_bytes: int = 0  # where they count
+    other_bytes: int = 0  # of targets and statistics, where they count
     speedups: dict[str, float] = field(default_factory=dict)  # ours over each provider, round by round
     peak: dict[str, int] = field(default_factory=dict)  # bytes that a provider allocates, where that is measured
     quiet: bool = True
 
     @property
     def bytes(self) -> int:
-        return self.passes * self.elements * self.element_bytes + self.target_bytes
+        return self.passes * self.elements * self.element_bytes + self.other_bytes
 
     def bandwidth(self, provider: str = OURS) -> float:
         """Bytes a second."""

@@ -74,8 +74,8 @@ def _cells(row: Row, copy_bandwidth: float | None, peers: list[str]) -> dict[str
 
 
 def _counted(row: Row) -> str:
-    target = f" + {row.target_bytes}" if row.target_bytes else ""
-    return f"{row.passes} x {row.elements} x {row.element_bytes}{target} = {_size(row.bytes)}"
+    others = f" + {row.other_bytes}" if row.other_bytes else ""
+    return f"{row.passes} x {row.elements} x {row.element_bytes}{others} = {_size(row.bytes)}"
 
 
 def _size(size: int) -> str:

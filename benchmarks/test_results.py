@@ -12,7 +12,7 @@ ROW = Row(
     element_bytes=4,
     seconds={EAGER: 2.0, OURS: 1.0},
     goals=[Goal(EAGER, 3), Goal(INPUT, most=1.05), Goal("compile", 1.2)],
-    target_bytes=40,
+    other_bytes=40,
     peak={EAGER: 80, OURS: 40},
 )
 
