@@ -11,7 +11,7 @@ import fusedloss.functional as L
 
 C = 5
 CALLS = {
-    "cross_entropy": lambda x, y: L.cross_entropy(x, y, torch.linspace(1, 2, C), label_smoothing=0.1),
+    "cross_entropy": lambda x, y: L.cross_entropy(x, y, torch.linspace(1, 2, C, device=x.device), label_smoothing=0.1),
     "cross_entropy of every row": lambda x, y: L.cross_entropy(x, y, reduction="none"),
     "cross_entropy with lse": lambda x, y: sum(map(torch.sum, L.cross_entropy(x, y, return_lse=True, z_loss=1e-3))),
     "cross_entropy of probabilities": lambda x, y: L.cross_entropy(x, x.detach().softmax(1)),

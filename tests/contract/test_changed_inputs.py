@@ -131,7 +131,7 @@ def test_class_indices_of_a_pointwise_loss(reduction, dtype):
     import fusedloss.functional as L
 
     def grad(change):
-        x, y = torch.randn(6, 5, generator=torch.Generator("cpu").manual_seed(1)), torch.arange(6)
+        x, y = torch.randn(6, 5, generator=torch.Generator("cpu").manual_seed(1), device="cpu"), torch.arange(6)
         x = x.to(torch.get_default_device(), dtype).requires_grad_()
         logits = x * 1
         value = L.sigmoid_focal_loss(logits, y, reduction=reduction, ignore_index=-100)
