@@ -3,7 +3,8 @@
 While torch.compile or torch.export captures a graph there are no tensors to hand to the extension, so the statement in
 C++ cannot be asked. This one has its order and its words, and works on what the compiler knows: dtypes, devices, and
 sizes that it may keep open. tests/compiled/test_captures.py holds the two against each other over a grid of calls.
-Both functions return why the kernels do not own a call, or None where they do.
+Both functions return why the kernels do not own a call, or None where they do. Of the calls that they own,
+``left_to_compiler`` says which torch.compile is handed in PyTorch's operators all the same.
 """
 
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ._dtypes import HALVES
 from ._library import extension
-from ._sizes import broadcasts_to, broadcasts_with, exceeds, is_empty, is_open, rows_of, same_shape, same_size
+from ._sizes import at_most, broadcasts_to, broadcasts_with, exceeds, is_empty, is_open, rows_of, same_shape, same_size
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 
@@ -27,6 +28,27 @@ _DEVICES: dict[str, Any] = {} if extension is None else extension.devices
 
 DIFFERENT_DEVICES = "tensors on different devices"
 DIFFERENT_DTYPES = "inputs of different dtypes"
+
+# An op costs a compiled step some microseconds more than a loop of Inductor's. From about this many elements on, the
+# kernels have made up for them.
+FEW_ELEMENTS = 2**14
+_OURS = ("ignore_index", "sample_weight", "wide")  # options of routed losses that torch.nn has not
+
+
+def left_to_compiler(when: str, input: Tensor, options: dict[str, Any]) -> str | None:
+    """Why torch.compile is handed PyTorch's own operators for a call on a CPU, although the kernels own it; or None.
+
+    ``when`` is of the loss: ``"always"``, of a formula without exponential, logarithm and root. Inductor computes that
+    in one loop with what makes the input and with what takes the gradient; an op has to write and read both. ``"few"``,
+    where torch.nn has the loss and the options. ``""``, of all others. A size that the compiler keeps open is not few.
+    """
+    if not when or input.device.type != "cpu":
+        return None
+    if when == "always":
+        return "a formula that torch.compile fuses into its neighbours"
+    if at_most(input.numel(), FEW_ELEMENTS) and all(options.get(name) is None for name in _OURS):
+        return "too few elements for an op to pay under torch.compile"
+    return None
 
 
 def pointwise(

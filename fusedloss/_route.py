@@ -9,7 +9,8 @@ which gives a callable of the same arguments that goes one of three ways:
 
 1. eagerly, into the extension, which returns None for what it does not own;
 2. into the dispatcher op ``torch.ops.fusedloss.huber`` while torch.compile or torch.export captures a graph;
-3. into the formula itself for everything declined, and where the extension is missing.
+3. into the formula itself for everything declined, for what torch.compile does as well without an op, and where the
+   extension is missing.
 
 The formula is also what the extension differentiates when a backward is itself differentiated, where it knows no second
 derivative in closed form.
@@ -17,12 +18,13 @@ derivative in closed form.
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting, set_stance
 
 from . import _captures, _decomposed, _fake
 from ._captures import REDUCTIONS as REDUCTIONS
@@ -54,18 +56,19 @@ if extension is not None:
 
 
 def pointwise(
-    name: str, of_probabilities: bool = False, class_indices: bool = False, listed: bool = True
+    name: str, left: str = "", of_probabilities: bool = False, class_indices: bool = False, listed: bool = True
 ) -> Callable[[Formula], Formula]:
     """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name.
 
-    A formula that takes ``pos_weight`` too has a factor of its positive term. ``of_probabilities``: inputs and targets
-    lie in [0, 1]. ``class_indices``: beside an ``ignore_index`` the routed loss takes class indices for targets.
+    A formula that takes ``pos_weight`` too has a factor of its positive term. ``left``: when it is
+    :func:`left to a compiler <fusedloss._captures.left_to_compiler>`. ``of_probabilities``: inputs and targets lie in
+    [0, 1]. ``class_indices``: beside an ``ignore_index`` the routed loss takes class indices for targets.
     ``listed``: the loss is one of :data:`LOSSES`.
     """
 
     def route(formula: Formula) -> Formula:
         native = over_class_indices(formula) if class_indices else formula
-        routed = _unfused(native) if extension is None else _fused(name, native, _POINTWISE)
+        routed = _unfused(native) if extension is None else _fused(name, native, left, _POINTWISE)
         if listed:
             params = _defaults(formula)
             LOSSES[name] = Loss(
@@ -76,10 +79,12 @@ def pointwise(
     return route
 
 
-def softmax(name: str, soft: bool = False, mean_by_weight: bool = False) -> Callable[[Formula], Formula]:
+def softmax(
+    name: str, left: str = "", soft: bool = False, mean_by_weight: bool = False
+) -> Callable[[Formula], Formula]:
     """Route ``formula(logits, target, weight, reduction, ignore_index, *params, wide, second, zero)``.
 
-    ``soft``: targets are class probabilities. ``mean_by_weight``: the mean divides by the sum of the targets' weights.
+    ``left``: as for :func:`pointwise`. ``soft``: targets are class probabilities. ``mean_by_weight``: the mean divides by the sum of the targets' weights.
     The routed loss takes a ``sample_weight`` of the rows beside the formula's options, as :mod:`._weighted` states it.
 
     The options: ``wide`` gives results in float32 for bfloat16 and float16, ``second`` a pair of the loss and the
@@ -89,7 +94,7 @@ def softmax(name: str, soft: bool = False, mean_by_weight: bool = False) -> Call
 
     def route(formula: Formula) -> Formula:
         native = over_weighted_rows(formula, soft, mean_by_weight)
-        routed = _unfused(native) if extension is None else _fused(name, native, _SOFTMAX)
+        routed = _unfused(native) if extension is None else _fused(name, native, left, _SOFTMAX)
         LOSSES[name] = Loss("softmax", routed, native, _defaults(formula), soft=soft)
         return routed
 
@@ -100,14 +105,15 @@ class Path(Exception):
     """The path of a call in words: what a routed loss raises instead of taking it, while :func:`explain` asks."""
 
 
-_asking: ContextVar[bool] = ContextVar("asking", default=False)
+_asking: ContextVar[str] = ContextVar("asking", default="")  # about a call that is eager, or compiled
 
 
 def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     """Which path a call takes, and why: ``loss(*arguments, **options)``, without computing it.
 
     Args:
-        loss: a function of :mod:`fusedloss.functional` or a module of this package; its arguments follow.
+        loss: a function of :mod:`fusedloss.functional` or a module of this package; its arguments follow. Or what
+            torch.compile makes of one.
 
     Returns:
         ``"fused: "`` with the device, the instruction set and the work, or ``"native: "`` with the reason.
@@ -120,15 +126,27 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     'fused: cpu ..., rows of 4'
     >>> explain(fusedloss.functional.sigmoid_focal_loss, torch.zeros(3, 1), torch.zeros(3))
     'native: an input and a target whose shapes do not fit'
+    >>> explain(torch.compile(fusedloss.MSELoss()), torch.zeros(3), torch.ones(3))
+    'native: a formula that torch.compile fuses into its neighbours'
     """
-    token = _asking.set(True)
+    compiled = _is_compiled(loss)
+    token = _asking.set("compiled" if compiled else "eager")
     try:
-        loss(*arguments, **options)
+        with set_stance("force_eager") if compiled else nullcontext():
+            loss(*arguments, **options)
     except Path as path:
         return str(path)
     finally:
         _asking.reset(token)
     raise ValueError(f"expected a loss of fusedloss, got {loss!r}")
+
+
+def _is_compiled(loss: Any) -> bool:
+    """Whether torch.compile made it: of a function, of a module, or in place."""
+    return any(
+        getattr(loss, name, None) is not None
+        for name in ("_torchdynamo_orig_callable", "_orig_mod", "_compiled_call_impl")
+    )
 
 
 def tell_native(reason: str) -> None:
@@ -174,7 +192,7 @@ class _Family(NamedTuple):
     decomposed: Callable[[Formula, Any], Callable[..., Any]]
 
 
-def _fused(name: str, formula: Formula, family: _Family) -> Formula:
+def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
     known = extension.losses[name]  # type: ignore[union-attr]
     known.native = formula
     kernel, explained, traits = known.run, known.explain, known.traits
@@ -185,9 +203,15 @@ def _fused(name: str, formula: Formula, family: _Family) -> Formula:
 
     def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any) -> Any:
         if is_compiling():
-            value = family.capture(op, traits, input, target, weight, reduction, *rest, **_without_hints(options))
-        elif _asking.get():
-            raise Path(explained(input, target, weight, reduction, *rest, **options))
+            given = _without_hints(options)
+            value = None
+            # An exported program keeps its ops: what will run it is not known yet, and it decomposes where it is told to.
+            if is_exporting() or _captures.left_to_compiler(left, input, given) is None:
+                value = family.capture(op, traits, input, target, weight, reduction, *rest, **given)
+        elif asking := _asking.get():
+            path = explained(input, target, weight, reduction, *rest, **options)
+            reason = asking == "compiled" and _captures.left_to_compiler(left, input, options)
+            raise Path(f"native: {reason}" if reason and not path.startswith("native") else path)
         else:
             value = kernel(input, target, weight, reduction, *rest, **options)
         if value is not None:

@@ -53,6 +53,15 @@ def exceeds(size: int, most: int) -> bool:
     return statically_known_true(size > most)
 
 
+def at_most(size: int, most: int) -> bool:
+    """Whether a size is known to be no more than a number."""
+    if not is_compiling():
+        return size <= most
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size <= most)
+
+
 def rows_of(logits: torch.Tensor) -> torch.Size:
     """The sizes without that of the classes."""
     class_dim = min(logits.dim() - 1, 1)

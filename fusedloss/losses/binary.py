@@ -15,12 +15,13 @@ from ._elementwise import INDEX_DTYPES, check_broadcasts
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
 
+# Never left to a compiler: Inductor's formula takes numbers outside [0, 1] for probabilities, and gives NaN.
 @_route.pointwise("binary_cross_entropy", of_probabilities=True, class_indices=True)
 def _binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return _torchs.binary_cross_entropy(input, target, weight, reduction=reduction)
 
 
-@_route.pointwise("binary_cross_entropy_with_logits", class_indices=True)
+@_route.pointwise("binary_cross_entropy_with_logits", left="few", class_indices=True)
 def _binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, pos_weight: Tensor | None = None
 ) -> Tensor:

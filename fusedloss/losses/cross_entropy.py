@@ -25,7 +25,7 @@ def _capped(logits: Tensor, softcap: float) -> Tensor:
     return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap)) if softcap else logits
 
 
-@_route.softmax("cross_entropy", mean_by_weight=True)
+@_route.softmax("cross_entropy", left="few", mean_by_weight=True)
 def _cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
@@ -54,7 +54,7 @@ def _cross_entropy(
     return (loss, lse.to(dtype)) if second else loss
 
 
-@_route.softmax("soft_cross_entropy", soft=True)
+@_route.softmax("soft_cross_entropy", left="few", soft=True)
 def _soft_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,

@@ -27,21 +27,21 @@ def _weighted(errors: _route.Formula, input: Tensor, target: Tensor, weight: Ten
     return reduced(errors(*broadcast(input, target)) * weight, reduction)
 
 
-@_route.pointwise("mse")
+@_route.pointwise("mse", left="always")
 def _mse(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if weight is not None:
         return _weighted(_squared, input, target, weight, reduction)
     return _torchs.mse_loss(*broadcast(input, target), reduction=reduction)
 
 
-@_route.pointwise("l1")
+@_route.pointwise("l1", left="always")
 def _l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if weight is not None:
         return _weighted(_absolute, input, target, weight, reduction)
     return _torchs.l1_loss(*broadcast(input, target), reduction=reduction)
 
 
-@_route.pointwise("smooth_l1")
+@_route.pointwise("smooth_l1", left="always")
 def _smooth_l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, beta: float = 1.0) -> Tensor:
     if weight is not None:
         errors = partial(_torchs.smooth_l1_loss, reduction="none", beta=beta)
@@ -49,7 +49,7 @@ def _smooth_l1(input: Tensor, target: Tensor, weight: Tensor | None, reduction: 
     return _torchs.smooth_l1_loss(*broadcast(input, target), reduction=reduction, beta=beta)
 
 
-@_route.pointwise("huber")
+@_route.pointwise("huber", left="always")
 def _huber(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, delta: float = 1.0) -> Tensor:
     if weight is not None:
         errors = partial(_torchs.huber_loss, reduction="none", delta=delta)

@@ -15,7 +15,7 @@ from ._rows import class_index
 __all__ = ["nll_loss"]
 
 
-@_route.softmax("nll", mean_by_weight=True)
+@_route.softmax("nll", left="few", mean_by_weight=True)
 def _nll(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     *, wide: bool = False, second: bool = False, zero: bool = False,
