@@ -17,6 +17,7 @@ from torch import Tensor
 from ._dtypes import HALVES
 from ._library import extension
 from ._sizes import at_most, broadcasts_to, broadcasts_with, exceeds, is_empty, is_open, rows_of, same_shape, same_size
+from ._traced import Described
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 
@@ -32,21 +33,23 @@ DIFFERENT_DTYPES = "inputs of different dtypes"
 # An op costs a compiled step some microseconds more than a loop of Inductor's. From about this many elements on, the
 # kernels have made up for them.
 FEW_ELEMENTS = 2**14
-_OURS = ("ignore_index", "sample_weight", "wide")  # options of routed losses that torch.nn has not
+_OURS = ("ignore_index", "sample_weight", "wide", "second", "zero")  # options of routed losses that torch.nn has not
 
 
-def left_to_compiler(when: str, input: Tensor, options: dict[str, Any]) -> str | None:
+def left_to_compiler(when: str, input: Any, rest: Sequence[Any], options: dict[str, Any]) -> str | None:
     """Why torch.compile is handed PyTorch's own operators for a call on a CPU, although the kernels own it; or None.
 
     ``when`` is of the loss: ``"always"``, of a formula without exponential, logarithm and root. Inductor computes that
     in one loop with what makes the input and with what takes the gradient; an op has to write and read both. ``"few"``,
-    where torch.nn has the loss and the options. ``""``, of all others. A size that the compiler keeps open is not few.
+    where torch.nn has the loss, unless ``rest`` or ``options`` have what it has not: of the numbers it knows two at
+    most, an ``ignore_index`` and a smoothing. ``""``, of all others. A size that the compiler keeps open is not few.
     """
     if not when or input.device.type != "cpu":
         return None
     if when == "always":
         return "a formula that torch.compile fuses into its neighbours"
-    if at_most(input.numel(), FEW_ELEMENTS) and all(options.get(name) is None for name in _OURS):
+    ours = any(rest[2:]) or any(options.get(name) is not None and options[name] is not False for name in _OURS)
+    if not ours and at_most(input.numel(), FEW_ELEMENTS):
         return "too few elements for an op to pay under torch.compile"
     return None
 
@@ -249,7 +252,7 @@ def _integer(ignore_index: Any) -> str | None:
 def _tensor(tensor: Tensor | None) -> str | None:
     if tensor is None:
         return None
-    if type(tensor).__name__ not in _PLAIN:
+    if (tensor.type_name if isinstance(tensor, Described) else type(tensor).__name__) not in _PLAIN:
         return "a subclass of torch.Tensor, or no tensor"
     if tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
         return "a device, layout or view without kernels"

@@ -32,6 +32,7 @@ from ._library import extension, why_native
 from ._one_hot import over_class_indices
 from ._sizes import broadcasts_to as broadcasts_to
 from ._sizes import pinned, same_shape
+from ._traced import at_trace_time, described
 from ._weighted import over_weighted_rows
 
 Formula = Callable[..., Tensor]
@@ -168,11 +169,8 @@ def _defaults(formula: Formula) -> tuple[float, ...]:
     )
 
 
-_HINTS = ("grad_in_forward", "inplace")
-
-
 def _without_hints(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in _HINTS}
+    return {name: value for name, value in options.items() if name not in ("grad_in_forward", "inplace")}
 
 
 def _unfused(formula: Formula) -> Formula:
@@ -187,7 +185,8 @@ def _unfused(formula: Formula) -> Formula:
 class _Family(NamedTuple):
     """What the ops of a family need in Python."""
 
-    capture: Callable[..., Any]  # capture(op, traits, *arguments, **options) puts an op into a graph, or returns None
+    # capture(op, known, left)(*arguments, **options) puts an op into a graph, or returns None
+    capture: Callable[[Any, Any, str], Callable[..., Any]]
     fakes: Callable[[Any], _fake.Fakes]  # of a loss as the extension knows it
     decomposed: Callable[[Formula, Any], Callable[..., Any]]
 
@@ -195,22 +194,19 @@ class _Family(NamedTuple):
 def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
     known = extension.losses[name]  # type: ignore[union-attr]
     known.native = formula
-    kernel, explained, traits = known.run, known.explain, known.traits
+    kernel, explained = known.run, known.explain
     op = getattr(torch.ops.fusedloss, name)
     for suffix, fake in family.fakes(known).items():
         torch.library.register_fake(f"fusedloss::{name}{suffix}", fake)
     _decomposed.register(op.default, family.decomposed(formula, known))
+    capture = family.capture(op, known, left)
 
     def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any) -> Any:
         if is_compiling():
-            given = _without_hints(options)
-            value = None
-            # An exported program keeps its ops: what will run it is not known yet, and it decomposes where it is told to.
-            if is_exporting() or _captures.left_to_compiler(left, input, given) is None:
-                value = family.capture(op, traits, input, target, weight, reduction, *rest, **given)
+            value = capture(input, target, weight, reduction, *rest, **options)
         elif asking := _asking.get():
             path = explained(input, target, weight, reduction, *rest, **options)
-            reason = asking == "compiled" and _captures.left_to_compiler(left, input, options)
+            reason = asking == "compiled" and _captures.left_to_compiler(left, input, rest, options)
             raise Path(f"native: {reason}" if reason and not path.startswith("native") else path)
         else:
             value = kernel(input, target, weight, reduction, *rest, **options)
@@ -221,36 +217,88 @@ def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
     return loss
 
 
-def _capture_pointwise(
-    op: Any, traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any,
-    pos_weight: Tensor | None = None, ignore_index: int | None = None,
-) -> Any:  # fmt: skip
-    params = tuple(map(pinned, params))
-    if _captures.pointwise(traits, input, target, weight, reduction, params, pos_weight, ignore_index) is not None:
-        return None
-    wide = False
-    if ignore_index is None:
+def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
+    traits = known.traits
+
+    def owned(
+        input: Any, target: Any, weight: Any, reduction: str, pos_weight: Any, ignore_index: Any, exports: bool,
+        *params: Any,
+    ) -> tuple[int, bool, bool] | None:  # fmt: skip
+        """The reduction and ``wide`` of the op, and whether the input and the target are of one shape; or None."""
+        if not exports and _captures.left_to_compiler(left, input, (), {"ignore_index": ignore_index}):
+            return None
+        if _captures.pointwise(traits, input, target, weight, reduction, params, pos_weight, ignore_index) is not None:
+            return None
+        if ignore_index is not None:
+            return REDUCTIONS[reduction], False, True
         wide = _captures.result_dtype(traits, input, target, weight) != input.dtype
-        if not same_shape(input.shape, target.shape):
+        return REDUCTIONS[reduction], wide, same_shape(input.shape, target.shape)
+
+    owned_by_constants = at_trace_time(owned)
+
+    def capture(
+        input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any,
+        pos_weight: Tensor | None = None, ignore_index: int | None = None,
+    ) -> Any:  # fmt: skip
+        call = (input, target, weight, reduction, pos_weight, ignore_index, is_exporting())
+        constants = described((*call, *params))
+        if constants is None:
+            params = tuple(map(pinned, params))
+            found = owned(*call, *params)
+        else:
+            found = owned_by_constants(constants)
+        if found is None:
+            return None
+        kind, wide, one_shape = found
+        if not one_shape:
             input, target = torch.broadcast_tensors(input, target)
-        if not target.is_floating_point():
+        if ignore_index is None and not target.is_floating_point():
             target = target.to(torch.float32 if wide else input.dtype)
-    return op(input, target, weight, REDUCTIONS[reduction], list(map(float, params)), pos_weight, wide, ignore_index)
+        return op(input, target, weight, kind, [float(each) for each in params], pos_weight, wide, ignore_index)
+
+    return capture
 
 
-def _capture_softmax(
-    op: Any, traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
-    *params: Any, wide: bool = False, second: bool = False, zero: bool = False, sample_weight: Tensor | None = None,
-) -> Any:  # fmt: skip
-    params = tuple(map(pinned, params))
-    call = (logits, target, weight, reduction, ignore_index, params, wide, second, sample_weight)
-    if _captures.softmax(traits, *call) is not None:
-        return None
-    wide = _captures.is_wide(traits, logits, target, wide)
-    kind = extension.mean_or_zero if zero and reduction == "mean" else REDUCTIONS[reduction]  # type: ignore[union-attr]
-    numbers = list(map(float, params))
-    value, of_second, _ = op(logits, target, weight, kind, ignore_index, numbers, wide, second, sample_weight)
-    return (value, of_second) if second else value
+def _capture_softmax(op: Any, known: Any, left: str) -> Callable[..., Any]:
+    traits = known.traits
+
+    def owned(
+        logits: Any, target: Any, weight: Any, reduction: str, ignore_index: Any, wide: bool, second: bool, zero: bool,
+        sample_weight: Any, exports: bool, *params: Any,
+    ) -> tuple[int, bool] | None:  # fmt: skip
+        """The reduction and ``wide`` of the op, or None."""
+        ours = {"wide": wide, "second": second, "zero": zero, "sample_weight": sample_weight}
+        if not exports and _captures.left_to_compiler(left, logits, (ignore_index, *params), ours):
+            return None
+        call = (logits, target, weight, reduction, ignore_index, params, wide, second, sample_weight)
+        if _captures.softmax(traits, *call) is not None:
+            return None
+        kind = extension.mean_or_zero if zero and reduction == "mean" else REDUCTIONS[reduction]  # type: ignore[union-attr]
+        return kind, _captures.is_wide(traits, logits, target, wide)
+
+    owned_by_constants = at_trace_time(owned)
+
+    def capture(
+        logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, *params: Any,
+        wide: bool = False, second: bool = False, zero: bool = False, sample_weight: Tensor | None = None,
+        grad_in_forward: bool | None = None, inplace: bool = False,
+    ) -> Any:  # fmt: skip
+        options = (wide, second, zero, sample_weight, is_exporting())
+        call = (logits, target, weight, reduction, ignore_index, *options)
+        constants = described((*call, *params))
+        if constants is None:
+            params = tuple(map(pinned, params))
+            found = owned(*call, *params)
+        else:
+            found = owned_by_constants(constants)
+        if found is None:
+            return None
+        kind, wide = found
+        numbers = [float(each) for each in params]
+        value, of_second, _ = op(logits, target, weight, kind, ignore_index, numbers, wide, second, sample_weight)
+        return (value, of_second) if second else value
+
+    return capture
 
 
 _POINTWISE = _Family(

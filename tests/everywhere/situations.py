@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from compare import upstream_of
+from observe import of_any_size
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -286,12 +287,18 @@ def jit_trace(loss: Loss, input: Tensor, target: Tensor) -> Any:
 
 def compiled(loss: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Any:
     torch._dynamo.reset()
-    return torch.compile(loss, backend=backend, fullgraph=True, **options)
+    return of_any_size(torch.compile(loss, backend=backend, fullgraph=True, **options))
 
 
 @situation("`compile`")
 def compile_gradient(loss: Loss, input: Tensor, target: Tensor) -> Any:
     return with_gradient(compiled(loss), input, target)
+
+
+@situation("`compile` of few elements")
+def compile_few(loss: Loss, input: Tensor, target: Tensor) -> Any:
+    torch._dynamo.reset()
+    return with_gradient(torch.compile(loss, backend="aot_eager", fullgraph=True), input, target)
 
 
 @situation("`compile(dynamic=True)`, another size")

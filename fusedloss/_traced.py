@@ -1,0 +1,58 @@
+"""What torch.compile asks once, while it traces, and does not trace itself.
+
+Whatever it traces, it checks before every later call: each function, each global and attribute of a module outside
+torch. For a small loss that took as long as the loss. So traced code hands over constants that describe its tensors, and
+a function that the compiler does not look into answers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Described(NamedTuple):
+    """All that is known of a tensor but its numbers."""
+
+    type_name: str
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+    shape: torch.Size
+    requires_grad: bool
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def described(values: Any) -> list[Any] | None:
+    """Constants for tensors and numbers; None where the compiler keeps a number or a size open."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    constants: list[Any] = []
+    for value in values:
+        if hasattr(value, "layout"):
+            if not has_static_value(value.numel()):
+                return None
+            constants.append(
+                (type(value).__name__, value.dtype, value.device, value.layout, value.shape, value.requires_grad)
+            )
+        elif value is None or value.__class__ is str or has_static_value(value):
+            constants.append(value)
+        else:
+            return None
+    return constants
+
+
+def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one of what :func:`described` gave, which the compiler calls and does not trace."""
+
+    def answer(constants: list[Any]) -> Any:
+        return function(*(Described(*each) if isinstance(each, tuple) else each for each in constants))
+
+    # What torch.compiler.assume_constant_result does, which imports the compiler: a second that eager users keep.
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return answer
