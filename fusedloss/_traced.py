@@ -34,13 +34,13 @@ def described(values: Any) -> list[Any] | None:
 
     constants: list[Any] = []
     for value in values:
-        if hasattr(value, "layout"):
+        if isinstance(value, torch.Tensor):
             if not has_static_value(value.numel()):
                 return None
             constants.append(
                 (type(value).__name__, value.dtype, value.device, value.layout, value.shape, value.requires_grad)
             )
-        elif value is None or value.__class__ is str or has_static_value(value):
+        elif value is None or isinstance(value, str) or has_static_value(value):
             constants.append(value)
         else:
             return None

@@ -75,6 +75,8 @@ def test_compile_gives_the_dtype_of_eager_beside_wider_weights(function, weights
     expected, got = value_and_grads(run, x), value_and_grads(compiled, x)
     assert fused(function, x, t, **options, reduction=reduction)
     assert [each.dtype for each in got] == [each.dtype for each in expected]
+    if function.removesuffix("_loss") in ARITHMETIC:  # torch rounds the errors before it weights them
+        expected = value_and_grads(lambda x: getattr(F, function)(x, t, **options, reduction=reduction), x)
     same(got, expected)
 
 
