@@ -85,8 +85,9 @@ def softmax(
 ) -> Callable[[Formula], Formula]:
     """Route ``formula(logits, target, weight, reduction, ignore_index, *params, wide, second, zero)``.
 
-    ``left``: as for :func:`pointwise`. ``soft``: targets are class probabilities. ``mean_by_weight``: the mean divides by the sum of the targets' weights.
-    The routed loss takes a ``sample_weight`` of the rows beside the formula's options, as :mod:`._weighted` states it.
+    ``left``: as for :func:`pointwise`. ``soft``: targets are class probabilities. ``mean_by_weight``: the mean divides
+    by the sum of the targets' weights. The routed loss takes a ``sample_weight`` of the rows beside the formula's
+    options, as :mod:`._weighted` states it.
 
     The options: ``wide`` gives results in float32 for bfloat16 and float16, ``second`` a pair of the loss and the
     second result (the lse, of :func:`log_probs` the entropy), ``zero`` a mean over nothing that is 0. Beside them, the

@@ -1,8 +1,8 @@
 """What torch.compile asks once, while it traces, and does not trace itself.
 
 Whatever it traces, it checks before every later call: each function, each global and attribute of a module outside
-torch. For a small loss that took as long as the loss. So traced code hands over constants that describe its tensors, and
-a function that the compiler does not look into answers.
+torch. For a small loss that took as long as the loss. So traced code hands over constants that describe its tensors,
+and a function that the compiler does not look into answers.
 """
 
 from collections.abc import Callable

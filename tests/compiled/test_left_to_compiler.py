@@ -1,5 +1,5 @@
-"""What torch.compile is handed in PyTorch's own operators on a CPU, and what it keeps an op of: the graph that a compiler
-gets, and what `explain` says of the compiled loss."""
+"""What torch.compile is handed in PyTorch's own operators on a CPU, and what it keeps an op of: the graph that a
+compiler gets, and what `explain` says of the compiled loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -103,9 +103,8 @@ def test_an_exported_program_keeps_the_op(strict):
 
 def test_a_captured_op_is_checked_by_few_guards():
     """Each is paid for at every call: what decides about a call is asked once, while it is traced."""
-    torch._dynamo.reset()
     counts = []
-    for function in (lambda x, t: L.binary_cross_entropy_with_logits(x, t), lambda x, t: L.focal_loss(x, t.long()[:, 0])):
+    for function in (fusedloss.BCEWithLogitsLoss(), L.sigmoid_focal_loss, CALLS["focal"][0]):
         torch._dynamo.reset()
         guards: list[Any] = []
         keep = lambda given: guards.extend(given) or [True] * len(given)  # noqa: B023, E731
