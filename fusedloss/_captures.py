@@ -249,7 +249,7 @@ def _integer(ignore_index: Any) -> str | None:
     return None
 
 
-def _tensor(tensor: Tensor | None) -> str | None:
+def _tensor(tensor: Any) -> str | None:
     if tensor is None:
         return None
     if (tensor.type_name if isinstance(tensor, Described) else type(tensor).__name__) not in _PLAIN:
