@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from compare import autocast, error, value_and_grads
 from losses import HALVES, REDUCTIONS
 from marks import needs_extension
-from observe import Recorder
+from observe import Recorder, of_any_size
 from torch import Tensor
 
 import fusedloss.functional as L
@@ -154,7 +154,7 @@ def test_compiled(dtype, name):
     def loss(x: Tensor) -> Tensor:
         return run(L, x, index, probabilities, weight, "mean")
 
-    compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    compiled = of_any_size(torch.compile(loss, backend=aot_autograd(fw_compiler=backend), fullgraph=True))
     with autocast(dtype):
         expected, expected_grad = value_and_grads(loss, x)
         got, grad = value_and_grads(compiled, x)
