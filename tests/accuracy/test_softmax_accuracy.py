@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from choices import Choices, one_draw
 from compare import places
 from hypothesis import given
-from hypothesis import strategies as st
 from layouts import laid_out
 from losses import DTYPES, REDUCTIONS
 from marks import needs_extension, on_cpu_alone
@@ -52,34 +52,34 @@ class Recipe:
     masked: float
 
 
-@st.composite
-def shapes(draw: st.DrawFn) -> tuple[int, ...]:
-    dims = draw(st.integers(1, 4))
-    classes = draw(st.one_of(st.integers(1, 12), st.integers(1, 150), st.integers(1, 3000), st.integers(1000, 3000)))
+def shape(choices: Choices) -> tuple[int, ...]:
+    dims = choices.between(1, 4)
+    classes = choices.between(*choices.of([(1, 12), (1, 150), (1, 3000), (1000, 3000)]))
     if dims == 1:
         return (classes,)
     room = max(1, LARGEST // classes)
-    batch = draw(st.integers(1, min(room, 40)))
-    inner = [draw(st.integers(1, max(1, min(room // batch, 9)))) for _ in range(dims - 2)]
+    batch = choices.between(1, min(room, 40))
+    inner = [choices.between(1, max(1, min(room // batch, 9))) for _ in range(dims - 2)]
     return (batch, classes, *inner)
 
 
-RECIPES = st.builds(
-    Recipe,
-    seed=st.integers(0, 2**40),
-    dtype=st.sampled_from(DTYPES),
-    shape=shapes(),
-    layout=st.sampled_from(LAYOUTS),
-    target=st.sampled_from(["int64", "uint8", "probabilities", "float32 probabilities"]),
-    one_hot=st.booleans(),
-    ignored=st.sampled_from([0.0, 0.0, 0.2, 0.9, 1.0]),
-    weight=st.sampled_from(["none", "random", "half of them zero"]),
-    smoothing=st.sampled_from([0.0, 0.0, 0.1, 0.3, 1.0]),
-    reduction=st.sampled_from(REDUCTIONS),
-    log_scale=st.integers(-30, 40).map(lambda tenths: tenths / 10),
-    gap=st.one_of(st.just(0), st.integers(10, 80)),
-    masked=st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0]),
-)
+def recipe(choices: Choices) -> Recipe:
+    of = choices.of
+    return Recipe(
+        shape=shape(choices),
+        dtype=of(DTYPES),
+        layout=of(LAYOUTS),
+        target=of(["int64", "uint8", "probabilities", "float32 probabilities"]),
+        one_hot=of([False, True]),
+        ignored=of([0.0, 0.0, 0.2, 0.9, 1.0]),
+        weight=of(["none", "random", "half of them zero"]),
+        smoothing=of([0.0, 0.0, 0.1, 0.3, 1.0]),
+        reduction=of(REDUCTIONS),
+        log_scale=choices.between(-30, 40) / 10,
+        gap=of([0, choices.between(10, 80)]),
+        masked=of([0.0, 0.0, 0.1, 0.5, 1.0]),
+        seed=choices.between(0, 2**40),
+    )
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def excesses(call: Call) -> tuple[float, float]:
 
 
 @pytest.mark.examples
-@given(RECIPES)
+@given(one_draw(recipe))
 def test_no_less_accurate_than_torch(recipe):
     of_value, of_grad = excesses(cooked(recipe))
     assert of_value <= 1
