@@ -6,6 +6,7 @@ import sys
 import time
 
 import torch
+import torch._dynamo  # noqa: F401  imported by an optimizer's first step: here, once for all processes
 from tasks import make
 from tqdm import tqdm
 
