@@ -13,10 +13,19 @@ from marks import needs_compiler, needs_extension
 pytestmark = needs_extension
 TESTS = Path(__file__).parent.parent
 # The tests of values of either kind of driver: of the first every pair of values, as the widest set ran every case.
-OF_VALUES = {
-    "softmax and pointwise": ["accuracy/test_values.py"],
-    "class indices": ["--deep", "contract/test_index_targets.py", "-k", "against_float64"],
-}
+OF_VALUES = [
+    ["accuracy/test_values.py"],
+    ["--deep", "contract/test_index_targets.py", "-k", "against_float64"],
+]
+# One process for all: the import of torch takes as long as a hundred tests.
+RUN = f"""
+import sys, pytest
+for tests in {OF_VALUES}:
+    if status := pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]):
+        sys.exit(status)
+import fusedloss._library as library
+print(library.extension.cpu_isa())
+"""
 
 
 def isas() -> list[str]:
@@ -28,17 +37,14 @@ def isas() -> list[str]:
 
 
 @pytest.mark.deep("runs of the tests of values for each lesser instruction set; the widest one ran them")
-@pytest.mark.parametrize("tests", OF_VALUES)
 @pytest.mark.parametrize("isa", isas()[:-1])
-def test_every_lesser_instruction_set_passes_the_tests_of_values(isa, tests):
-    # In processes of their own: the choice is made once, at load.
+def test_every_lesser_instruction_set_passes_the_tests_of_values(isa):
+    # In a process of its own: the choice is made once, at load.
     environment = {**os.environ, "FUSEDLOSS_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *OF_VALUES[tests]]
+    command = [sys.executable, "-c", RUN]
     done = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:]
-    which = "import fusedloss._library as l; print(l.extension.cpu_isa())"
-    done = subprocess.run([sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == isa
+    assert done.stdout.splitlines()[-1] == isa
 
 
 def test_an_unknown_instruction_set_is_refused():
