@@ -43,7 +43,9 @@ def keep_one_of_each_driver(csrc: Path) -> None:
     """For sanitizers, which look at memory: of kernels that differ in arithmetic alone, one.
 
     float16 is loaded and stored as bfloat16 is, and float64 as float32 is, half as many to a vector. mse reads what the
-    other losses of a difference read, and cross-entropy what focal reads. Calls of what is left out give other results.
+    other losses of a difference read, and cross-entropy what focal reads; a loss with a softcap reads what
+    it reads without one, and one of any gamma what it reads for a gamma of 2. Calls of what is left out give other
+    results.
     """
     for type_, name in (("Half", "fp16"), ("Double", "double")):
         replace_once(csrc / "kernels" / "functors.h", f"    case DType::{type_}:\n      return f({name}());\n", "")
@@ -52,3 +54,11 @@ def keep_one_of_each_driver(csrc: Path) -> None:
     for name, functor in (("l1", "L1"), ("smooth_l1", "SmoothL1"), ("huber", "Huber")):
         replace_once(csrc / "losses" / "pointwise.h", f"X({name}, {functor})", f"X({name}, Mse)")
     replace_once(csrc / "losses" / "softmax.h", "X(focal, Focal)", "X(focal, CrossEntropy)")
+    for old, new in (
+        ("using Specialised = Smooth;", "using Specialised = typename Smooth::Specialised;"),
+        ("using Specialised = SoftCrossEntropyWith<T, Unchanged<T>>;", ""),
+        ("using Specialised = LogProbsWith<T, SumNone>;", ""),
+    ):
+        replace_once(csrc / "losses" / "softmax.h", old, new)
+    of_gamma = "if (Functor::applies(params)) return f(Functor::specialised(params), storage);"
+    replace_once(csrc / "kernels" / "functors.h", of_gamma, "")

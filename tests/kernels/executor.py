@@ -17,6 +17,7 @@ from plant import keep_one_loss, keep_one_of_each_driver, keep_one_type
 from torch import Tensor
 
 LIBRARY = "cuda_on_cpu.so"
+SMALL = ("scale.cu", "softmax.cu", "softmax_targets.cu")  # one unit with the driver: their time is that of headers
 HERE = Path(__file__).parent / "cuda_on_cpu"
 # Of what is undefined, all but what AddressSanitizer sees when memory is read or written. Its checks are calls: they
 # compile in two thirds of the time.
@@ -57,10 +58,15 @@ def build(folder: Path, source: Path = CSRC, only: str = "", flags: Sequence[str
             assert done.returncode == 0, done.stderr
         return to
 
+    files = [file for file in sorted((source / "cuda").glob("*.cu")) if file.name not in SMALL]
+    unit = folder / "unit.cpp"
+    unit.write_text(
+        "".join(f'#include "{file}"\n' for file in (*(f"cuda/{name}" for name in SMALL), HERE / "driver.cpp"))
+    )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         if not (only or SANITIZED):
             pool.submit(header, folder, *UNOPTIMISED)
-        objects = list(pool.map(compile, [*sorted((source / "cuda").glob("*.cu")), HERE / "driver.cpp"]))
+        objects = list(pool.map(compile, [*files, unit]))
     command = [*compiler, "-shared", *map(str, objects), "-o", str(folder / LIBRARY)]
     subprocess.run(command, check=True, env=WITHOUT_PRELOAD)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytestmark = [needs_extension, needs_compiler]
 OP = "sigmoid_focal"
-PARAMS = [(0.25, 2.0), (-1.0, 0.5)]  # one for each functor
+PARAMS = [(0.25, 2.0), (-1.0, 0.5)][: 1 if SANITIZED else 2]  # one for each functor
 UNROLL = 4
 
 
