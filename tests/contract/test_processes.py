@@ -16,7 +16,9 @@ RANKS = Path(__file__).with_name("ranks.py")
 @needs_extension
 @on_cpu_alone("the processes meet over gloo and compute on the CPU")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.deep("two processes of DDP, FSDP2 and DTensor; everywhere/ has DataParallel, subclasses and copies")
+@pytest.mark.deep(
+    "two processes of DDP, FSDP2 and DTensor; everywhere/ has DataParallel, subclasses and copies", minutes=0.5
+)
 def test_two_processes_train_as_with_torchs_losses(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     processes = [

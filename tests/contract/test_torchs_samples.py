@@ -19,7 +19,8 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 @on_cpu_alone("makes its samples on the CPU")
 @pytest.mark.skipif(bool(MISSING), reason=f"torch's samples need {', '.join(MISSING)}")
 @pytest.mark.deep(
-    "torch's samples of its losses, 8 s to import; the other tests of contract/ and compiled/ have their kinds"
+    "torch's samples of its losses, 8 s to import; the other tests of contract/ and compiled/ have their kinds",
+    minutes=0.5,
 )
 def test_torchs_samples_pass_torchs_checks():
     # A number without factors in common with the loops that make the samples: all kinds of samples occur.

@@ -36,7 +36,7 @@ def isas() -> list[str]:
     return compiled[: compiled.index(extension.cpu_isa()) + 1]
 
 
-@pytest.mark.deep("runs of the tests of values for each lesser instruction set; the widest one ran them")
+@pytest.mark.deep("runs of the tests of values for each lesser instruction set; the widest one ran them", minutes=0.5)
 @pytest.mark.parametrize("isa", isas()[:-1])
 def test_every_lesser_instruction_set_passes_the_tests_of_values(isa):
     # In a process of its own: the choice is made once, at load.
