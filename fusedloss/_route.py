@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_exporting, set_stance
+from torch.overrides import handle_torch_function
 
 from . import _captures, _decomposed, _fake
 from ._captures import REDUCTIONS as REDUCTIONS
@@ -162,6 +163,13 @@ def overrides_apply() -> bool:
     return not is_compiling() or torch._C._is_torch_function_enabled()
 
 
+def overridden(function: Callable[..., Any], relevant: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+    """torch's handle_torch_function without the arguments left out: None's type has no override to look for, which
+    torch.compile of torch 2.11 does not know."""
+    given = tuple(each for each in relevant if each is not None)
+    return handle_torch_function(function, given, *args, **kwargs)
+
+
 def _defaults(formula: Formula) -> tuple[float, ...]:
     return tuple(
         parameter.default
@@ -176,8 +184,7 @@ def _without_hints(options: dict[str, Any]) -> dict[str, Any]:
 
 def _unfused(formula: Formula) -> Formula:
     def loss(*arguments: Any, **options: Any) -> Any:
-        if _asking.get():
-            raise Path(f"native: {why_native}")
+        tell_native(why_native)
         return formula(*arguments, **_without_hints(options))
 
     return loss

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route
 from .._dtypes import in_float, widened
@@ -80,7 +80,7 @@ class PointwiseLoss(nn.Module):
         """
         if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
             given = {**self.params, **params}
-            return handle_torch_function(
+            return _route.overridden(
                 _call, (input, target, weight), input, target, reduction, weight, given, self._definition
             )  # fmt: skip
         if reduction not in _route.REDUCTIONS:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, widened
@@ -115,7 +115,7 @@ def binary_cross_entropy(
             [0.0000, 0.0000]])
     """
     if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             binary_cross_entropy, (input, target, weight), input, target, weight=weight,
             size_average=size_average, reduce=reduce, reduction=reduction, ignore_index=ignore_index,
         )  # fmt: skip
@@ -187,7 +187,7 @@ def binary_cross_entropy_with_logits(
     tensor(0.3778)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target, weight=weight,
             size_average=size_average, reduce=reduce, reduction=reduction, pos_weight=pos_weight,
             ignore_index=ignore_index,

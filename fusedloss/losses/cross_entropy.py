@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
@@ -194,7 +194,7 @@ def cross_entropy(
     tensor(0.1269)
     """
     if has_torch_function_variadic(input, target, weight, sample_weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             cross_entropy, (input, target, weight, sample_weight), input, target, weight=weight,
             size_average=size_average, ignore_index=ignore_index, reduce=reduce, reduction=reduction,
             label_smoothing=label_smoothing, sample_weight=sample_weight, z_loss=z_loss, softcap=softcap,

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
@@ -125,7 +125,7 @@ def mse_loss(
     tensor(4.6250)
     """
     if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             mse_loss, (input, target, weight), input, target,
             size_average=size_average, reduce=reduce, reduction=reduction, weight=weight,
         )  # fmt: skip
@@ -151,7 +151,7 @@ def l1_loss(
     tensor(1.7500)
     """
     if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             l1_loss, (input, target, weight), input, target,
             size_average=size_average, reduce=reduce, reduction=reduction, weight=weight,
         )  # fmt: skip
@@ -186,7 +186,7 @@ def smooth_l1_loss(
     tensor(1.3125)
     """
     if has_torch_function_variadic(input, target) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             smooth_l1_loss, (input, target), input, target,
             size_average=size_average, reduce=reduce, reduction=reduction, beta=beta,
         )  # fmt: skip
@@ -219,7 +219,7 @@ def huber_loss(
     tensor(1.3125)
     """
     if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             huber_loss, (input, target, weight), input, target, reduction=reduction, delta=delta, weight=weight
         )
     warn_of_broadcasting(input, target)

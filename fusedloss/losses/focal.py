@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
@@ -139,7 +139,7 @@ def focal_loss(
     tensor(0.0018)
     """
     if has_torch_function_variadic(input, target, alpha, sample_weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             focal_loss, (input, target, alpha, sample_weight), input, target, alpha=alpha, gamma=gamma,
             ignore_index=ignore_index, reduction=reduction, sample_weight=sample_weight,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
@@ -93,7 +93,7 @@ def log_probs(
     (tensor([-0.1269]), tensor([0.3653]))
     """
     if has_torch_function_variadic(logits, target) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             log_probs, (logits, target), logits, target,
             temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
         )  # fmt: skip

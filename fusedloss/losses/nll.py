@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float
@@ -61,7 +61,7 @@ def nll_loss(
     tensor(0.3000)
     """
     if has_torch_function_variadic(input, target, weight, sample_weight) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             nll_loss, (input, target, weight, sample_weight), input, target, weight=weight,
             size_average=size_average, ignore_index=ignore_index, reduce=reduce, reduction=reduction,
             sample_weight=sample_weight,

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from .. import _route
 from .._dtypes import in_float, widened
@@ -104,7 +104,7 @@ def sigmoid_focal_loss(
             [0.0000, 0.0000]])
     """
     if has_torch_function_variadic(inputs, targets, weight, normalizer) and _route.overrides_apply():
-        return handle_torch_function(
+        return _route.overridden(
             sigmoid_focal_loss, (inputs, targets, weight, normalizer), inputs, targets, alpha=alpha, gamma=gamma,
             reduction=reduction, weight=weight, ignore_index=ignore_index, normalizer=normalizer,
         )  # fmt: skip
