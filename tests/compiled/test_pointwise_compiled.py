@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compare import autocast, same, value_and_grads
 from layouts import laid_out
 from marks import needs_extension
-from observe import ARITHMETIC, compiled_with_ops, holds
+from observe import compiled_with_ops, holds, keeps_op
 from pointwise_calls import (
     BINARY,
     BROADCASTING,
@@ -51,7 +51,7 @@ def test_compile_keeps_the_fused_op_but_of_arithmetic(name, reduction):
             assert one.dtype == wanted.dtype
         same(got, expected)
     name = function.removesuffix("_loss")
-    assert holds(ops, name) == holds(ops, f"{name}_backward") == (name not in ARITHMETIC)
+    assert holds(ops, name) == holds(ops, f"{name}_backward") == keeps_op(name)
 
 
 WIDER_WEIGHTS = [
@@ -75,7 +75,7 @@ def test_compile_gives_the_dtype_of_eager_beside_wider_weights(function, weights
     expected, got = value_and_grads(run, x), value_and_grads(compiled, x)
     assert fused(function, x, t, **options, reduction=reduction)
     assert [each.dtype for each in got] == [each.dtype for each in expected]
-    if function.removesuffix("_loss") in ARITHMETIC:  # torch rounds the errors before it weights them
+    if not keeps_op(function.removesuffix("_loss")):  # torch rounds the errors before it weights them
         expected = value_and_grads(lambda x: getattr(F, function)(x, t, **options, reduction=reduction), x)
     same(got, expected)
 
@@ -91,7 +91,7 @@ def test_compile_broadcasts(function, sizes):
         run = lambda x, t: getattr(L, function)(x, t, reduction=reduction)  # noqa: B023, E731
         compiled, ops = compiled_with_ops(run)
         same(value_and_grads(compiled, x, t), value_and_grads(run, x, t))
-        assert not any(op.startswith("fusedloss.") for op in ops)
+        assert any(op.startswith("fusedloss.") for op in ops) == keeps_op(function.removesuffix("_loss"))
 
 
 @pytest.mark.thinned(1, deep=1)
@@ -115,7 +115,7 @@ def test_compile_under_autocast(call):
         got, expected = value_and_grads(compiled, *tensors), value_and_grads(run, *tensors)
     assert [each.dtype for each in got] == [each.dtype for each in expected]
     same(got, expected)
-    assert any(op.startswith("fusedloss.") for op in ops) == (function.removesuffix("_loss") not in ARITHMETIC)
+    assert any(op.startswith("fusedloss.") for op in ops) == keeps_op(function.removesuffix("_loss"))
 
 
 @needs_extension
