@@ -162,8 +162,8 @@ CUDA_POINTWISE = {
 }
 QUICK = ("huber", "sigmoid_focal")
 
-# A row's target and the statistics that forward saves for backward: at 10 classes in bfloat16 as much as a pass. A mean's
-# gradient in forward reads the targets once more.
+# A row's target and the statistics that forward saves for backward: at 10 classes in bfloat16 as much as a pass. For a
+# mean's gradient in forward the targets are read once more.
 OF_ROW = 8 + 8
 # For rows of logits: one read; one read and one write; their sum; and both in one where the logits stay on the chip.
 ROWS = {
