@@ -142,7 +142,7 @@ template <bool kTail>
 __global__ void copy(const float* from, float* to, int count) {
   const int thread = threadIdx.x;
   for (int vector = thread; vector < count / 4; vector += blockDim.x) {
-    store_vector_bits(to + 4 * vector, load_vector_bits(from + 4 * vector));
+    store_bits(to + 4 * vector, load_bits<uint4>(from + 4 * vector));
   }
   if (kTail && thread < count % 4) to[count - 1 - thread] = from[count - 1 - thread];
 }
