@@ -53,7 +53,7 @@ MUTANTS = {
     "binary_cross_entropy": {
         "bce value": ("losses/pointwise.h", "(t - T(1)) * of_zero - t * of_one", "-t * of_one"),
         "bce slope": ("losses/pointwise.h", "(T(1) - x) * x;", "x;"),
-        "bce target": ("losses/pointwise.h", "return log1p(-x) - log(x);", "return -log(x);"),
+        "bce target": ("losses/pointwise.h", "return Logarithms::of_rest(x) - Logarithms::of(x);", "return -log(x);"),
     },
     "binary_cross_entropy_with_logits": {
         "logits value": (

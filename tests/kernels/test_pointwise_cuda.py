@@ -364,7 +364,7 @@ PLANTED = {
     ),
     "a block's sum left out": (
         "pointwise_dense.cuh",
-        "sums.values[0] += double(sum);\n  }\n\n  for",
+        "sums.values[0] += double(sum);\n  }\n\n#pragma unroll 1\n  for",
         "}\n\n  for",
         elements(9000),
     ),
