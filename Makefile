@@ -39,7 +39,7 @@ else
 endif
 	mkdir -p build && rm -f build/ready-* && touch $@
 
-# Three to four minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
+# Three minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
 test: build
 	$(PYTEST)
 
