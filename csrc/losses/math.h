@@ -344,8 +344,7 @@ FUSEDLOSS_HD T log1p(T u) {
 }
 
 // log(v) for v = 1 - rest in [0, 1], for numbers of a half type: its relative error is below 2^-17, also where v is
-// near
-// 1. On a GPU ten instructions where log takes thirty.
+// close to 1. On a GPU ten instructions where log takes thirty.
 template <class T>
 FUSEDLOSS_HD T log_for_halves(T v, T rest) {
   const T near_one = -rest * (T(1) + rest * (T(1) / 2 + rest * (T(1) / 3 + rest * (T(1) / 4))));
