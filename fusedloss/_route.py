@@ -32,8 +32,8 @@ from ._captures import REDUCTIONS as REDUCTIONS
 from ._library import extension, why_native
 from ._one_hot import over_class_indices
 from ._sizes import broadcasts_to as broadcasts_to
-from ._sizes import pinned, same_shape
-from ._traced import at_trace_time, described
+from ._sizes import same_shape
+from ._traced import asked_once
 from ._weighted import over_weighted_rows
 
 Formula = Callable[..., Tensor]
@@ -242,19 +242,14 @@ def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
         wide = _captures.result_dtype(traits, input, target, weight) != input.dtype
         return REDUCTIONS[reduction], wide, same_shape(input.shape, target.shape)
 
-    owned_by_constants = at_trace_time(owned)
+    ask = asked_once(owned)
 
     def capture(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any,
         pos_weight: Tensor | None = None, ignore_index: int | None = None,
     ) -> Any:  # fmt: skip
         call = (input, target, weight, reduction, pos_weight, ignore_index, is_exporting())
-        constants = described((*call, *params))
-        if constants is None:
-            params = tuple(map(pinned, params))
-            found = owned(*call, *params)
-        else:
-            found = owned_by_constants(constants)
+        found, params = ask(call, params)
         if found is None:
             return None
         kind, wide, one_shape = found
@@ -284,7 +279,7 @@ def _capture_softmax(op: Any, known: Any, left: str) -> Callable[..., Any]:
         kind = extension.mean_or_zero if zero and reduction == "mean" else REDUCTIONS[reduction]  # type: ignore[union-attr]
         return kind, _captures.is_wide(traits, logits, target, wide)
 
-    owned_by_constants = at_trace_time(owned)
+    ask = asked_once(owned)
 
     def capture(
         logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, *params: Any,
@@ -293,12 +288,7 @@ def _capture_softmax(op: Any, known: Any, left: str) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         options = (wide, second, zero, sample_weight, is_exporting())
         call = (logits, target, weight, reduction, ignore_index, *options)
-        constants = described((*call, *params))
-        if constants is None:
-            params = tuple(map(pinned, params))
-            found = owned(*call, *params)
-        else:
-            found = owned_by_constants(constants)
+        found, params = ask(call, params)
         if found is None:
             return None
         kind, wide = found

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._sizes import pinned
+
 
 class Described(NamedTuple):
     """All that is known of a tensor but its numbers."""
@@ -47,12 +49,26 @@ def described(values: Any) -> list[Any] | None:
     return constants
 
 
-def at_trace_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one of what :func:`described` gave, which the compiler calls and does not trace."""
+def asked_once(
+    function: Callable[..., Any],
+) -> Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]:
+    """What ``function(*call, *numbers)`` answers, and the numbers.
+
+    Where the compiler keeps nothing of them open, it calls the function once, with constants, and does not trace it.
+    Otherwise the function is traced, of numbers that the graph then holds fixed.
+    """
 
     def answer(constants: list[Any]) -> Any:
         return function(*(Described(*each) if isinstance(each, tuple) else each for each in constants))
 
     # What torch.compiler.assume_constant_result does, which imports the compiler: a second that eager users keep.
     answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return answer
+
+    def ask(call: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        constants = described((*call, *numbers))
+        if constants is not None:
+            return answer(constants), numbers
+        numbers = tuple(map(pinned, numbers))
+        return function(*call, *numbers), numbers
+
+    return ask
