@@ -43,6 +43,12 @@ def atanh_rest(z: mpf) -> mpf:
 
 
 @cache
+def log1p_rest(w: mpf) -> mpf:
+    """P of -log(1 - w) = w + w^2 P(w), all of whose coefficients are positive."""
+    return (-mp.log1p(-w) - w) / w**2 if w else mpf(1) / 2
+
+
+@cache
 def tanh_over_x(z: mpf) -> mpf:
     x = mp.sqrt(z)
     return mp.tanh(x) / x if z else mpf(1)
@@ -63,6 +69,11 @@ def atanh_fit(degree: int, largest: mpf, weight: Function = lambda z: z) -> Poly
     return Polynomial(atanh_rest, weight, mpf(0), largest**2, degree)
 
 
+def log1p_fit(degree: int) -> Polynomial:
+    """On 0 <= -w <= 1/4, where the special function unit's log(1 - w) would lose digits."""
+    return Polynomial(log1p_rest, lambda w: w**2 / -mp.log1p(-w) if w else w, mpf(-1) / 4, mpf(0), degree)
+
+
 # log(m) with sqrt(1/2) <= m <= sqrt(2), and log(1 + u) = 2 atanh(u / (2 + u)) with 0 <= u <= 1.
 OF_LOG, OF_LOG1P = 3 - 2 * mp.sqrt(2), mpf(1) / 3
 
@@ -80,6 +91,7 @@ FITS: list[tuple[str, str, type[np.floating], Polynomial]] = [
     ("exp", "math.h", DOUBLE, exp_fit(9)),
     ("atanh", "math.h", DOUBLE, atanh_fit(10, OF_LOG1P)),
     ("log", "math.h", DOUBLE, atanh_fit(6, OF_LOG)),
+    ("log1p for half types", "math.h", FLOAT, log1p_fit(3)),
     ("log of pow", "functions.h", FLOAT, atanh_fit(3, OF_LOG, unweighted)),
     ("log of pow", "functions.h", DOUBLE, atanh_fit(8, OF_LOG, unweighted)),
 ]

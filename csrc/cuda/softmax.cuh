@@ -14,14 +14,13 @@ struct Online : RowStatistics<Accumulate<S>> {
 
   // Finite, so that a row of -infinity masks is no inf - inf.
   __device__ Online() : RowStatistics<T>{lowest<T>(), T(0), T(0), T(0)} {}
+  __device__ explicit Online(const RowStatistics<T>& statistics) : RowStatistics<T>(statistics) {}
 
   __device__ void raise(T to) {
-    if constexpr (!Sum::has_sum) {
-      sum_without_target *= exponential<S>(max - to);
-      max = to;
-    } else {
-      static_cast<RowStatistics<T>&>(*this) = raised<Sum>(*this, to);
-    }
+    const T gap = max - to, shrunk = exponential<S>(gap);
+    Sum::raise(static_cast<RowStatistics<T>&>(*this), gap, shrunk);
+    sum_without_target *= shrunk;
+    max = to;
   }
 
   // Adds kCount logits with one rescale; z = -infinity with factor 0 stands for no logit.
@@ -40,10 +39,11 @@ struct Online : RowStatistics<Accumulate<S>> {
     }
   }
 
-  __device__ void merge(RowStatistics<T> other) {
+  __device__ void merge(const RowStatistics<T>& statistics) {
+    Online other(statistics);
     const T peak = larger(max, other.max);
     raise(peak);
-    other = raised<Sum>(other, peak);
+    other.raise(peak);
     sum_without_target += other.sum_without_target;
     if constexpr (Sum::has_sum) sum += other.sum;
     if constexpr (Sum::has_factors) mass += other.mass;
@@ -73,6 +73,24 @@ struct Online : RowStatistics<Accumulate<S>> {
   }
 };
 
+// `complete`, and for half types, whose own rounding is coarser, with half of its instructions.
+template <class S, class Loss, class T = Accumulate<S>>
+__device__ Row<T> completed(const RowStatistics<T>& statistics, T logit, T weight) {
+  if constexpr (sizeof(S) != 2) {
+    return complete<Loss>(statistics, logit, weight);
+  } else {
+    using Sum = typename Loss::Sum;
+    const bool target_is_max = logit >= statistics.max;
+    Online<S, Sum> all(statistics);
+    all.raise(target_is_max ? logit : statistics.max);
+    const T gap = logit - all.max, own = exponential<S>(gap), without = all.sum_without_target;
+    const T factor = factor_of_target<Loss>(weight), inverse = divide(T(1), without + own);
+    const T log_total = log1p_for_halves(target_is_max ? without : (without - T(1)) + own);
+    Sum::add(all.sum, Column<T>{own, gap, factor});
+    return {log_total - gap, own * inverse, without * inverse, all.max, inverse, log_total, all.sum, all.mass + factor};
+  }
+}
+
 // index -1: the row is ignored, its target is out of range, which reads no memory, or targets are probabilities.
 template <class T>
 struct Target {
@@ -100,11 +118,15 @@ struct Target {
       out_of_range = !ignored && uint64_t(given) >= uint64_t(args.logits_layout.classes);
       counts = !ignored && !out_of_range;
       active = counts || (ignored && Loss::second_of_ignored && (args.second || args.upstream_second));
-      if (!counts) return;
-      index = int(given);
-      weight = args.weight ? static_cast<const T*>(args.weight)[given] : T(1);
+      if (counts) *this = Target(int(given), args);
     }
   }
+  // Of a class that is known to count.
+  __device__ Target(int index_, const SoftmaxArgs& args)
+      : index(index_),
+        weight(args.weight ? static_cast<const T*>(args.weight)[index_] : T(1)),
+        counts(true),
+        active(true) {}
 };
 
 // 0: the row has no loss, whatever its logits. Read where it is needed: forward_rows has no register to keep it in.
@@ -158,6 +180,12 @@ __device__ Accumulate<S> upstream_of(const void* from, int64_t i, bool wide) {
   return wide ? static_cast<const Accumulate<S>*>(from)[i] : load(static_cast<const S*>(from)[i]);
 }
 
+// What a row, or a few neighbouring ones, add to the sum and to the divisor of a mean.
+template <class T>
+struct Summands {
+  T loss = 0, weight = 0;
+};
+
 // Adds up losses and the divisor of a mean over the rows that a thread finishes.
 template <class S, class Loss, bool kSecond = true>
 struct Finish {
@@ -174,15 +202,20 @@ struct Finish {
       const RowStatistics<T> one[] = {statistics};
       save(row, one);
     }
-    value_of(row, target, statistics, logit);
+    add(value_of(row, target, statistics, logit));
   }
-  __device__ void value_of(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics, T logit) {
-    T value = 0, sample_weight;
+  __device__ void add(const Summands<T>& summands) {
+    sums.values[0] += double(summands.loss);
+    sums.values[1] += double(summands.weight);
+  }
+  __device__ Summands<T> value_of(int64_t row, const Target<T>& target, const RowStatistics<T>& statistics,
+                                  T logit) const {
+    T value = 0, weight = 0, sample_weight;
     if constexpr (Loss::reads_row) {
       if (target.active) {
-        const Row<T> completed = complete<Loss>(statistics, logit, target.weight);
-        if (target.counts) value = loss.value(completed, target.weight);
-        if (kSecond && args.second) store_result<S>(args.second, row, loss.second(completed), args.wide);
+        const Row<T> all = completed<S, Loss>(statistics, logit, target.weight);
+        if (target.counts) value = loss.value(all, target.weight);
+        if (kSecond && args.second) store_result<S>(args.second, row, loss.second(all), args.wide);
       } else if (kSecond && args.second) {
         store_result<S>(args.second, row, target.out_of_range ? T(NAN) : T(0), args.wide);
       }
@@ -193,15 +226,15 @@ struct Finish {
     }
     if (target.counts) {
       value = sample_weight == T(0) ? T(0) : sample_weight * value;
-      sums.values[1] += double(weight_in_mean<Loss>(target, sample_weight));
+      weight = weight_in_mean<Loss>(target, sample_weight);
     }
     if (target.out_of_range) {
       value = T(NAN);
       // 16 bytes at once: where several rows are bad, the host sees row and target of one of them.
       store_bits(args.bad_target, bit_cast<uint4>(BadTarget{row, target_of(args, row)}));
     }
-    sums.values[0] += double(value);
     if (args.losses) store_result<S>(args.losses, row, value, args.wide);
+    return {value, weight};
   }
 
   // For the backward, the statistics of neighbouring rows.
@@ -227,7 +260,7 @@ struct Finish {
         Vector<T> vector;
 #pragma unroll
         for (int k = 0; k < width; ++k) vector.values[k] = number(r + k);
-        *reinterpret_cast<Vector<T>*>(to + r) = vector;
+        store_vector(to + r, vector);
       }
     }
   }
@@ -247,28 +280,34 @@ __device__ ZAndSlope<T> target_logit(const Loss& loss, const Target<T>& target, 
   return loss.logit(logit);
 }
 
-template <class S>
-__device__ Accumulate<S> scaled_upstream(const CudaSoftmaxArgs& args, int64_t row) {
-  using T = Accumulate<S>;
-  T upstream = args.upstream ? upstream_of<S>(args.upstream, row * args.upstream_stride, args.wide) : T(1);
-  upstream *= sample_weight_of<T>(args, row);
-  return args.mean ? upstream / *static_cast<const T*>(args.divisor) : upstream;
-}
-
 // The upstream gradients of a row's two results.
 template <class T>
 struct Upstreams {
   T loss, second;
   bool has_loss, has_second;
 };
+
+// Reads them. A mean has one upstream gradient, divided once for all rows of a thread: 20 instructions.
 template <class S>
-__device__ Upstreams<Accumulate<S>> upstreams_of(const CudaSoftmaxArgs& args, int64_t row) {
+struct UpstreamReader {
   using T = Accumulate<S>;
-  return {
-      scaled_upstream<S>(args, row),
-      args.upstream_second ? upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide) : T(0),
-      sample_weight_of<T>(args, row) != T(0), args.upstream_second != nullptr};
-}
+  const CudaSoftmaxArgs& args;
+  T of_all = 1;
+
+  __device__ explicit UpstreamReader(const CudaSoftmaxArgs& args_) : args(args_) {
+    if (args.upstream && !args.upstream_stride) of_all = upstream_of<S>(args.upstream, 0, args.wide);
+    if (args.mean) of_all /= *static_cast<const T*>(args.divisor);
+  }
+  __device__ Upstreams<T> operator()(int64_t row) const {
+    const T each = args.upstream_stride ? upstream_of<S>(args.upstream, row * args.upstream_stride, args.wide) : of_all;
+    const T sample_weight = sample_weight_of<T>(args, row);
+    T second = 0;
+    if (args.upstream_second) {
+      second = upstream_of<S>(args.upstream_second, row * args.upstream_second_stride, args.wide);
+    }
+    return {each * sample_weight, second, sample_weight != T(0), args.upstream_second != nullptr};
+  }
+};
 
 // The statistics of a row, or of neighbouring rows, as the forward has saved them.
 template <class Loss, class T>
@@ -315,9 +354,9 @@ struct RowGradient {
     if (!active) return;
     const T upstream = counts ? upstreams.loss : T(0), weight = counts ? to.weight : T(0), second = upstreams.second;
     const ZAndSlope<T> logit = target_logit(loss, to, x);
-    const Row<T> completed = complete<Loss>(statistics, logit.z, to.weight);
-    const GradientOfRow<T> gradient = gradient_of_row(loss, completed, logit, weight, upstream, second);
-    max = completed.max;
+    const Row<T> row = completed<S, Loss>(statistics, logit.z, to.weight);
+    const GradientOfRow<T> gradient = gradient_of_row(loss, row, logit, weight, upstream, second);
+    max = row.max;
     own = gradient.own;
     columns = gradient.columns;
   }
@@ -331,9 +370,9 @@ struct RowGradient {
   }
 
   // In any column, without a branch.
-  __device__ T operator()(const Loss& loss, T x, int column, T factor) const {
+  __device__ T operator()(const Loss& loss, T x, bool is_target, T factor) const {
     const T value = elsewhere(loss, x, factor);
-    return active ? (column == target ? own : value) : T(0);
+    return active ? (is_target ? own : value) : T(0);
   }
 };
 

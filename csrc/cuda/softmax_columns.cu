@@ -66,18 +66,56 @@ __device__ void read_factors(const Loss& loss, const SoftmaxArgs& args, const P*
   }
 }
 
-// Some classes of kRows neighbouring rows, all read before the first is used.
+// How the classes are dealt out: a share takes every plan.shares-th. The steps from one to the next are in bytes and
+// made on the host: a product of 64 bits for each class would cost as much as half of its arithmetic.
+struct ColumnsPlan {
+  int classes, shares;
+  int64_t logits_step, grad_step;
+
+  template <class S>
+  static ColumnsPlan of(const CudaSoftmaxArgs& args, int64_t shares, S) {
+    const auto step = [&](const SoftmaxLayout& layout) { return shares * layout.class_stride * int64_t(sizeof(S)); };
+    return {int(args.logits_layout.classes), int(shares), step(args.logits_layout), step(args.grad_layout)};
+  }
+};
+
+// Goes down the classes of a share.
+template <class S>
+struct Classes {
+  S* at;
+  int c;
+  const ColumnsPlan& plan;
+
+  __device__ Classes(S* rows, int share, int64_t class_stride, const ColumnsPlan& plan_)
+      : at(rows + share * class_stride), c(share), plan(plan_) {}
+  __device__ bool inside() const { return c < plan.classes; }
+  __device__ void next() {
+    constexpr bool reads = std::is_const_v<S>;
+    using Byte = std::conditional_t<reads, const char, char>;
+    at = reinterpret_cast<S*>(reinterpret_cast<Byte*>(at) + (reads ? plan.logits_step : plan.grad_step));
+    c += plan.shares;
+  }
+};
+
+// Some classes of kRows neighbouring rows, all read before the first is used. As bits: half types apart would be put
+// together by two instructions each. A class that is not there has logits of -infinity, which add nothing to a row.
 template <class S, int kRows, int kClasses>
 struct Pieces {
-  Vector<S, kRows> pieces[kClasses] = {};
+  using Piece = Vector<S, kRows>;
+  using Bits = typename Piece::Bits;
+  Bits pieces[kClasses];
 
-  __device__ void read(const SoftmaxArgs& args, const S* logits, int first, int step) {
+  __device__ void read(Classes<const S>& from) {
+    Piece none;
 #pragma unroll
-    for (int i = 0; i < kClasses; ++i) {
-      const int c = first + i * step;
-      if (c < args.logits_layout.classes)
-        pieces[i] = load_vector<S, kRows>(logits + c * args.logits_layout.class_stride);
+    for (int r = 0; r < kRows; ++r) none.values[r] = store<S>(-infinity<Accumulate<S>>());
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i, from.next()) {
+      pieces[i] = from.inside() ? load_bits<Bits>(from.at) : bit_cast<Bits>(none);
     }
+  }
+  __device__ void unpack_into(Accumulate<S> (&values)[kRows], int i) const {
+    unpack(bit_cast<Piece>(pieces[i]), values);
   }
 };
 
@@ -90,25 +128,25 @@ struct Rows {
   Online<S, typename Loss::Sum> statistics[kRows];
   T logit[kRows] = {};
 
-  // Classes first, first + step, ... of the rows that begin at `logits`; the first pieces have been read.
-  __device__ void collect(const Loss& loss, const SoftmaxArgs& args, Several pieces, const S* logits,
-                          const P* probabilities, const int (&target)[kRows], int first, int step) {
-    const int classes = int(args.logits_layout.classes);
+  // The first pieces have been read.
+  __device__ void collect(const Loss& loss, const SoftmaxArgs& args, Several pieces, Classes<const S> from,
+                          const P* probabilities, const int (&target)[kRows], int first) {
+    const int classes = from.plan.classes, step = from.plan.shares;
     for (; first < classes; first += kClasses * step) {
       [[maybe_unused]] Several next;
-      if constexpr (kReadsAhead<S>) next.read(args, logits, first + kClasses * step, step);
+      if constexpr (kReadsAhead<S>) next.read(from);
       T z[kRows][kClasses], factor[kRows][kClasses];
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const int c = first + i * step;
         T values[kRows], factors[kRows] = {};
-        unpack(pieces.pieces[i], values);
+        pieces.unpack_into(values, i);
         if (c < classes) read_factors<P>(loss, args, probabilities, c, factors);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const bool is_target = c == target[r];
           logit[r] = is_target ? values[r] : logit[r];
-          z[r][i] = is_target || c >= classes ? -infinity<T>() : loss.logit(values[r]).z;
+          z[r][i] = is_target ? -infinity<T>() : loss.logit(values[r]).z;
           factor[r][i] = is_target ? T(0) : factors[r];
         }
       }
@@ -117,7 +155,7 @@ struct Rows {
       if constexpr (kReadsAhead<S>) {
         pieces = next;
       } else {
-        pieces.read(args, logits, first + kClasses * step, step);
+        pieces.read(from);
       }
     }
   }
@@ -142,26 +180,25 @@ struct Rows {
 // The gradient in those classes.
 template <class S, class P, class Loss, int kRows, int kClasses>
 __device__ void write(const Pieces<S, kRows, kClasses>& pieces, const Loss& loss, const SoftmaxArgs& args,
-                      const P* probabilities, S* grad, const RowGradient<S, Loss> (&gradient)[kRows], int first,
-                      int step) {
+                      const P* probabilities, Classes<S>& to, const RowGradient<S, Loss> (&gradient)[kRows]) {
 #pragma unroll
-  for (int i = 0; i < kClasses; ++i) {
-    const int c = first + i * step;
-    if (c >= args.logits_layout.classes) break;
+  for (int i = 0; i < kClasses; ++i, to.next()) {
+    if (!to.inside()) break;
     Accumulate<S> values[kRows], factors[kRows];
-    read_factors<P>(loss, args, probabilities, c, factors);
-    unpack(pieces.pieces[i], values);
+    read_factors<P>(loss, args, probabilities, to.c, factors);
+    pieces.unpack_into(values, i);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) values[r] = gradient[r](loss, values[r], c, factors[r]);
-    store_vector(grad + c * args.grad_layout.class_stride, pack<S>(values));
+    for (int r = 0; r < kRows; ++r) values[r] = gradient[r](loss, values[r], to.c == gradient[r].target, factors[r]);
+    store_vector(to.at, pack<S>(values));
   }
 }
 
 template <class S, class P, class Loss, int kRows>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_columns(Loss loss, CudaSoftmaxArgs args) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks)
+    forward_columns(Loss loss, CudaSoftmaxArgs args, ColumnsPlan plan) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
-  const int share = threadIdx.y, shares = blockDim.y;
+  const int share = threadIdx.y;
   Finish<S, Loss> finish(loss, args);
   const int64_t step = int64_t(gridDim.x) * blockDim.x * kRows;
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x * kRows; first < layout.rows; first += step) {
@@ -171,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_columns(Loss
     const P* probabilities = Loss::soft ? probabilities_of<P>(args, inside ? row : 0) : nullptr;
     Rows<S, P, Loss, kRows> rows;
     typename decltype(rows)::Several pieces;
-    pieces.read(args, logits, share, shares);  // under way while the targets are read
+    Classes<const S> from(logits, share, layout.class_stride, plan);
+    pieces.read(from);  // under way while the targets are read
     int index[kRows];
     bool any = false;
     {
@@ -183,16 +221,21 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_columns(Loss
         any = any || target[r].active;
       }
     }
-    if (any) rows.collect(loss, args, pieces, logits, probabilities, index, share, shares);
-    if (shares > 1) rows.merge_shares(index);
+    if (any) rows.collect(loss, args, pieces, from, probabilities, index, share);
+    if (plan.shares > 1) rows.merge_shares(index);
     if (!inside || share > 0) continue;
     finish.save(row, rows.statistics);
-    Target<T> target[kRows];
-    read_targets(loss, args, row, target);  // again, from the cache: meanwhile the registers were needed
+    Summands<T> sums;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      finish.value_of(row + r, target[r], rows.statistics[r], target_logit(loss, target[r], rows.logit[r]).z);
+      // Whether a row without a class counts is read again: that is rare, and the registers were needed meanwhile.
+      const Target<T> target = index[r] < 0 ? Target<T>(loss, args, row + r) : Target<T>(index[r], args);
+      const T logit = target_logit(loss, target, rows.logit[r]).z;
+      const Summands<T> one = finish.value_of(row + r, target, rows.statistics[r], logit);
+      sums.loss += one.loss;
+      sums.weight += one.weight;
     }
+    finish.add(sums);
   }
   double* shared = reinterpret_cast<double*>(shared_memory());
   sum_of_grid(finish.sums, Workspace(args.workspace), shared, [&](const Sums<2>& totals) { finish.write(totals); });
@@ -200,23 +243,25 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_columns(Loss
 
 template <class S, class P, class Loss, int kRows>
 __global__ void __launch_bounds__(kThreads, backward_blocks<S, Loss>())
-    backward_columns(Loss loss, CudaSoftmaxArgs args, int shares) {
+    backward_columns(Loss loss, CudaSoftmaxArgs args, ColumnsPlan plan) {
   using T = Accumulate<S>;
   const SoftmaxLayout& layout = args.logits_layout;
-  const int64_t row = (int64_t(blockIdx.x / shares) * blockDim.x + threadIdx.x) * kRows;
+  const int64_t row = (int64_t(blockIdx.x / plan.shares) * blockDim.x + threadIdx.x) * kRows;
   if (row >= layout.rows) return;
   const S* logits = logits_of<S>(args, row);
   const P* probabilities = Loss::soft ? probabilities_of<P>(args, row) : nullptr;
   // Under way while the rows' few numbers are worked out.
   Pieces<S, kRows, kBackwardClasses> pieces;
-  int first = int(blockIdx.x % shares);
-  pieces.read(args, logits, first, shares);
+  const int share = int(blockIdx.x % plan.shares);
+  Classes<const S> from(logits, share, layout.class_stride, plan);
+  pieces.read(from);
   RowStatistics<T> statistics[kRows];
   Upstreams<T> upstreams[kRows];
   Target<T> target[kRows];
   read_statistics<Loss>(args, row, statistics);
+  const UpstreamReader<S> upstreams_of(args);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) upstreams[r] = upstreams_of<S>(args, row + r);
+  for (int r = 0; r < kRows; ++r) upstreams[r] = upstreams_of(row + r);
   read_targets(loss, args, row, target);
   T logit[kRows];
 #pragma unroll
@@ -229,12 +274,13 @@ __global__ void __launch_bounds__(kThreads, backward_blocks<S, Loss>())
   for (int r = 0; r < kRows; ++r) {
     gradient[r] = RowGradient<S, Loss>(loss, target[r], upstreams[r], statistics[r], logit[r]);
   }
-  S* grad = grad_of<S>(args, row);
-  for (; first < layout.classes; first += kBackwardClasses * shares) {
-    Pieces<S, kRows, kBackwardClasses> next;
-    next.read(args, logits, first + kBackwardClasses * shares, shares);
-    write(pieces, loss, args, probabilities, grad, gradient, first, shares);
-    pieces = next;
+  Classes<S> to(grad_of<S>(args, row), share, args.grad_layout.class_stride, plan);
+  Pieces<S, kRows, kBackwardClasses> next;
+  while (to.inside()) {
+    next.read(from);
+    write(pieces, loss, args, probabilities, to, gradient);
+    pieces.read(from);
+    write(next, loss, args, probabilities, to, gradient);
   }
 }
 
@@ -273,7 +319,7 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
   how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
   how.counter = Workspace(args.workspace).counter;
-  return launch(how, stream, forward_columns<S, P, Loss, kRows>, loss, args);
+  return launch(how, stream, forward_columns<S, P, Loss, kRows>, loss, args, ColumnsPlan::of(args, shares, S()));
 }
 
 template <class S, class P, int kRows, class Loss>
@@ -283,7 +329,7 @@ cudaError_t run_backward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStre
   const int64_t shares = args.in_place ? 1 : shares_of(threads, args.logits_layout.classes, 1024, Device());
   const int64_t x = threads < kThreads ? kWarp : kThreads;
   return launch({divide_up(threads, x) * shares, dim3(unsigned(x))}, stream, backward_columns<S, P, Loss, kRows>, loss,
-                args, int(shares));
+                args, ColumnsPlan::of(args, shares, S()));
 }
 
 }  // namespace

@@ -211,7 +211,7 @@ struct Slice {
 #pragma unroll 1
     for (int scalar = lane; scalar < run.scalars(); scalar += lanes) {
       const int i = run.scalar(scalar), column = first_column + i;
-      grad[i] = store<S>(gradient(loss, load(logits[i]), column, factors(column)));
+      grad[i] = store<S>(gradient(loss, load(logits[i]), column == gradient.target, factors(column)));
     }
   }
 
@@ -278,17 +278,25 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     __syncwarp();
   };
 
+  // A row's target is read a row ahead and its logit is first looked at when the row is done, so that nothing waits for
+  // one load after another.
+  const auto given_of = [&](int64_t row) {
+    return typename Target<T>::Given{Loss::soft || row >= rows ? 0 : target_of(args, row)};
+  };
   int turn = 0;
   int64_t row = blockIdx.x / parts * groups + group;
-  for (int64_t first = blockIdx.x / parts * groups; first < rows; first += stride, row += stride, turn ^= 1) {
-    const Target<T> target = row < rows ? Target<T>(loss, args, row) : Target<T>();
+  auto given = given_of(row);
+  for (; row - group < rows; row += stride, turn ^= 1) {
+    const Target<T> target = row < rows ? Target<T>(given, loss, args) : Target<T>();
+    given = given_of(row + stride);
     const int64_t inside = row < rows ? row : 0;
     S* grad = kGrad ? grad_of<S>(args, inside) : nullptr;
     const Slice<S, P, Loss> slice(loss, args, inside, grad, begin, row < rows ? end : begin, plan);
     Online<S, typename Loss::Sum> statistics;
-    const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, inside)[target.index]);
+    const S stored = slice.logits[target.index < 0 ? 0 : target.index - begin];
     if (target.active) statistics = slice.template statistics<kGrad>(target.index, resident);
     statistics = merge_group<S, Loss>(statistics, plan, shared, turn);
+    const T logit = load(stored);
     if (plan.split()) {
       if (lane == 0 && row < rows) partial[row * parts + part] = statistics;
     } else if (finishes) {
@@ -298,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, kGrad>)
     if constexpr (kGrad) {
       RowGradient<S, Loss> gradient;
       if (lane < kWarp) {
-        gradient = RowGradient<S, Loss>(loss, target, upstreams_of<S>(args, inside), statistics, logit);
+        gradient = RowGradient<S, Loss>(loss, target, UpstreamReader<S>(args)(inside), statistics, logit);
       }
       if (plan.lanes > kWarp) {
         if (lane == 0) shared.gradient[turn] = gradient;
@@ -355,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, true>)
   if (lane < count) {
     const int64_t row = first + lane;
     const RowStatistics<T> statistics = saved_statistics<Loss, T>(args, row);
-    const Upstreams<T> upstreams = upstreams_of<S>(args, row);
+    const Upstreams<T> upstreams = UpstreamReader<S>(args)(row);
     const Target<T> target(loss, args, row);
     const T logit = target.index < 0 ? T(0) : load(logits_of<S>(args, row)[target.index]);
     gradients[lane] = RowGradient<S, Loss>(loss, target, upstreams, statistics, logit);

@@ -27,9 +27,10 @@ __global__ void __launch_bounds__(kThreads) backward_targets(Loss loss, CudaSoft
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= args.logits_layout.rows) return;
   const Target<T> target(loss, args, row);
-  if (!target.counts || sample_weight_of<T>(args, row) == T(0)) return;
+  const Upstreams<T> upstreams = UpstreamReader<S>(args)(row);
+  if (!target.counts || !upstreams.has_loss) return;
   S* place = grad_of<S>(args, row) + target.index * args.grad_layout.class_stride;
-  *place = store<S>(loss.gradient(target.weight, scaled_upstream<S>(args, row)));
+  *place = store<S>(loss.gradient(target.weight, upstreams.loss));
 }
 
 }  // namespace

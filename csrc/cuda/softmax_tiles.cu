@@ -78,14 +78,16 @@ struct Tile {
   }
 };
 
-// The row of a tile that a thread goes through, of each tile the same one.
+// The row of a tile that a thread goes through, of each tile the same one. Places are counted from the begin of the
+// tile: from the begin of the row, each would cost another product.
 template <class S, class Loss>
 struct RowOfTile {
   using T = Accumulate<S>;
+  static constexpr int kTogether = 4;
   const Loss& loss;
   const T* weights;
-  int classes, lanes, lane, start, columns;  // of the row; threads; which one, its first column and how many it takes
-  static constexpr int kTogether = 4;
+  int classes, lanes, lane, columns;  // of the row; threads; which one, and how many columns it takes
+  int first, end, start;              // places: of the row, and where the thread begins
 
   __device__ RowOfTile(const Loss& loss_, const SoftmaxArgs& args, const TilesPlan& plan)
       : loss(loss_),
@@ -93,28 +95,40 @@ struct RowOfTile {
         classes(plan.classes),
         lanes(plan.lanes()),
         lane(threadIdx.x & (lanes - 1)),
-        // Rows of an even length begin in few of the 32 banks, so that neighbours begin in different columns.
-        start(plan.classes % 2 ? lane : ((threadIdx.x >> plan.lanes_log2) + lane) % plan.classes),
-        columns((plan.classes - lane + lanes - 1) >> plan.lanes_log2) {}
-
-  __device__ int after(int column) const {
-    column += lanes;
-    return column < classes ? column : column - classes;
+        columns((plan.classes - lane + lanes - 1) >> plan.lanes_log2) {
+    const int row = threadIdx.x >> plan.lanes_log2;
+    first = row * classes;
+    end = first + classes;
+    // Rows of an even length begin in few of the 32 banks, so that neighbours begin in different columns.
+    start = first + (classes % 2 ? lane : (row + lane) % classes);
   }
-  __device__ T factor(int c) const { return factor_of(loss, weights, c, T(0)); }
+
+  // The next columns of the thread, some of them again where fewer are left.
+  __device__ void places(int& at, int (&next)[kTogether]) const {
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      next[u] = at;
+      at += lanes;
+      if (at >= end) at -= classes;
+    }
+  }
+  __device__ T factor(int place) const {
+    return Loss::Sum::has_factors ? factor_of(loss, weights, place - first, T(0)) : T(0);
+  }
 
   // The target's logit has been made -infinity.
-  __device__ Online<S, typename Loss::Sum> statistics(const S* numbers, int target) const {
+  __device__ Online<S, typename Loss::Sum> statistics(const S* tile, int target) const {
     Online<S, typename Loss::Sum> online;
-    int c = start;
+    int at = start;
     for (int left = columns; left > 0; left -= kTogether) {
+      int next[kTogether];
+      places(at, next);
       T z[kTogether], factors[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const T logit = loss.logit(load(numbers[c])).z;
+        const T logit = loss.logit(load(tile[next[u]])).z;
         z[u] = u < left ? logit : -infinity<T>();
-        factors[u] = u < left && c != target ? factor(c) : T(0);
-        c = after(c);
+        factors[u] = u < left && next[u] != first + target ? factor(next[u]) : T(0);
       }
       online.add(z, factors);
     }
@@ -122,15 +136,20 @@ struct RowOfTile {
     return online;
   }
 
-  __device__ void write(S* numbers, const RowGradient<S, Loss> gradient) const {
-    int c = start;
+  __device__ void write(S* tile, const RowGradient<S, Loss> gradient) const {
+    const int target = first + gradient.target;
+    int at = start;
 #pragma unroll 1
     for (int left = columns; left > 0; left -= kTogether) {
+      int next[kTogether];
+      places(at, next);
+      S logits[kTogether];  // all read before the first is overwritten, or each would wait for the one before
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) logits[u] = tile[next[u]];
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
-        const T value = gradient(loss, load(numbers[c]), c, factor(c));
-        if (u < left) numbers[c] = store<S>(value);
-        c = after(c);
+        const T value = gradient(loss, load(logits[u]), next[u] == target, factor(next[u]));
+        if (u < left) tile[next[u]] = store<S>(value);
       }
     }
   }
@@ -166,6 +185,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
   const int mine = threadIdx.x, seen = threadIdx.x >> plan.lanes_log2;
   const RowOfTile<S, Loss> of_tile(loss, args, plan);
   Finish<S, Loss, !kGrad> finish(loss, args);
+  const UpstreamReader<S> upstreams_of(args);  // forward alone uses none, and the compiler leaves it out
 
   for (int64_t number = blockIdx.x; number < plan.tiles; number += gridDim.x) {
     const int64_t first = number * plan.rows, row = first + mine;
@@ -174,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
     RowStatistics<T> saved;
     Upstreams<T> upstreams;
     if (mine < rows) {
-      if constexpr (kGrad) upstreams = upstreams_of<S>(args, row);
+      if constexpr (kGrad) upstreams = upstreams_of(row);
       if constexpr (!kForward) saved = saved_statistics<Loss, T>(args, row);
       target = Target<T>(loss, args, row);
     }
@@ -189,12 +209,11 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
       logit = load(place);
       if constexpr (kForward) place = store<S>(-infinity<T>());
     }
-    S* numbers = tile.numbers + seen * plan.classes;
     if constexpr (kForward) {
       if (Loss::Sum::has_factors && mine < plan.rows) gradients[mine].target = target.index;
       __syncthreads();
       const int index = Loss::Sum::has_factors ? gradients[seen].target : -1;
-      const Online<S, typename Loss::Sum> online = of_tile.statistics(numbers, index);
+      const Online<S, typename Loss::Sum> online = of_tile.statistics(tile.numbers, index);
       if (of_tile.lane == 0) statistics[seen] = online;
       __syncthreads();
       if (mine < rows) {
@@ -205,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
     if constexpr (kGrad) {
       if (mine < rows) gradients[mine] = RowGradient<S, Loss>(loss, target, upstreams, saved, logit);
       __syncthreads();
-      if (seen < rows) of_tile.write(numbers, gradients[seen]);
+      if (seen < rows) of_tile.write(tile.numbers, gradients[seen]);
       __syncthreads();
       tile.write(static_cast<S*>(args.grad) + first * plan.classes);
     }

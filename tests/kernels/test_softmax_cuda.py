@@ -269,20 +269,27 @@ def test_a_bad_target_is_reported_reads_nothing_and_harms_no_other_row(kernels, 
         torch.testing.assert_close(grad, leaf.grad)
 
 
-def test_special_logits_are_those_of_the_cpu(kernels):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_logits_are_those_of_the_cpu(kernels, dtype):
     pretend(kernels)
-    for classes, special, column in product((6, 5000), (float("nan"), float("inf"), -float("inf")), (0, 1)):
-        x, target = torch.randn(3, classes), torch.zeros(3, dtype=torch.long)
-        x[1, column] = special
-        losses, statistics, grad = torch.empty(3), torch.empty(10), torch.empty_like(x)
-        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": target, "divisor": statistics[9:]}
+    everything = slice(None)  # with -inf, a row that is masked whole
+    shapes = ((8, 1), (8, 6), (8, 5000), (1, 6, 8))
+    for shape, special, column in product(shapes, (float("nan"), float("inf"), -float("inf")), (0, -1, everything)):
+        x = torch.randn(shape, dtype=torch.float64).to(dtype)
+        target = torch.zeros(8, dtype=torch.long)
+        x.movedim(1, -1).view(8, -1)[1, column] = special
+        losses, statistics, grad = torch.empty(8, dtype=dtype), torch.empty(25), torch.empty_like(x)
+        statistics = statistics.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        upstream = torch.ones(8, dtype=dtype)
+        shared = {"name": "cross_entropy", "params": (), "logits": x, "target": target, "divisor": statistics[24:]}
         run_softmax(kernels, FORWARD, **shared, losses=losses, statistics=statistics)
-        run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=torch.ones(3))
+        run_softmax(kernels, BACKWARD, **shared, statistics=statistics, grad=grad, upstream=upstream)
         leaf = x.clone().requires_grad_()
-        expected = CROSS_ENTROPY.fused(leaf, target, "none")
+        expected = CROSS_ENTROPY.fused(leaf, target.view(shape[:1] + shape[2:]), "none").view(8)
         expected.sum().backward()
-        torch.testing.assert_close(losses, expected.detach(), equal_nan=True)
-        torch.testing.assert_close(grad, leaf.grad, equal_nan=True)
+        what = f"{special} in {column} of {shape}: "
+        torch.testing.assert_close(losses, expected.detach(), equal_nan=True, msg=lambda text, w=what: w + text)
+        torch.testing.assert_close(grad, leaf.grad, equal_nan=True, msg=lambda text, w=what: w + text)
 
 
 def test_the_same_bits_whatever_the_order_of_blocks_and_threads(kernels):
