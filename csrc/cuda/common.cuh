@@ -156,7 +156,7 @@ __device__ Sums<kCount> sum_of_block(Sums<kCount> sums, double* shared) {
 }
 
 struct Workspace {
-  unsigned* counter;  // 0 at the launch of a grid of several blocks
+  unsigned* counter;  // 0 at every launch: the last block of a grid leaves it so
   double* partial;
 
   explicit FUSEDLOSS_HD Workspace(void* bytes)
@@ -164,13 +164,14 @@ struct Workspace {
 };
 static_assert(16 + kMaxBlocks * 2 * sizeof(double) <= kCudaWorkspaceBytes, "two sums of every block fit");
 
-// Whether this is the last block to come here: what the others wrote before is then visible to all of its threads.
+// Whether this is the last block to come here, once in a kernel: what the others wrote before is then visible to all of
+// its threads.
 __device__ inline bool is_last_block(unsigned* counter, double* shared) {
   const bool first_thread = threadIdx.x == 0 && threadIdx.y == 0;
   bool* last = reinterpret_cast<bool*>(shared);
   thread_fence();
   __syncthreads();
-  if (first_thread) *last = atomic_increment(counter) == gridDim.x - 1;
+  if (first_thread) *last = atomic_increment_to(counter, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   const bool result = *last;
   thread_fence();
@@ -232,18 +233,14 @@ struct Launch {
   dim3 threads;
   size_t shared = 0;
   unsigned cluster = 1;
-  void* counter = nullptr;  // set to 0 first, where the grid has several blocks
 };
 
 // A grid for `work` parts, one for a thread at a time, that adds up `sums` numbers at its end.
-inline Launch grid_for(int64_t work, int resident, int sums, void* workspace) {
-  constexpr int kRounds = 8;  // a thread: up to here one block without a memset beats several with one
+inline Launch grid_for(int64_t work, int resident, int sums) {
+  constexpr int kRounds = 8;  // a thread: up to here one block beats several whose sums are added up
   const bool one_block = work <= (sums ? kRounds : 1) * kThreads;
   Launch how = {one_block ? 1 : least(divide_up(work, kThreads), Device().resident_blocks(resident)), dim3(kThreads)};
-  if (sums) {
-    how.shared = kWarps * sums * sizeof(double);
-    how.counter = Workspace(workspace).counter;
-  }
+  how.shared = kWarps * sums * sizeof(double);
   return how;
 }
 
@@ -289,10 +286,6 @@ int resident_clusters(const Launch& how, CudaStream stream, void (*kernel)(P...)
 
 template <class... P, class... A>
 cudaError_t launch(const Launch& how, CudaStream stream, void (*kernel)(P...), A... args) {
-  if (how.counter && how.blocks > 1) {
-    const cudaError_t error = cudaMemsetAsync(how.counter, 0, sizeof(unsigned), stream);
-    if (error != cudaSuccess) return error;
-  }
   const cudaError_t error = allow_shared(how, kernel);
   if (error != cudaSuccess) return error;
   const Configuration configuration(how, stream);

@@ -48,7 +48,10 @@ __device__ __forceinline__ void store_bits(void* to, Bits bits) {
   __stcs(static_cast<Bits*>(to), bits);
 }
 
-__device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
+// The counter before: one more each time, and 0 again after `last`.
+__device__ __forceinline__ unsigned atomic_increment_to(unsigned* counter, unsigned last) {
+  return atomicInc(counter, last);
+}
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
 
 // Thread-block clusters: no kernel is launched with one that was compiled for less than sm_90.

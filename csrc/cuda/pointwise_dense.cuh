@@ -149,8 +149,8 @@ cudaError_t run_dense(const Loss& loss, const CudaPointwiseArgs& args, CudaStrea
   const Run<S, int64_t> run(args.input.data, args.count, aligned);
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
   const int sums = Pass<kResult, Accumulate<S>, Loss>::kSums ? 1 : 0;
-  return launch(grid_for(work, kDenseBlocks<S>, sums, args.workspace), stream, pointwise_dense<kResult, S, Loss>, loss,
-                args, run, Periods{period(args.weight), period(args.pos_weight)});
+  return launch(grid_for(work, kDenseBlocks<S>, sums), stream, pointwise_dense<kResult, S, Loss>, loss, args, run,
+                Periods{period(args.weight), period(args.pos_weight)});
 }
 
 }  // namespace

@@ -267,11 +267,10 @@ cudaError_t run_kernel(const Loss& loss, const CudaPointwiseArgs& args, CudaStre
                          (args.one_upstream || same_alignment(args.input.data, args.upstream.data));
     const Run<S, int64_t> run(args.input.data, outer * classes, aligned);
     const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
-    return launch(grid_for(work, kIndexedBlocks<S>, sums, args.workspace), stream, indexed_rows<kResult, S, Loss>, loss,
-                  args, run);
+    return launch(grid_for(work, kIndexedBlocks<S>, sums), stream, indexed_rows<kResult, S, Loss>, loss, args, run);
   }
   const int64_t groups = divide_up(classes, kClassesOfThread), places = outer * groups * inner;
-  const Launch how = grid_for(places, kIndexedBlocks<S>, sums, args.workspace);
+  const Launch how = grid_for(places, kIndexedBlocks<S>, sums);
   const Place step(how.blocks * kThreads, groups, inner);
   return launch(how, stream, indexed_columns<kResult, S, Loss>, loss, args, places, step);
 }
@@ -301,7 +300,7 @@ int cuda_indexed(Pointwise loss, PointwiseResult result, const CudaPointwiseArgs
 int cuda_indexed_divisor(const CudaPointwiseArgs& args, CudaStream stream) {
   using namespace FUSEDLOSS_ISA;
   const int64_t rows = args.sizes[2] * args.sizes[0];
-  return launch(grid_for(rows, 4, 1, args.workspace), stream, indexed_divisor, args);
+  return launch(grid_for(rows, 4, 1), stream, indexed_divisor, args);
 }
 
 }  // namespace fusedloss

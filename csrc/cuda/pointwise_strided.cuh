@@ -236,7 +236,7 @@ template <class T, class Loss>
 int run_strided(const Loss& loss, PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
   return with_result<has_target_slope<Loss>, true>(result, [&](auto made) -> int {
     const int sums = Pass<made.value, T, Loss>::kSums ? 1 : 0;
-    const Launch how = grid_for(divide_up(args.count, kGroup), kStridedBlocks<T, Loss>, sums, args.workspace);
+    const Launch how = grid_for(divide_up(args.count, kGroup), kStridedBlocks<T, Loss>, sums);
     return launch(how, stream, pointwise_strided<made.value, T, Loss>, loss, args, numbering_of(result, args));
   });
 }

@@ -25,8 +25,7 @@ template <class T, class Loss>
 cudaError_t run_divisor(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   constexpr int kRowsOfThread = 8;
   const int64_t blocks = divide_up(args.logits_layout.rows, kRowsOfThread * kThreads);
-  const Launch how = {least(blocks, Device().resident_blocks(4)), dim3(kThreads), kWarps * sizeof(double), 1,
-                      Workspace(args.workspace).counter};
+  const Launch how = {least(blocks, Device().resident_blocks(4)), dim3(kThreads), kWarps * sizeof(double)};
   return launch(how, stream, divisor_kernel<T, Loss>, loss, args);
 }
 

@@ -318,7 +318,6 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kForwardBlocks));
   Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
   how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
-  how.counter = Workspace(args.workspace).counter;
   return launch(how, stream, forward_columns<S, P, Loss, kRows>, loss, args, ColumnsPlan::of(args, shares, S()));
 }
 

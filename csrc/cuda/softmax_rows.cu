@@ -391,8 +391,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<S, Loss, true>)
 template <class S, class P, class Loss>
 cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const RowsPlan plan = plan_forward<S, Loss>(args.logits_layout, Device());
-  const Launch how = {plan.blocks, dim3(plan.threads), Shared<S, Loss>::bytes(plan), 1,
-                      Workspace(args.workspace).counter};
+  const Launch how = {plan.blocks, dim3(plan.threads), Shared<S, Loss>::bytes(plan)};
   return launch(how, stream, forward_rows<S, P, Loss, false>, loss, args, plan);
 }
 
@@ -401,7 +400,7 @@ cudaError_t run_forward_with_gradient(const Loss& loss, const CudaSoftmaxArgs& a
   constexpr auto kernel = forward_rows<S, P, Loss, true>;
   const auto how = [&](const RowsPlan& plan) {
     return Launch{plan.blocks, dim3(plan.threads), Shared<S, Loss>::bytes(plan) + plan.resident_bytes(),
-                  unsigned(plan.cluster), Workspace(args.workspace).counter};
+                  unsigned(plan.cluster)};
   };
   Device device;
   const auto planned = [&] {

@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kThreads) backward_targets(Loss loss, CudaSoft
 int forward_of_targets(Softmax loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   constexpr int kRowsOfThread = 4;
   const int64_t blocks = divide_up(args.logits_layout.rows, kRowsOfThread * kThreads);
-  const Launch how = {least(blocks, Device().resident_blocks(8)), dim3(kThreads), 2 * kWarps * sizeof(double), 1,
-                      Workspace(args.workspace).counter};
+  const Launch how = {least(blocks, Device().resident_blocks(8)), dim3(kThreads), 2 * kWarps * sizeof(double)};
   return with_functor(loss, args, [&](const auto& functor, auto storage) -> int {
     using Loss = std::decay_t<decltype(functor)>;
     if constexpr (!Loss::reads_row) {

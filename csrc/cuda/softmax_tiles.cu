@@ -241,7 +241,6 @@ cudaError_t run_tiles(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream 
   const TilesPlan plan = plan_tiles<S>(args.logits_layout);
   Launch how = {least(plan.tiles, Device().resident_blocks(kTileBlocks)), dim3(kThreads)};
   how.shared = Shared<S, Loss>::bytes(plan);
-  if (kForward) how.counter = Workspace(args.workspace).counter;
   return launch(how, stream, tiles<S, Loss, kForward, kGrad>, loss, args, plan);
 }
 

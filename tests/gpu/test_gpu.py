@@ -276,6 +276,30 @@ def test_runs_on_the_current_stream(loss):
     assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
+@each_of(ONE_OF_EACH)
+def test_calls_on_several_streams_at_once_keep_their_sums_apart(loss):
+    """Calls of a stream share a workspace; streams, graphs and streams that are not torch's have their own."""
+    data = [loss.data((4096, 1000) if loss in SOFTMAX else (4_000_001,), torch.float32, seed) for seed in range(5)]
+    expected = [loss.fused(x, target, "mean") for x, target in data]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of_graph = loss.fused(*data[4], "mean")
+    others = [torch.cuda.Stream() for _ in range(4)]
+    streams = [torch.cuda.current_stream(), *others[:2], torch.cuda.ExternalStream(others[2].cuda_stream)]
+    torch.cuda.synchronize()
+    values = []
+    for _ in range(30):
+        for stream, (x, target) in zip(streams, data, strict=False):
+            with torch.cuda.stream(stream):
+                values.append(loss.fused(x, target, "mean"))
+        with torch.cuda.stream(others[3]):
+            graph.replay()
+            values.append(of_graph.clone())
+    torch.cuda.synchronize()
+    for number, value in enumerate(values):
+        assert torch.equal(value, expected[number % 5]), f"call {number // 5} on stream {number % 5}"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here; the guard needs two")
 @each_of(ONE_OF_EACH)
 def test_runs_on_the_tensors_device(loss):

@@ -1,7 +1,6 @@
 // A call on a CUDA device: what the ops of both families need before they launch.
 #pragma once
 
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -13,16 +12,21 @@ namespace fusedloss {
 // Whether this build has code for the device: a GPU older or newer than the architectures it was made for has none.
 bool has_kernels(c10::DeviceIndex device);
 
-// The device and the current stream of a tensor, and a workspace that torch's allocator reuses in stream order.
+// The workspace of the calls on a stream, which must be the current one.
+Tensor workspace_of(const c10::cuda::CUDAStream& stream);
+
+// The device and the current stream of a tensor, and the stream's workspace.
 struct CudaCall {
   c10::cuda::CUDAGuard guard;
+  c10::cuda::CUDAStream current;
   CudaStream stream;
   Tensor workspace;
 
   explicit CudaCall(const Tensor& on)
       : guard(on.device()),
-        stream(c10::cuda::getCurrentCUDAStream().stream()),
-        workspace(at::empty({kCudaWorkspaceBytes}, on.options().dtype(at::kByte))) {
+        current(c10::cuda::getCurrentCUDAStream()),
+        stream(current.stream()),
+        workspace(workspace_of(current)) {
     TORCH_CHECK(has_kernels(on.device().index()), "fusedloss was built for CUDA architectures ",
                 FUSEDLOSS_CUDA_ARCHITECTURES, ", which leave out ", on.device(), "; FUSEDLOSS_DISABLE=1 runs natively");
   }

@@ -82,7 +82,12 @@ void store_bits(void* to, T bits) {
   static_cast<Aliasing<T>*>(to)->bits = bits;
 }
 
-inline unsigned atomic_increment(unsigned* counter) { return (*counter)++; }
+// The counter before: one more each time, and 0 again after `last`.
+inline unsigned atomic_increment_to(unsigned* counter, unsigned last) {
+  const unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
 inline void thread_fence() {}
 
 // ---- host side
@@ -137,7 +142,7 @@ struct Device {
 };
 
 inline Device device;
-inline int64_t launches = 0, memsets = 0;  // accepted, since the start
+inline int64_t launches = 0;  // accepted, since the start
 inline cudaError_t last_error = cudaSuccess;
 inline std::map<const void*, size_t> allowed_shared_bytes;  // of each kernel, beyond the usual
 
@@ -239,12 +244,6 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, F* kernel, const cudaLaun
   const cudaError_t error = check_launch(*config, reinterpret_cast<const void*>(kernel));
   *count = error == cudaSuccess ? int(active_clusters(*config)) : 0;
   return report(error);
-}
-
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  ++cuda_on_cpu::memsets;
-  memset(to, value, bytes);
-  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetDevice(int* number) {

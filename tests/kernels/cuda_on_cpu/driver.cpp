@@ -28,10 +28,20 @@ struct Custom {
   T grad_target(T x, T) const { return factor * x * x; }
 };
 
-// Filled with what an earlier call may have left there.
+// Filled with what an earlier call may have left there: anything, and a counter of 0.
 struct Workspace {
   alignas(16) unsigned char bytes[fusedloss::kCudaWorkspaceBytes];
-  Workspace() { memset(bytes, 0xA5, sizeof bytes); }
+  Workspace() { fill(); }
+  void fill() {
+    memset(bytes, 0xA5, sizeof bytes);
+    memset(bytes, 0, sizeof(unsigned));
+  }
+  // What a call returns, unless its kernels left the counter so that the next call would go wrong.
+  int error_or(int error) const {
+    unsigned counter = 0;
+    memcpy(&counter, bytes, sizeof counter);
+    return error != 0 ? error : counter == 0 ? 0 : int(cudaErrorLaunchFailure);
+  }
 };
 
 fusedloss::SoftmaxLayout layout(const int64_t* of) { return {of[0], of[1], of[2], of[3], of[4], of[5]}; }
@@ -49,7 +59,6 @@ void pretend(uint64_t seed, int multiprocessors, int shared_bytes, int clusters)
 
 const char* fault() { return cuda_on_cpu::fault.c_str(); }
 int64_t launches() { return cuda_on_cpu::launches; }
-int64_t memsets() { return cuda_on_cpu::memsets; }
 
 // What a pointwise call is given, as kernels.py fills it; the custom loss where its number is negative.
 struct PointwiseCall {
@@ -82,8 +91,9 @@ int run_pointwise(const PointwiseCall* call) {
   args.divisor = call->divisor;
   args.workspace = workspace.bytes;
   const auto result = fusedloss::PointwiseResult(call->result);
-  if (call->loss < 0) return fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr);
-  return fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr);
+  return workspace.error_or(call->loss < 0
+                                ? fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr)
+                                : fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr));
 }
 
 // As the kernels divide where there are so many elements.
@@ -127,11 +137,12 @@ int run_indexed(int loss, int result, int dtype, const double* params, const int
   const auto what = fusedloss::PointwiseResult(result);
   int error = 0;
   if (mean && what == fusedloss::PointwiseResult::Grad) error = fusedloss::cuda_indexed_divisor(args, nullptr);
-  memset(workspace.bytes, 0xA5, sizeof workspace.bytes);
+  error = workspace.error_or(error);
+  workspace.fill();
   if (error == 0) error = fusedloss::cuda_indexed(fusedloss::Pointwise(loss), what, args, nullptr);
   bad_target[0] = bad.row;
   bad_target[1] = bad.target;
-  return error;
+  return workspace.error_or(error);
 }
 
 // What a softmax call is given, as kernels.py fills it.
@@ -183,7 +194,7 @@ int run_softmax(SoftmaxCall* call) {
   const int error = entry(fusedloss::Softmax(call->loss), args, nullptr);
   call->bad_target[0] = bad.row;
   call->bad_target[1] = bad.target;
-  return error;
+  return workspace.error_or(error);
 }
 
 int run_scale(int dtype, void* data, int64_t count, const void* factor, int wide) {
