@@ -112,8 +112,7 @@ RowsPlan plan_backward(const SoftmaxLayout& layout, const Device& device, bool i
     const int64_t rounds = divide_up(layout.rows, round * least(kMostConsecutive, plan.lanes));
     plan.consecutive = int(divide_up(layout.rows, round * rounds));
   } else if (!in_place) {
-    plan.lanes = plan.threads = kThreads;
-    plan.slice = 2 * kThreads * kRowUnroll<S> * Vector<S>::width;
+    plan.slice = 2 * plan.threads * kRowUnroll<S> * Vector<S>::width;
     plan.parts = int(divide_up(layout.classes, plan.slice));
   }
   plan.blocks = divide_up(layout.rows, plan.threads / plan.lanes * plan.consecutive) * plan.parts;

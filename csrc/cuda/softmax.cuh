@@ -73,6 +73,16 @@ struct Online : RowStatistics<Accumulate<S>> {
   }
 };
 
+// The bits of logits that add nothing to a row. As bits: chosen instead of a vector that is read, half types would be
+// put together number by number.
+template <class S, int kCount = Vector<S>::width>
+__device__ typename Vector<S, kCount>::Bits bits_of_no_logits() {
+  Vector<S, kCount> vector;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) vector.values[k] = store<S>(-infinity<Accumulate<S>>());
+  return bit_cast<typename Vector<S, kCount>::Bits>(vector);
+}
+
 // `complete`, and for half types, whose own rounding is coarser, with half of its instructions.
 template <class S, class Loss, class T = Accumulate<S>>
 __device__ Row<T> completed(const RowStatistics<T>& statistics, T logit, T weight) {

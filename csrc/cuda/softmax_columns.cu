@@ -26,15 +26,15 @@ constexpr int kForwardClasses = sizeof(S) == 8                                  
 template <class S>
 constexpr bool kReadsAhead = sizeof(S) > 2;
 constexpr int kBackwardClasses = 4;
-// Blocks resident on a multiprocessor: 2 leave a thread 128 registers, 3 leave 80. 4 leave 64, which suffice for half
-// types on sm_90; for others ptxas would spill in the focal loss.
+// Blocks resident on a multiprocessor: 2 leave a thread 128 registers, 3 leave 80. 4 leave 64, which suffice for the
+// plainest losses in half types on sm_90.
 constexpr int kForwardBlocks = 2;
 template <class S, class Loss>
 FUSEDLOSS_HD constexpr int backward_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-  if (sizeof(S) == 2 && !Loss::Sum::has_sum) return 4;
+  if (sizeof(S) == 2 && !Loss::Sum::has_sum && !Loss::takes_power) return 4;
 #endif
-  return sizeof(S) == 8 ? 2 : 3;
+  return sizeof(S) == 8 || (Loss::Sum::has_factors && decltype(Loss::logit)::changes) ? 2 : 3;
 }
 
 // kRows neighbouring values, by vectors.
@@ -97,8 +97,8 @@ struct Classes {
   }
 };
 
-// Some classes of kRows neighbouring rows, all read before the first is used. As bits: half types apart would be put
-// together by two instructions each. A class that is not there has logits of -infinity, which add nothing to a row.
+// Some classes of kRows neighbouring rows, all read before the first is used, as bits. A class that is not there has
+// logits that add nothing to a row.
 template <class S, int kRows, int kClasses>
 struct Pieces {
   using Piece = Vector<S, kRows>;
@@ -106,12 +106,9 @@ struct Pieces {
   Bits pieces[kClasses];
 
   __device__ void read(Classes<const S>& from) {
-    Piece none;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) none.values[r] = store<S>(-infinity<Accumulate<S>>());
 #pragma unroll
     for (int i = 0; i < kClasses; ++i, from.next()) {
-      pieces[i] = from.inside() ? load_bits<Bits>(from.at) : bit_cast<Bits>(none);
+      pieces[i] = from.inside() ? load_bits<Bits>(from.at) : bits_of_no_logits<S, kRows>();
     }
   }
   __device__ void unpack_into(Accumulate<S> (&values)[kRows], int i) const {

@@ -37,15 +37,6 @@ struct alignas(16) Shared {
   }
 };
 
-// A vector that adds nothing to a row.
-template <class S>
-__device__ Vector<S> no_logits() {
-  Vector<S> vector;
-#pragma unroll
-  for (int k = 0; k < Vector<S>::width; ++k) vector.values[k] = store<S>(-infinity<Accumulate<S>>());
-  return vector;
-}
-
 // factor_of along a row.
 template <class P, class Loss, class T>
 struct Factors {
@@ -118,12 +109,13 @@ struct Slice {
     constexpr bool few = kGrad || Loss::Sum::has_entropy || sizeof(S) == 8;
     constexpr int together = few ? 1 : 16 / width;
     Online<S, typename Loss::Sum> online;
+    const S* at = logits + run.vector(lane);
     for (int first = lane; first < run.vectors; first += kRowUnroll<S> * lanes) {
-      Vector<S> vectors[kRowUnroll<S>];
+      typename Vector<S>::Bits vectors[kRowUnroll<S>];
 #pragma unroll
-      for (int u = 0; u < kRowUnroll<S>; ++u) {
-        const int v = first + u * lanes;
-        vectors[u] = v < run.vectors ? load_vector(logits + run.vector(v)) : no_logits<S>();
+      for (int u = 0; u < kRowUnroll<S>; ++u, at += lanes * width) {
+        const bool inside = first + u * lanes < run.vectors;
+        vectors[u] = inside ? load_bits<typename Vector<S>::Bits>(at) : bits_of_no_logits<S>();
       }
 #pragma unroll
       for (int u = 0; u < kRowUnroll<S>; u += together) {
@@ -131,9 +123,10 @@ struct Slice {
 #pragma unroll
         for (int i = 0; i < together; ++i) {
           const int v = first + (u + i) * lanes, place = place_in(v, target);
-          if (resident && v < run.vectors) resident[v] = vectors[u + i];
+          const auto vector = bit_cast<Vector<S>>(vectors[u + i]);
+          if (resident && v < run.vectors) resident[v] = vector;
           T x[width], factors_here[width] = {};
-          unpack(vectors[u + i], x);
+          unpack(vector, x);
           if (v < run.vectors) factors.read(first_column + run.vector(v), factors_here);
           const bool holds_target = !Loss::soft && unsigned(place) < unsigned(width);
 #pragma unroll

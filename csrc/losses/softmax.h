@@ -15,6 +15,7 @@ struct OfRow {
   static constexpr bool mean_by_weight = false;    // the mean divides by the sum of weights, not the number of rows
   static constexpr bool reads_row = true;          // false: the loss reads only the target's logit
   static constexpr bool second_of_ignored = true;  // false: the second result of ignored rows is 0
+  static constexpr bool takes_power = false;       // of a row, which needs registers
   FUSEDLOSS_HD T factor(T, T) const { return T(0); }
   // The second result, on request; `upstream_second` is its upstream gradient.
   FUSEDLOSS_HD T second(const Row<T>& row) const { return row.lse(); }
@@ -106,6 +107,7 @@ struct Nll : OfRow<T> {
 // has no singularity left for any gamma >= 0.
 template <class T>
 struct Focal : OfRow<T> {
+  static constexpr bool takes_power = true;
   Unchanged<T> logit;
   T alpha, gamma;
 
