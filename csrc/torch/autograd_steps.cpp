@@ -11,22 +11,6 @@
 
 namespace fusedloss {
 
-void SavedCall::save(AutogradContext* ctx, int64_t loss, int64_t reduction, int64_t ignore_index, int64_t flags,
-                     Params params) {
-  std::vector<at::IValue> numbers = {loss, reduction, ignore_index, flags};
-  numbers.insert(numbers.end(), params.begin(), params.end());
-  ctx->saved_data["call"] = c10::ivalue::Tuple::create(std::move(numbers));
-}
-
-SavedCall SavedCall::of(AutogradContext* ctx) {
-  const c10::ArrayRef<at::IValue> numbers = ctx->saved_data["call"].toTupleRef().elements().asArrayRef();
-  SavedCall call = {numbers[0].toInt(), numbers[1].toInt(), numbers[2].toInt(), numbers[3].toInt(), {}};
-  for (size_t i = 4; i < numbers.size(); ++i) call.params.push_back(numbers[i].toDouble());
-  return call;
-}
-
-void SavedCall::share(AutogradContext* from, AutogradContext* to) { to->saved_data["call"] = from->saved_data["call"]; }
-
 bool needs_formula(std::initializer_list<OptionalTensor> tensors) {
   using Key = c10::DispatchKey;
   constexpr c10::DispatchKeySet kWrapped({Key::Batched, Key::FuncTorchBatched, Key::FuncTorchGradWrapper});
@@ -66,18 +50,14 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction) {
   return may_make_gradient_in_forward(input, reduction) && !under_saved_tensor_hooks() && !recorded();
 }
 
-void leave_gradient(AutogradContext* ctx, const Tensor& grad) { ctx->saved_data["grad"] = grad; }
-
 bool is_traced(const Tensor& upstream) {
   constexpr c10::DispatchKeySet kTraced({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   return upstream.key_set().has_any(kTraced) || recorded();
 }
 
-GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream) {
-  const auto left = ctx->saved_data.find("grad");
-  if (left == ctx->saved_data.end() || !upstream.defined() || is_traced(upstream)) return {};
-  at::IValue grad = std::exchange(left->second, at::IValue());  // none from now on
-  return {true, grad.isTensor() ? std::move(grad).toTensor() : Tensor()};
+GradientOfForward take_gradient(Kept& kept, const Tensor& upstream) {
+  if (!kept.of_forward.made || !upstream.defined() || is_traced(upstream)) return {};
+  return {true, std::exchange(kept.of_forward.left, Tensor())};
 }
 
 Tensor scaled(const Tensor& left, const Tensor& upstream) {

@@ -1,29 +1,12 @@
-// What the autograd Functions of both families have in common: where a gradient is made, and how a backward is itself
+// What the backwards of both families have in common: where a gradient is made, and how a backward is itself
 // differentiated.
 #pragma once
 
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 
-#include <c10/util/SmallVector.h>
-
-#include "common.h"
+#include "loss_node.h"
 
 namespace fusedloss {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// What a call leaves for its backward beside its tensors: one entry of saved_data, each of which takes 0.2 us.
-struct SavedCall {
-  int64_t loss, reduction, ignore_index, flags;
-  c10::SmallVector<double, kMaxParams> params;
-
-  static void save(AutogradContext* ctx, int64_t loss, int64_t reduction, int64_t ignore_index, int64_t flags,
-                   Params params);
-  static SavedCall of(AutogradContext* ctx);
-  static void share(AutogradContext* from, AutogradContext* to);  // 0.5 us less than to save it again
-};
 
 // The ops of a loss, looked up at its first call.
 template <class Loss>
@@ -66,21 +49,14 @@ bool gradient_in_forward_pays(const Tensor& input, int64_t reduction);
 // graph, whose ops are on their own, tied to one of its results (carried.h).
 enum class GradientIn { Backward, Forward, Carried };
 
-// The gradient that forward made for an upstream gradient of 1, left for the first backward.
-void leave_gradient(AutogradContext* ctx, const Tensor& grad);
-
 // What forward left. Taken at every backward, of which the first alone finds the tensor: it scales it and gives it
 // away, without a look at the tensors that forward saved, which may have been overwritten since. A later backward makes
 // it again in the same way, so that it gets the same bits: gradcheck compares them. A graph of the backward, which may
 // run many times, takes nothing.
-struct GradientOfForward {
-  bool made = false;
-  Tensor left;  // undefined where it was not made, or was given away
-};
-GradientOfForward take_gradient(AutogradContext* ctx, const Tensor& upstream);
+GradientOfForward take_gradient(Kept& kept, const Tensor& upstream);
 
 // What was left times the upstream gradient, in the same memory unless something else holds it: compiled autograd hands
-// every backward a copy of the context.
+// every backward a copy of what was kept.
 Tensor scaled(const Tensor& left, const Tensor& upstream);
 
 // What forward made, times the upstream gradient. Where it was given away, `make` makes it again in the same way.

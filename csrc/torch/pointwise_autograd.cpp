@@ -32,11 +32,10 @@ namespace {
 constexpr int64_t kWide = 1, kIgnores = 2, kMirrored = 4;  // flags
 
 // kMirrored: the gradient to the target is that to the input, negated.
-void save(AutogradContext* ctx, const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
-          const PointwiseCall& call) {
+SavedCall saved_call(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
   const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type();
   const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0) | (mirrored ? kMirrored : 0);
-  SavedCall::save(ctx, loss.number, call.reduction, call.ignore_index.value_or(0), flags, call.params);
+  return {loss.number, call.reduction, call.ignore_index.value_or(0), flags, {call.params.begin(), call.params.end()}};
 }
 
 std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
@@ -62,7 +61,7 @@ Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& targ
 }
 
 // What forward or the gradient saved: the call, its tensors standing after the first `given` ones.
-PointwiseCall call_of(const SavedCall& saved, const variable_list& tensors, size_t given) {
+PointwiseCall call_of(const SavedCall& saved, const SavedTensors& tensors, size_t given) {
   PointwiseCall call = {{}, {}, saved.reduction, saved.params, bool(saved.flags & kWide), {}};
   if (tensors[given].defined()) call.weight = tensors[given];
   if (tensors[given + 1].defined()) call.pos_weight = tensors[given + 1];
@@ -104,119 +103,112 @@ Tensor derivative_by_upstream(const PointwiseLoss& loss, const PointwiseCall& ca
   return products.to(upstream.scalar_type());
 }
 
-}  // namespace
-
-// Named outside, because profilers show the names.
-// The gradient by the input as a function of its own, where a second derivative is known.
-struct PointwiseGradient : torch::autograd::Function<PointwiseGradient> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                        const PointwiseLoss& loss, const PointwiseCall& call, const GradientOfForward& of_forward,
-                        AutogradContext* of_loss) {
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward(
-        {upstream, input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor())});
-    SavedCall::share(of_loss, ctx);
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return gradient_by_input(loss, call, upstream, input, target, of_forward, {});
+// The derivative of the gradient by the input as a function of its own, where it is known: of the upstream gradient,
+// the input and the target.
+variable_list differentiate_gradient(Kept& kept, const variable_list& upstreams) {
+  variable_list gradients(3);
+  const Tensor& v = upstreams[0];
+  if (!v.defined()) return gradients;
+  const SavedTensors tensors = kept.tensors();
+  const Tensor &upstream = tensors[0], &input = tensors[1], &target = tensors[2];
+  const PointwiseLoss& loss = pointwise_loss(kept.call.loss);
+  const PointwiseCall call = call_of(kept.call, tensors, 3);
+  if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
+    const auto formula = [&](const variable_list& x) {
+      const variable_list found = by_formula(loss, call, x[0], x[1], x[2]);
+      return variable_list{found[0].defined() ? found[0] : found[1].neg()};
+    };
+    return differentiable_gradients(loss.op, {upstream, input, target}, {v}, formula);
   }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (kept.wants(0)) gradients[0] = derivative_by_upstream(loss, call, upstream, input, target, v);
+  const bool of_target = kept.wants(2);
+  if (!kept.wants(1) && !of_target) return gradients;
+  const Tensor second = second_derivative(loss, call, upstream, input, target, v);
+  if (of_target) gradients[2] = second.neg();  // of a difference: no other loss comes here
+  if (kept.wants(1)) gradients[1] = second;
+  return gradients;
+}
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
-    variable_list gradients(7);  // one for each argument of forward
-    const Tensor& v = upstreams[0];
-    if (!v.defined()) return gradients;
-    const auto tensors = ctx->get_saved_variables();
-    const Tensor &upstream = tensors[0], &input = tensors[1], &target = tensors[2];
-    const SavedCall saved = SavedCall::of(ctx);
-    const PointwiseLoss& loss = pointwise_loss(saved.loss);
-    const PointwiseCall call = call_of(saved, tensors, 3);
-    if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
-      const auto formula = [&](const variable_list& x) {
-        const variable_list found = by_formula(loss, call, x[0], x[1], x[2]);
-        return variable_list{found[0].defined() ? found[0] : found[1].neg()};
-      };
-      const variable_list found = differentiable_gradients(loss.op, {upstream, input, target}, {v}, formula);
-      std::copy(found.begin(), found.end(), gradients.begin());
-      return gradients;
-    }
+constexpr Backward kGradientBackward = {"PointwiseGradientBackward", false, &differentiate_gradient};
+
+Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss, const PointwiseCall& call,
+                               const Tensor& upstream, const Tensor& input, const Tensor& target,
+                               const GradientOfForward& of_forward) {
+  Tensor gradient;
+  {
+    const at::AutoGradMode disabled(false);
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (ctx->needs_input_grad(0)) gradients[0] = derivative_by_upstream(loss, call, upstream, input, target, v);
-    const bool of_target = ctx->needs_input_grad(2);
-    if (!ctx->needs_input_grad(1) && !of_target) return gradients;
-    const Tensor second = second_derivative(loss, call, upstream, input, target, v);
-    if (of_target) gradients[2] = second.neg();  // of a difference: no other loss comes here
-    if (ctx->needs_input_grad(1)) gradients[1] = second;
+    gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, {});
+  }
+  differentiate(kGradientBackward, saved, {}, {&upstream, &input, &target},
+                {&upstream, &input, &target, pointer_to(call.weight), pointer_to(call.pos_weight)}, {&gradient});
+  return gradient;
+}
+
+variable_list backward(Kept& kept, const variable_list& upstreams) {
+  const Tensor& upstream = upstreams[0];
+  const GradientOfForward of_forward = take_gradient(kept, upstream);
+  variable_list gradients(2);
+  if (!upstream.defined()) return gradients;
+  const SavedCall& saved = kept.call;
+  const bool of_input = kept.wants(0), of_target = kept.wants(1);
+  const bool mirrored = saved.flags & kMirrored;
+  const bool batched = needs_formula({upstream}), differentiable = at::GradMode::is_enabled() || batched;
+  const auto mirror = [&](const Tensor& gradient) {
+    if (of_target) gradients[1] = gradient.neg();
+    if (of_input) gradients[0] = gradient;
     return gradients;
-  }
-};
-
-struct PointwiseFunction : torch::autograd::Function<PointwiseFunction> {
-  static constexpr bool is_traceable = true;  // by compiled autograd
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const PointwiseLoss& loss,
-                        const PointwiseCall& call, GradientIn gradient) {
-    save(ctx, loss, input, target, call);
+  };
+  if (!differentiable && of_forward.left.defined() && (mirrored || !of_target) &&
+      scales_exactly(of_forward.left, upstream)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor value, carrier;
+    return mirror(scaled(of_forward.left, upstream));
+  }
+  const SavedTensors tensors = kept.tensors();
+  const Tensor &input = tensors[0], &target = tensors[1];
+  const PointwiseLoss& loss = pointwise_loss(saved.loss);
+  const PointwiseCall call = call_of(saved, tensors, 2);
+  const OptionalTensor carrier = tensors[4].defined() ? OptionalTensor(tensors[4]) : std::nullopt;
+  if (differentiable) {
+    if (!batched && !is_traced(upstream) && (mirrored || !of_target) && has_second_derivative(loss, call))
+      return mirror(differentiable_gradient(saved, loss, call, upstream, input, target, of_forward));
+    return by_formula(loss, call, upstream, input, target);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (of_input || (mirrored && of_forward.made)) {
+    const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
+    if (mirrored) return mirror(gradient);
+    gradients[0] = gradient;
+  }
+  if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, true, {});
+  return gradients;
+}
+
+constexpr Backward kBackward = {"PointwiseBackward", true, &backward};
+
+Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
+                           const PointwiseCall& call, GradientIn gradient) {
+  Tensor value, carrier;
+  GradientOfForward of_forward;
+  {
+    const at::AutoGradMode disabled(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
     if (gradient == GradientIn::Backward) {
       value = handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
                                             call.wide, call.ignore_index);
     } else if (gradient == GradientIn::Forward) {
-      Tensor grad;
-      std::tie(value, grad) = with_grad(loss, input, target, call);
-      leave_gradient(ctx, grad);
+      of_forward.made = true;
+      std::tie(value, of_forward.left) = with_grad(loss, input, target, call);
     } else {
       std::tie(value, carrier) = handles_of(loss).carrying.call(input, target, call.weight, call.reduction, call.params,
                                                                 call.pos_weight, call.wide, call.ignore_index);
     }
-    ctx->save_for_backward(
-        {input, target, call.weight.value_or(Tensor()), call.pos_weight.value_or(Tensor()), carrier});
-    return value;
   }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
-    const Tensor& upstream = upstreams[0];
-    const GradientOfForward of_forward = take_gradient(ctx, upstream);
-    variable_list gradients(5);  // one for each argument of forward
-    if (!upstream.defined()) return gradients;
-    const SavedCall saved = SavedCall::of(ctx);
-    const bool of_input = ctx->needs_input_grad(0), of_target = ctx->needs_input_grad(1);
-    const bool mirrored = saved.flags & kMirrored;
-    const bool batched = needs_formula({upstream}), differentiable = at::GradMode::is_enabled() || batched;
-    const auto mirror = [&](const Tensor& gradient) {
-      if (of_target) gradients[1] = gradient.neg();
-      if (of_input) gradients[0] = gradient;
-      return gradients;
-    };
-    if (!differentiable && of_forward.left.defined() && (mirrored || !of_target) &&
-        scales_exactly(of_forward.left, upstream)) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      return mirror(scaled(of_forward.left, upstream));
-    }
-    const auto tensors = ctx->get_saved_variables();
-    const Tensor &input = tensors[0], &target = tensors[1];
-    const PointwiseLoss& loss = pointwise_loss(saved.loss);
-    const PointwiseCall call = call_of(saved, tensors, 2);
-    const OptionalTensor carrier = tensors[4].defined() ? OptionalTensor(tensors[4]) : std::nullopt;
-    if (differentiable) {
-      if (!batched && !is_traced(upstream) && (mirrored || !of_target) && has_second_derivative(loss, call)) {
-        return mirror(PointwiseGradient::apply(upstream, input, target, loss, call, of_forward, ctx));
-      }
-      const variable_list found = by_formula(loss, call, upstream, input, target);
-      std::copy(found.begin(), found.end(), gradients.begin());
-      return gradients;
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (of_input || (mirrored && of_forward.made)) {
-      const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
-      if (mirrored) return mirror(gradient);
-      gradients[0] = gradient;
-    }
-    if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, true, {});
-    return gradients;
-  }
-};
-
-namespace {
+  differentiate(kBackward, saved_call(loss, input, target, call), std::move(of_forward), {&input, &target},
+                {&input, &target, pointer_to(call.weight), pointer_to(call.pos_weight), &carrier}, {&value});
+  return value;
+}
 
 // Sizes that a compiler keeps open differ only where it can say so without the data.
 bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
@@ -253,7 +245,7 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
     const bool pays =
         input.requires_grad() && gradient_in_forward_pays(input, call.reduction) &&
         (!(call.ignore_index || gradient == GradientIn::Carried) || device_for(input).row_gradient_in_forward_pays);
-    return PointwiseFunction::apply(input, target, loss, call, pays ? gradient : GradientIn::Backward);
+    return differentiable_loss(loss, input, target, call, pays ? gradient : GradientIn::Backward);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,

@@ -45,10 +45,11 @@ namespace {
 
 constexpr int64_t kWide = 1, kSecond = 2, kInPlace = 4;  // flags
 
-void save(AutogradContext* ctx, const SoftmaxLoss& loss, const SoftmaxCall& call, bool in_place) {
+SavedCall saved_call(const SoftmaxLoss& loss, const SoftmaxCall& call, bool in_place) {
   const int64_t flags = (call.wide ? kWide : 0) | (call.second ? kSecond : 0) | (in_place ? kInPlace : 0);
-  SavedCall::save(ctx, loss.number, call.reduction, call.ignore_index, flags, call.params);
+  return {loss.number, call.reduction, call.ignore_index, flags, {call.params.begin(), call.params.end()}};
 }
+
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
   return handles_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
@@ -62,17 +63,16 @@ std::tuple<Tensor, Tensor, Tensor> without_grad(const SoftmaxLoss& loss, const T
 }
 
 // What forward or the gradient saved beside the logits and statistics.
-SoftmaxCall call_of(const SavedCall& saved, const variable_list& tensors) {
-  const OptionalTensor weight = tensors[2].defined() ? OptionalTensor(tensors[2]) : std::nullopt;
-  const bool weighted = tensors.size() > 4 && tensors[4].defined();
+SoftmaxCall call_of(const SavedCall& saved, const SavedTensors& tensors) {
+  const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
   return {tensors[1],
-          weight,
+          optional(tensors[2]),
           saved.reduction,
           saved.ignore_index,
           saved.params,
           bool(saved.flags & kWide),
           bool(saved.flags & kSecond),
-          weighted ? OptionalTensor(tensors[4]) : std::nullopt};
+          optional(tensors[4])};
 }
 
 Tensor gradient_of(const SoftmaxLoss& loss, const SoftmaxCall& call, const Tensor& upstream,
@@ -119,163 +119,154 @@ Tensor derivative_by_upstream(const SoftmaxLoss& loss, const SoftmaxCall& call, 
   return sums.to(upstream.scalar_type());
 }
 
-}  // namespace
-
-// Named outside, because profilers show the names.
-// The gradient as a function of its own, where a second derivative is known.
-struct SoftmaxGradient : torch::autograd::Function<SoftmaxGradient> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& upstream, const Tensor& logits, const SoftmaxLoss& loss,
-                        const SoftmaxCall& call, const Tensor& statistics, const GradientOfForward& of_forward,
-                        AutogradContext* of_loss) {
-    ctx->set_materialize_grads(false);
-    // A loss that is linear in its logits is known by its upstream gradient.
-    if (loss.traits.reads_row || upstream.requires_grad()) {
-      ctx->save_for_backward({logits, call.target, call.weight.value_or(Tensor()), statistics, Tensor(), upstream});
-      SavedCall::share(of_loss, ctx);
-    }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return gradient_of(loss, call, upstream, std::nullopt, logits, statistics, of_forward);
+// The derivative of the gradient as a function of its own, where it is known: of the upstream gradient and the logits.
+variable_list differentiate_gradient(Kept& kept, const variable_list& upstreams) {
+  variable_list gradients(2);
+  const Tensor& v = upstreams[0];
+  if (!v.defined()) return gradients;
+  const SoftmaxLoss& loss = softmax_loss(kept.call.loss);
+  const SavedTensors tensors = kept.tensors();
+  const Tensor &logits = tensors[0], &statistics = tensors[3], &upstream = tensors[5];
+  const SoftmaxCall call = call_of(kept.call, tensors);
+  if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
+    const auto formula = [&](const variable_list& x) {
+      return variable_list{gradient_by_formula(loss, x[1], call, x[0], std::nullopt)};
+    };
+    return differentiable_gradients(loss.op, {upstream, logits}, {v}, formula);
   }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (kept.wants(0)) gradients[0] = derivative_by_upstream(loss, call, upstream, logits, statistics, v);
+  if (kept.wants(1)) gradients[1] = second_derivative(loss, call, upstream, logits, statistics, v);
+  return gradients;
+}
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
-    variable_list gradients(7);  // one for each argument of forward
-    const Tensor& v = upstreams[0];
-    if (!v.defined()) return gradients;
-    if (ctx->saved_data.empty()) {
-      gradients[1] = at::zeros_like(v);
-      return gradients;
-    }
-    const SavedCall saved = SavedCall::of(ctx);
-    const SoftmaxLoss& loss = softmax_loss(saved.loss);
-    const auto tensors = ctx->get_saved_variables();
-    const Tensor &logits = tensors[0], &statistics = tensors[3], &upstream = tensors[5];
-    const SoftmaxCall call = call_of(saved, tensors);
-    if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
-      const auto formula = [&](const variable_list& x) {
-        return variable_list{gradient_by_formula(loss, x[1], call, x[0], std::nullopt)};
-      };
-      const variable_list found = differentiable_gradients(loss.op, {upstream, logits}, {v}, formula);
-      std::copy(found.begin(), found.end(), gradients.begin());
-      return gradients;
-    }
+// That of a loss which is linear in its logits, whose upstream gradient requires none.
+variable_list differentiate_constant(Kept&, const variable_list& upstreams) {
+  const Tensor& v = upstreams[0];
+  return {Tensor(), v.defined() ? at::zeros_like(v) : Tensor()};
+}
+
+constexpr Backward kGradientBackward = {"SoftmaxGradientBackward", false, &differentiate_gradient};
+constexpr Backward kConstantBackward = {"ConstantGradientBackward", false, &differentiate_constant};
+
+Tensor differentiable_gradient(const SavedCall& saved, const SoftmaxLoss& loss, const SoftmaxCall& call,
+                               const Tensor& upstream, const Tensor& logits, const Tensor& statistics,
+                               const GradientOfForward& of_forward) {
+  Tensor gradient;
+  {
+    const at::AutoGradMode disabled(false);
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (ctx->needs_input_grad(0)) gradients[0] = derivative_by_upstream(loss, call, upstream, logits, statistics, v);
-    if (ctx->needs_input_grad(1)) gradients[1] = second_derivative(loss, call, upstream, logits, statistics, v);
-    return gradients;
+    gradient = gradient_of(loss, call, upstream, std::nullopt, logits, statistics, of_forward);
   }
-};
+  if (loss.traits.reads_row || upstream.requires_grad()) {
+    differentiate(kGradientBackward, saved, {}, {&upstream, &logits},
+                  {&logits, &call.target, pointer_to(call.weight), &statistics, nullptr, &upstream}, {&gradient});
+  } else {
+    differentiate(kConstantBackward, saved, {}, {&upstream, &logits}, {}, {&gradient});
+  }
+  return gradient;
+}
 
-struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
-  static constexpr bool is_traceable = true;  // by compiled autograd
+Tensor gradient_in_place(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                         const Tensor& statistics, const Tensor& upstream, const OptionalTensor& second) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (statistics.defined()) {
+    handles_of(loss).backward_.call(upstream, second, logits, call.target, call.weight, statistics, call.reduction,
+                                    call.ignore_index, call.params, call.sample_weight);
+  } else {
+    scale_(logits, upstream);
+  }
+  logits.unsafeGetTensorImpl()->bump_version();  // a second backward is refused, with torch's own words
+  return logits.detach();
+}
 
-  // The statistics go out beside the differentiable outputs: compiled autograd knows no others.
-  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const SoftmaxLoss& loss,
-                               const SoftmaxCall& call, GradientIn gradient, bool in_place, Tensor* statistics_out) {
+variable_list backward(Kept& kept, const variable_list& upstreams) {
+  const GradientOfForward of_forward = take_gradient(kept, upstreams[0]);
+  const bool batched = needs_formula({upstreams[0], upstreams.size() > 1 ? upstreams[1] : Tensor()});
+  const bool differentiable = at::GradMode::is_enabled() || batched;
+  if (!differentiable && of_forward.left.defined() && scales_exactly(of_forward.left, upstreams[0])) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->set_materialize_grads(false);
-    save(ctx, loss, call, in_place);
-    Tensor value, second, statistics;
-    if (gradient == GradientIn::Forward && in_place) {
+    return {scaled(of_forward.left, upstreams[0])};
+  }
+  const SavedCall& saved = kept.call;
+  const SoftmaxLoss& loss = softmax_loss(saved.loss);
+  const SavedTensors tensors = kept.tensors();
+  const Tensor &logits = tensors[0], &statistics = tensors[3];
+  const SoftmaxCall call = call_of(saved, tensors);
+  Tensor upstream = upstreams[0];
+  const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
+  if (!upstream.defined()) {
+    if (!second) return variable_list(1);
+    upstream =
+        at::zeros_symint(call.reduction == kNone ? second->sym_sizes() : c10::SymIntArrayRef(), second->options());
+  }
+  if (saved.flags & kInPlace) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
+                ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
+                "(create_graph=True)");
+    TORCH_CHECK(!batched, loss.op, ": inplace=True has room for one gradient, got a batch of upstream gradients");
+    return {gradient_in_place(loss, logits, call, statistics, upstream, second)};
+  }
+  if (!differentiable) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return {gradient_of(loss, call, upstream, second, logits, statistics, of_forward)};
+  }
+  if (!batched && !second && !is_traced(upstream) && has_second_derivative(loss, call))
+    return {differentiable_gradient(saved, loss, call, upstream, logits, statistics, of_forward)};
+  return {gradient_by_formula(loss, logits, call, upstream, second)};
+}
+
+constexpr Backward kBackward = {"SoftmaxBackward", true, &backward};
+
+using Results = std::tuple<Tensor, Tensor, Tensor>;  // the loss, the second result if any, the statistics
+
+Results differentiable_loss(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                            GradientIn gradient, bool in_place) {
+  Tensor value, second, statistics;
+  GradientOfForward of_forward;
+  const bool overwrites = in_place && gradient == GradientIn::Forward;
+  {
+    const at::AutoGradMode disabled(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (overwrites) {
       std::tie(value, statistics) =
           handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
                                            call.params, call.wide, call.sample_weight);
       logits.unsafeGetTensorImpl()->bump_version();
-      // Saved as it is now, so that a change before backward is noticed like any other.
-      ctx->save_for_backward({logits, Tensor(), Tensor(), Tensor()});
+    } else if (gradient == GradientIn::Forward) {
+      of_forward.made = true;
+      std::tie(value, statistics, of_forward.left) = with_grad(loss, logits, call);
+    } else if (gradient == GradientIn::Carried) {
+      std::tie(value, statistics) =
+          handles_of(loss).carrying.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
+                                         call.params, call.wide, call.sample_weight);
     } else {
-      if (gradient == GradientIn::Forward) {
-        Tensor grad;
-        std::tie(value, statistics, grad) = with_grad(loss, logits, call);
-        leave_gradient(ctx, grad);
-      } else if (gradient == GradientIn::Carried) {
-        std::tie(value, statistics) =
-            handles_of(loss).carrying.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
-                                           call.params, call.wide, call.sample_weight);
-      } else {
-        std::tie(value, second, statistics) = without_grad(loss, logits, call);
-      }
-      variable_list saved = {logits, call.target, call.weight.value_or(Tensor()), statistics};
-      if (call.sample_weight) saved.push_back(*call.sample_weight);
-      ctx->save_for_backward(std::move(saved));
+      std::tie(value, second, statistics) = without_grad(loss, logits, call);
     }
-    *statistics_out = statistics;
-    return call.second ? variable_list{value, second} : variable_list{value};
   }
+  // Logits are saved as they are now, so that a change before backward is noticed like any other. Overwritten ones
+  // are the gradient, and all that backward needs.
+  const std::array<const Tensor*, 5> saved = {&logits, &call.target, pointer_to(call.weight), &statistics,
+                                              pointer_to(call.sample_weight)};
+  const std::array<const Tensor*, 2> results = {&value, &second};
+  differentiate(kBackward, saved_call(loss, call, in_place), std::move(of_forward), {&logits},
+                {saved.data(), overwrites ? 1 : saved.size()}, {results.data(), call.second ? size_t(2) : 1});
+  return {value, second, statistics};
+}
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstreams) {
-    variable_list gradients(6);  // one for each argument of forward
-    const GradientOfForward of_forward = take_gradient(ctx, upstreams[0]);
-    const bool batched = needs_formula({upstreams[0], upstreams.size() > 1 ? upstreams[1] : Tensor()});
-    const bool differentiable = at::GradMode::is_enabled() || batched;
-    if (!differentiable && of_forward.left.defined() && upstreams[0].defined() &&
-        scales_exactly(of_forward.left, upstreams[0])) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      gradients[0] = scaled(of_forward.left, upstreams[0]);
-      return gradients;
-    }
-    const SavedCall saved = SavedCall::of(ctx);
-    const SoftmaxLoss& loss = softmax_loss(saved.loss);
-    const auto tensors = ctx->get_saved_variables();
-    const Tensor &logits = tensors[0], &statistics = tensors[3];
-    const SoftmaxCall call = call_of(saved, tensors);
-    Tensor upstream = upstreams[0];
-    const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
-    if (!upstream.defined()) {
-      if (!second) return gradients;
-      upstream =
-          at::zeros_symint(call.reduction == kNone ? second->sym_sizes() : c10::SymIntArrayRef(), second->options());
-    }
-    if (saved.flags & kInPlace) {
-      TORCH_CHECK(!at::GradMode::is_enabled(), loss.op,
-                  ": inplace=True overwrites the logits, so that backward cannot be differentiated itself "
-                  "(create_graph=True)");
-      TORCH_CHECK(!batched, loss.op, ": inplace=True has room for one gradient, got a batch of upstream gradients");
-      gradients[0] = in_place(loss, logits, call, statistics, upstream, second);
-      return gradients;
-    }
-    if (!differentiable) {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      gradients[0] = gradient_of(loss, call, upstream, second, logits, statistics, of_forward);
-    } else if (!batched && !second && !is_traced(upstream) && has_second_derivative(loss, call)) {
-      gradients[0] = SoftmaxGradient::apply(upstream, logits, loss, call, statistics, of_forward, ctx);
-    } else {
-      gradients[0] = gradient_by_formula(loss, logits, call, upstream, second);
-    }
-    return gradients;
-  }
-
-  static Tensor in_place(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
-                         const Tensor& statistics, const Tensor& upstream, const OptionalTensor& second) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (statistics.defined()) {
-      handles_of(loss).backward_.call(upstream, second, logits, call.target, call.weight, statistics, call.reduction,
-                                      call.ignore_index, call.params, call.sample_weight);
-    } else {
-      scale_(logits, upstream);
-    }
-    logits.unsafeGetTensorImpl()->bump_version();  // a second backward is refused, with torch's own words
-    return logits.detach();
-  }
-};
-
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, const Tensor& logits,
-                                                   const SoftmaxCall& call, GradientIn gradient, bool in_place) {
+Results with_statistics(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call, GradientIn gradient,
+                        bool in_place) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return without_grad(loss, logits, call);
   }
   if (in_place) {
     torch::autograd::check_inplace(logits, true);
-    check_overwritten(logits, {&call.target, call.weight ? &*call.weight : nullptr,
-                               call.sample_weight ? &*call.sample_weight : nullptr});
+    check_overwritten(logits, {&call.target, pointer_to(call.weight), pointer_to(call.sample_weight)});
   }
   if (call.second || !loss.traits.reads_row || !may_make_gradient_in_forward(logits, call.reduction))
     gradient = GradientIn::Backward;
-  Tensor statistics;
-  variable_list values = SoftmaxFunction::apply(logits, loss, call, gradient, in_place, &statistics);
-  return {values[0], call.second ? values[1] : Tensor(), statistics};
+  return differentiable_loss(loss, logits, call, gradient, in_place);
 }
 
 // The native formula in the shape of the op's results; its backward needs no statistics, which are zeros.

@@ -28,7 +28,7 @@ pytestmark = [needs_extension, on_cpu_alone("its slack is that of the CPU's sums
 # is that of up to 3000 / 32 additions in a lane, whose errors grow as their root: sqrt(94) / 2. In float64 the exact
 # formula has as many of its own.
 SLACK = {torch.float32: 6.0, torch.float64: 12.0, torch.bfloat16: 0.01, torch.float16: 0.01}
-FUSED = "torch::autograd::CppNode<fusedloss::SoftmaxFunction>"
+FUSED = "fusedloss::SoftmaxBackward"
 LAYOUTS = ["contiguous", "transposed", "sliced", "channels_last", "expanded"]
 LARGEST = 6000  # logits: enough for a block of classes, and little enough for thousands of calls
 
