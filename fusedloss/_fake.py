@@ -88,6 +88,7 @@ def softmax(saved_by: Callable[[list[float]], int]) -> Fakes:
         "": forward,
         "_with_grad": with_grad,
         "_with_grad_": without_grad,
+        ".without_second": without_grad,
         ".carrying": without_grad,
         "_backward": backward,
         "_backward_": nothing,

@@ -23,8 +23,8 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling, is_exporting, set_stance
+from torch import Tensor, compiler
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting, set_stance
 from torch.overrides import handle_torch_function
 
 from . import _captures, _decomposed, _fake
@@ -209,18 +209,17 @@ def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
     _decomposed.register(op.default, family.decomposed(formula, known))
     capture = family.capture(op, known, left)
 
-    def loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *rest: Any, **options: Any) -> Any:
-        if is_compiling():
-            value = capture(input, target, weight, reduction, *rest, **options)
+    def loss(*call: Any, **options: Any) -> Any:  # named arguments would take half as long as a small loss
+        if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling, which asks TorchScript too
+            value = capture(*call, **options)
         elif asking := _asking.get():
-            path = explained(input, target, weight, reduction, *rest, **options)
+            path = explained(*call, **options)
+            input, _, _, _, *rest = call
             reason = asking == "compiled" and _captures.left_to_compiler(left, input, rest, options)
             raise Path(f"native: {reason}" if reason and not path.startswith("native") else path)
         else:
-            value = kernel(input, target, weight, reduction, *rest, **options)
-        if value is not None:
-            return value
-        return formula(input, target, weight, reduction, *rest, **_without_hints(options))
+            value = kernel(*call, **options)
+        return formula(*call, **_without_hints(options)) if value is None else value
 
     return loss
 

@@ -1,6 +1,7 @@
 // The pass that reads the logits once and writes the gradient once; included once per instruction set.
 
 #include "softmax.inl"
+#include "softmax_targets.inl"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
@@ -44,15 +45,6 @@ void backward_by_columns(const Loss& loss, const SoftmaxArgs& args, int64_t begi
     columns.write(tile, gradients);
   }
   if (args.streams) end_stream();
-}
-
-template <class S, class Loss>
-void backward_of_targets(const Loss& loss, const SoftmaxArgs& args, int64_t begin, int64_t end) {
-  Tile<Accumulate<S>> tile;
-  for (int64_t first = begin; first < end; first += kTile) {
-    tile.open(args, first, least(end, first + kTile), false);
-    write_targets<S>(loss, tile, args);
-  }
 }
 
 template <class S, class P, class Loss>

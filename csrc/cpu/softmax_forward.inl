@@ -1,10 +1,11 @@
 // The pass that reads the logits once and leaves losses and statistics; included once per instruction set.
 
 #include "softmax.inl"
+#include "softmax_targets.inl"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
-// Rows whose classes lie side by side, or of which only the target's logit is read.
+// Rows whose classes lie side by side.
 template <class S, class P, class Loss>
 SoftmaxSums forward_by_rows(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin,
                             int64_t end) {
@@ -13,9 +14,7 @@ SoftmaxSums forward_by_rows(const Loss& loss, const SoftmaxArgs& args, const Sof
   for (int64_t first = begin; first < end; first += kTile) {
     tile.open(args, first, least(end, first + kTile), args.second && Loss::second_of_ignored);
     tile.template read_logits<S>(loss, args);
-    if constexpr (Loss::reads_row) {
-      parts ? merge_parts<Loss>(tile, args, parts) : collect_by_rows<S, P>(loss, tile, args);
-    }
+    parts ? merge_parts<Loss>(tile, args, parts) : collect_by_rows<S, P>(loss, tile, args);
     add(sums, finish(loss, tile, args));
   }
   return sums;
@@ -37,10 +36,13 @@ SoftmaxSums forward_by_columns(const Loss& loss, const SoftmaxArgs& args, int64_
 
 template <class S, class P, class Loss>
 SoftmaxSums forward(const Loss& loss, const SoftmaxArgs& args, const SoftmaxPart* parts, int64_t begin, int64_t end) {
-  if constexpr (Loss::reads_row) {
-    if (!parts && !by_rows<Loss>(args, kShortestRowForward)) return forward_by_columns<S, P>(loss, args, begin, end);
+  if constexpr (!Loss::reads_row) {
+    return forward_of_targets<S>(loss, args, begin, end);
+  } else if (!parts && !by_rows<Loss>(args, kShortestRowForward)) {
+    return forward_by_columns<S, P>(loss, args, begin, end);
+  } else {
+    return forward_by_rows<S, P>(loss, args, parts, begin, end);
   }
-  return forward_by_rows<S, P>(loss, args, parts, begin, end);
 }
 
 // What the rows that count add to the divisor of a mean: the product of their weights. A factor that is null is 1.

@@ -244,44 +244,4 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
   }
 }
 
-// Rows that lie inner_stride apart; bytes of zero are the number in every type.
-template <class S>
-void write_zeros(const SoftmaxLayout& layout, S* grad, int64_t rows) {
-  if (layout.class_stride == 1) {
-    const bool side_by_side = layout.inner_stride == layout.classes;
-    const int64_t count = side_by_side ? 1 : rows, numbers = side_by_side ? rows * layout.classes : layout.classes;
-    for (int64_t j = 0; j < count; ++j) std::memset(grad + j * layout.inner_stride, 0, numbers * sizeof(S));
-    return;
-  }
-  for (int64_t c = 0; c < layout.classes; ++c) {
-    S* column = grad + c * layout.class_stride;
-    if (layout.inner_stride == 1) {
-      std::memset(column, 0, rows * sizeof(S));
-    } else {
-      for (int64_t j = 0; j < rows; ++j) column[j * layout.inner_stride] = store<S>(Accumulate<S>(0));
-    }
-  }
-}
-
-// A loss that reads only the target's logit has zero gradient in all other columns.
-template <class S, class Loss, class T>
-void write_targets(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& args) {
-  const SoftmaxLayout& layout = args.grad_layout;
-  RowOffsets offsets(layout, tile.row);
-  T upstream[kTile];
-  read_upstream(args, args.upstream, args.upstream_stride, tile.row, tile.count, T(1), upstream);
-  for (int64_t first = 0; first < tile.count;) {
-    const auto [offset, rows] = offsets.next(tile.count - first);
-    S* grad = static_cast<S*>(args.grad) + offset;
-    write_zeros(layout, grad, rows);
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t i = first + j;
-      if (tile.y[i] < 0) continue;
-      grad[j * layout.inner_stride + tile.y[i] * layout.class_stride] =
-          store<S>(loss.gradient(tile.weight[i], T(double(upstream[i]) * args.scale * double(tile.counts[i]))));
-    }
-    first += rows;
-  }
-}
-
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -190,14 +190,9 @@ SoftmaxSums finish(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
   for (int64_t j = 0; j < tile.padded; j += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = j + lane;
-      T value;
-      if constexpr (Loss::reads_row) {
-        const Row<T> row = complete<Loss>(tile.statistics(i), tile.logit[i], tile.weight[i]);
-        value = loss.value(row, tile.weight[i]);
-        second[i] = select(tile.counts[i] + all_active == T(0), T(0), loss.second(row));
-      } else {
-        value = loss.value(tile.logit[i], tile.weight[i]);
-      }
+      const Row<T> row = complete<Loss>(tile.statistics(i), tile.logit[i], tile.weight[i]);
+      const T value = loss.value(row, tile.weight[i]);
+      second[i] = select(tile.counts[i] + all_active == T(0), T(0), loss.second(row));
       const bool ignored = tile.counts[i] == T(0);
       losses[i] = select(ignored, T(0), tile.counts[i] * value);
       loss_lanes[lane] += losses[i];
@@ -205,15 +200,13 @@ SoftmaxSums finish(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
     }
   }
   if (args.losses) store_results(args, args.losses, tile.row, losses, tile.count);
-  if constexpr (Loss::reads_row) {
-    if (args.second) store_results(args, args.second, tile.row, second, tile.count);
-    T* saved = static_cast<T*>(args.statistics) + tile.row;
-    const int64_t rows = args.logits_layout.rows;
-    for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
-    for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.sum_without_target[j];
-    for (int64_t j = 0; j < tile.count && Loss::Sum::saved == 3; ++j) {
-      saved[2 * rows + j] = Loss::Sum::third(tile.statistics(j));
-    }
+  if (args.second) store_results(args, args.second, tile.row, second, tile.count);
+  T* saved = static_cast<T*>(args.statistics) + tile.row;
+  const int64_t rows = args.logits_layout.rows;
+  for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
+  for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.sum_without_target[j];
+  for (int64_t j = 0; j < tile.count && Loss::Sum::saved == 3; ++j) {
+    saved[2 * rows + j] = Loss::Sum::third(tile.statistics(j));
   }
   return {double(add_lanes(loss_lanes)), double(add_lanes(weight_lanes)), -1};
 }

@@ -15,7 +15,7 @@ namespace fusedloss {
 
 using torch::autograd::variable_list;
 
-constexpr size_t kMostSaved = 6;
+constexpr size_t kMostSaved = 5;  // one more, and malloc has no node at hand
 using SavedTensors = std::array<Tensor, kMostSaved>;
 
 // The numbers of a call.

@@ -81,15 +81,15 @@ std::optional<SoftmaxLayout> layout_of(const Tensor& logits);
 struct SoftmaxInputs {
   Tensor logits, target;         // of a layout: logits and probabilities
   Tensor weight, sample_weight;  // in arithmetic type, or undefined
-  std::vector<int64_t> row_sizes;
+  at::DimVector row_sizes;
   int64_t ignore_index;
   Params params;
   bool wide, second;
+  SoftmaxLayout layout;  // of the logits
 
   SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call);
   // For an op that overwrites the logits: what it reads lies elsewhere.
   void keep_apart_from(const Tensor& overwritten);
-  SoftmaxLayout layout() const { return *layout_of(logits); }
   at::ScalarType result_dtype() const;
   void fill(SoftmaxArgs& args) const;
 };
@@ -97,7 +97,7 @@ struct SoftmaxInputs {
 // The statistics are one tensor in arithmetic type: all rows' max, rest and what else
 // SoftmaxLoss::saved_statistics counts, and last the divisor of a mean.
 struct SoftmaxResults {
-  Tensor loss, second, statistics;  // second is empty where it is not wanted
+  Tensor loss, second, statistics;  // second is undefined where it is not wanted
 
   SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction);
   void set_of_no_rows(int64_t reduction);
@@ -111,13 +111,11 @@ void check_backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const 
 struct Destination {
   Tensor result, writable;
 
-  Destination(const Tensor& result_, const Tensor& dense) : result(result_), writable(result_) {
-    if (!layout_of(result)) writable = dense;
-  }
+  template <class Dense>
+  Destination(const Tensor& result_, Dense dense) : result(result_), writable(layout_of(result_) ? result_ : dense()) {}
   // A gradient of its own, in the order of the logits.
   static Destination fresh(const Tensor& logits, const SoftmaxInputs& inputs) {
-    const Tensor grad = empty_gradient(logits);
-    return {grad, layout_of(grad) ? grad : empty_gradient(inputs.logits)};
+    return {empty_gradient(logits), [&] { return empty_gradient(inputs.logits); }};
   }
   Tensor finish() const { return writable.is_same(result) ? result : result.copy_(writable); }
 };
@@ -140,7 +138,17 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
                                       {target, weight, reduction, ignore_index, params, wide, second, sample_weight});
            SoftmaxResults results(loss, inputs, reduction);
            run_forward<OnDevice>(loss, inputs, reduction, results, nullptr);
-           return std::make_tuple(results.loss, results.second, results.statistics);
+           if (!second) results.second = empty_beside(inputs.logits, {0}, inputs.result_dtype());
+           return std::make_tuple(std::move(results.loss), std::move(results.second), std::move(results.statistics));
+         });
+  m.impl((name + ".without_second").c_str(),
+         [&loss](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 int64_t ignore_index, Params params, bool wide, const OptionalTensor& sample_weight) {
+           const SoftmaxInputs inputs(loss, logits,
+                                      {target, weight, reduction, ignore_index, params, wide, false, sample_weight});
+           SoftmaxResults results(loss, inputs, reduction);
+           run_forward<OnDevice>(loss, inputs, reduction, results, nullptr);
+           return std::make_tuple(std::move(results.loss), std::move(results.statistics));
          });
   const auto with_grad = [](const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& logits,
                             int64_t reduction) {
@@ -148,7 +156,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     SoftmaxResults results(loss, inputs, reduction);
     Destination to = Destination::fresh(logits, inputs);
     run_forward<OnDevice>(loss, inputs, reduction, results, &to.writable);
-    return std::make_tuple(results.loss, results.statistics, to.finish());
+    return std::make_tuple(std::move(results.loss), std::move(results.statistics), to.finish());
   };
   m.impl((name + "_with_grad").c_str(),
          [&loss, with_grad](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
@@ -173,7 +181,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     check_with_grad(loss, inputs, reduction);
     inputs.keep_apart_from(logits);
     SoftmaxResults results(loss, inputs, reduction);
-    Destination to(logits, inputs.logits);
+    Destination to(logits, [&] { return inputs.logits; });
     run_forward<OnDevice>(loss, inputs, reduction, results, &to.writable);
     to.finish();
     return std::make_tuple(results.loss, results.statistics);
@@ -211,7 +219,7 @@ void implement_softmax(torch::Library& m, const SoftmaxLoss& loss) {
     check_overwritten(logits, {&upstream, &statistics, upstream_second ? &*upstream_second : nullptr});
     OptionalTensor second = upstream_second;
     if (second) second = apart_from(logits, *second);
-    Destination to(logits, inputs.logits);
+    Destination to(logits, [&] { return inputs.logits; });
     make(loss, to, inputs, apart_from(logits, upstream), second, apart_from(logits, statistics), reduction);
   });
 }

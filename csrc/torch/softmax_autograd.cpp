@@ -15,8 +15,8 @@ using ForwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor
                                                      int64_t, Params, bool, bool, const OptionalTensor&);
 using WithGradOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
                                                       int64_t, Params, bool, const OptionalTensor&);
-using CarryingOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                              Params, bool, const OptionalTensor&);
+using WithoutSecondOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                                                   Params, bool, const OptionalTensor&);
 using WithGradInPlaceOp = std::tuple<Tensor, Tensor>(Tensor, const Tensor&, const OptionalTensor&, int64_t, int64_t,
                                                      Params, bool, const OptionalTensor&);
 using BackwardOp = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
@@ -27,7 +27,7 @@ using BackwardInPlaceOp = void(const Tensor&, const OptionalTensor&, Tensor, con
 struct SoftmaxHandles {
   c10::TypedOperatorHandle<ForwardOp> forward;
   c10::TypedOperatorHandle<WithGradOp> with_grad;
-  c10::TypedOperatorHandle<CarryingOp> carrying;
+  c10::TypedOperatorHandle<WithoutSecondOp> without_second, carrying;
   c10::TypedOperatorHandle<WithGradInPlaceOp> with_grad_;
   c10::TypedOperatorHandle<BackwardOp> backward;
   c10::TypedOperatorHandle<BackwardInPlaceOp> backward_;
@@ -35,7 +35,8 @@ struct SoftmaxHandles {
   explicit SoftmaxHandles(const std::string& name)
       : forward(find_op(name).typed<ForwardOp>()),
         with_grad(find_op(name + "_with_grad").typed<WithGradOp>()),
-        carrying(find_op(name + ".carrying").typed<CarryingOp>()),
+        without_second(find_op(name + ".without_second").typed<WithoutSecondOp>()),
+        carrying(find_op(name + ".carrying").typed<WithoutSecondOp>()),
         with_grad_(find_op(name + "_with_grad_").typed<WithGradInPlaceOp>()),
         backward(find_op(name + "_backward").typed<BackwardOp>()),
         backward_(find_op(name + "_backward_").typed<BackwardInPlaceOp>()) {}
@@ -56,23 +57,33 @@ std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tens
                                          call.params, call.wide, call.sample_weight);
 }
 
-std::tuple<Tensor, Tensor, Tensor> without_grad(const SoftmaxLoss& loss, const Tensor& logits,
-                                                const SoftmaxCall& call) {
-  return handles_of(loss).forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index, call.params,
-                                       call.wide, call.second, call.sample_weight);
+// In a graph an op's results are all there. In eager mode the second one is left undefined where it is not wanted:
+// making it takes a tenth of a small loss.
+enum class Results { All, Wanted };
+
+std::tuple<Tensor, Tensor, Tensor> without_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
+                                                Results results) {
+  const SoftmaxHandles& ops = handles_of(loss);
+  if (results == Results::All || call.second) {
+    return ops.forward.call(logits, call.target, call.weight, call.reduction, call.ignore_index, call.params, call.wide,
+                            call.second, call.sample_weight);
+  }
+  auto [value, statistics] = ops.without_second.call(logits, call.target, call.weight, call.reduction,
+                                                     call.ignore_index, call.params, call.wide, call.sample_weight);
+  return {std::move(value), Tensor(), std::move(statistics)};
 }
 
-// What forward or the gradient saved beside the logits and statistics.
+OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// What forward or the gradient saved beside the logits and statistics, but for the weights of rows.
 SoftmaxCall call_of(const SavedCall& saved, const SavedTensors& tensors) {
-  const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
   return {tensors[1],
-          optional(tensors[2]),
+          if_defined(tensors[2]),
           saved.reduction,
           saved.ignore_index,
           saved.params,
           bool(saved.flags & kWide),
-          bool(saved.flags & kSecond),
-          optional(tensors[4])};
+          bool(saved.flags & kSecond)};
 }
 
 Tensor gradient_of(const SoftmaxLoss& loss, const SoftmaxCall& call, const Tensor& upstream,
@@ -126,7 +137,7 @@ variable_list differentiate_gradient(Kept& kept, const variable_list& upstreams)
   if (!v.defined()) return gradients;
   const SoftmaxLoss& loss = softmax_loss(kept.call.loss);
   const SavedTensors tensors = kept.tensors();
-  const Tensor &logits = tensors[0], &statistics = tensors[3], &upstream = tensors[5];
+  const Tensor &logits = tensors[0], &statistics = tensors[3], &upstream = tensors[4];
   const SoftmaxCall call = call_of(kept.call, tensors);
   if (at::GradMode::is_enabled() || needs_formula({v, upstream})) {
     const auto formula = [&](const variable_list& x) {
@@ -160,7 +171,7 @@ Tensor differentiable_gradient(const SavedCall& saved, const SoftmaxLoss& loss, 
   }
   if (loss.traits.reads_row || upstream.requires_grad()) {
     differentiate(kGradientBackward, saved, {}, {&upstream, &logits},
-                  {&logits, &call.target, pointer_to(call.weight), &statistics, nullptr, &upstream}, {&gradient});
+                  {&logits, &call.target, pointer_to(call.weight), &statistics, &upstream}, {&gradient});
   } else {
     differentiate(kConstantBackward, saved, {}, {&upstream, &logits}, {}, {&gradient});
   }
@@ -192,7 +203,8 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
   const SoftmaxLoss& loss = softmax_loss(saved.loss);
   const SavedTensors tensors = kept.tensors();
   const Tensor &logits = tensors[0], &statistics = tensors[3];
-  const SoftmaxCall call = call_of(saved, tensors);
+  SoftmaxCall call = call_of(saved, tensors);
+  call.sample_weight = if_defined(tensors[4]);
   Tensor upstream = upstreams[0];
   const OptionalTensor second = call.second && upstreams[1].defined() ? OptionalTensor(upstreams[1]) : std::nullopt;
   if (!upstream.defined()) {
@@ -218,10 +230,10 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
 
 constexpr Backward kBackward = {"SoftmaxBackward", true, &backward};
 
-using Results = std::tuple<Tensor, Tensor, Tensor>;  // the loss, the second result if any, the statistics
-
-Results differentiable_loss(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
-                            GradientIn gradient, bool in_place) {
+// Returns the loss, the second result, the statistics.
+std::tuple<Tensor, Tensor, Tensor> differentiable_loss(const SoftmaxLoss& loss, const Tensor& logits,
+                                                       const SoftmaxCall& call, Results results, GradientIn gradient,
+                                                       bool in_place) {
   Tensor value, second, statistics;
   GradientOfForward of_forward;
   const bool overwrites = in_place && gradient == GradientIn::Forward;
@@ -241,24 +253,25 @@ Results differentiable_loss(const SoftmaxLoss& loss, const Tensor& logits, const
           handles_of(loss).carrying.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
                                          call.params, call.wide, call.sample_weight);
     } else {
-      std::tie(value, second, statistics) = without_grad(loss, logits, call);
+      std::tie(value, second, statistics) = without_grad(loss, logits, call, results);
     }
   }
   // Logits are saved as they are now, so that a change before backward is noticed like any other. Overwritten ones
   // are the gradient, and all that backward needs.
   const std::array<const Tensor*, 5> saved = {&logits, &call.target, pointer_to(call.weight), &statistics,
                                               pointer_to(call.sample_weight)};
-  const std::array<const Tensor*, 2> results = {&value, &second};
+  const std::array<const Tensor*, 2> functions = {&value, &second};
   differentiate(kBackward, saved_call(loss, call, in_place), std::move(of_forward), {&logits},
-                {saved.data(), overwrites ? 1 : saved.size()}, {results.data(), call.second ? size_t(2) : 1});
-  return {value, second, statistics};
+                {saved.data(), overwrites ? 1 : saved.size()}, {functions.data(), call.second ? size_t(2) : 1});
+  return {std::move(value), std::move(second), std::move(statistics)};
 }
 
-Results with_statistics(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call, GradientIn gradient,
-                        bool in_place) {
+std::tuple<Tensor, Tensor, Tensor> with_statistics(const SoftmaxLoss& loss, const Tensor& logits,
+                                                   const SoftmaxCall& call, Results results, GradientIn gradient,
+                                                   bool in_place) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return without_grad(loss, logits, call);
+    return without_grad(loss, logits, call, results);
   }
   if (in_place) {
     torch::autograd::check_inplace(logits, true);
@@ -266,7 +279,7 @@ Results with_statistics(const SoftmaxLoss& loss, const Tensor& logits, const Sof
   }
   if (call.second || !loss.traits.reads_row || !may_make_gradient_in_forward(logits, call.reduction))
     gradient = GradientIn::Backward;
-  return differentiable_loss(loss, logits, call, gradient, in_place);
+  return differentiable_loss(loss, logits, call, results, gradient, in_place);
 }
 
 // The native formula in the shape of the op's results; its backward needs no statistics, which are zeros.
@@ -282,16 +295,18 @@ std::tuple<Tensor, Tensor, Tensor> native(const SoftmaxLoss& loss, const Tensor&
 
 std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call,
                                    std::optional<bool> grad_in_forward, bool in_place) {
-  if (recorded()) {
+  const bool in_graph = recorded();
+  if (in_graph) {
     grad_in_forward = false;
     in_place = false;
   }
   const bool in_forward = grad_in_forward.value_or(!in_place && device_for(logits).row_gradient_in_forward_pays &&
                                                    gradient_in_forward_pays(logits, call.reduction)) &&
                           !(in_place && under_saved_tensor_hooks());  // one may raise: nothing is overwritten yet
-  const auto results =
-      with_statistics(loss, logits, call, in_forward ? GradientIn::Forward : GradientIn::Backward, in_place);
-  return {std::get<0>(results), std::get<1>(results)};
+  auto [value, second, statistics] =
+      with_statistics(loss, logits, call, in_graph ? Results::All : Results::Wanted,
+                      in_forward ? GradientIn::Forward : GradientIn::Backward, in_place);
+  return {std::move(value), std::move(second)};
 }
 
 void define_softmax(torch::Library& m, const SoftmaxLoss& loss) {
@@ -306,6 +321,7 @@ void define_softmax(torch::Library& m, const SoftmaxLoss& loss) {
   define("(Tensor logits, " + forward + ", bool second=False" + last +
          "(Tensor loss, Tensor second, Tensor statistics)");
   define("_with_grad(Tensor logits, " + forward + last + "(Tensor loss, Tensor statistics, Tensor grad)");
+  define(".without_second(Tensor logits, " + forward + last + "(Tensor loss, Tensor statistics)");
   define(".carrying(Tensor logits, " + forward + last + "(Tensor loss, Tensor statistics)");
   define("_with_grad_(Tensor(a!) logits, " + forward + last + "(Tensor loss, Tensor statistics)");
   define("_backward(Tensor upstream, Tensor? upstream_second, Tensor logits, " + backward + " -> Tensor");
@@ -321,12 +337,12 @@ void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss
     const GradientIn gradient = carries ? GradientIn::Carried : GradientIn::Backward;
     auto results = needs_formula({logits, target, weight, sample_weight})
                        ? native(loss, logits, call)
-                       : with_statistics(loss, logits, call, gradient, false);
+                       : with_statistics(loss, logits, call, Results::All, gradient, false);
     Tensor& of_second = std::get<1>(results);
     if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
     return results;
   });
-  for (const char* suffix : {"_with_grad", ".carrying", "_backward"}) refuse_derivatives(m, loss.op + suffix);
+  for (const char* suffix : {"_with_grad", ".without_second", ".carrying", "_backward"}) refuse_derivatives(m, loss.op + suffix);
 }
 
 }  // namespace fusedloss

@@ -26,8 +26,8 @@ constexpr SoftmaxTraits traits_of() {
           baseline::Params<Functor>::count};
 }
 
-std::vector<int64_t> row_sizes_of(const Tensor& logits) {
-  std::vector<int64_t> sizes = logits.sizes().vec();
+at::DimVector row_sizes_of(const Tensor& logits) {
+  at::DimVector sizes(logits.sizes());
   sizes.erase(sizes.begin() + class_dim(logits));
   return sizes;
 }
@@ -132,7 +132,12 @@ SoftmaxInputs::SoftmaxInputs(const SoftmaxLoss& loss, const Tensor& logits_, con
     raise_declined(loss.op, why, logits, target, call.weight, params);
   check_memory(logits);
   row_sizes = row_sizes_of(logits);
-  if (!layout_of(logits)) logits = logits.contiguous();
+  if (const auto found = layout_of(logits)) {
+    layout = *found;
+  } else {
+    logits = logits.contiguous();
+    layout = *layout_of(logits);
+  }
   if (!loss.traits.soft || !layout_of(target)) target = target.contiguous();
   const at::ScalarType arithmetic = arithmetic_type(logits.scalar_type());
   if (call.weight) weight = call.weight->to(arithmetic).contiguous();
@@ -153,7 +158,7 @@ at::ScalarType SoftmaxInputs::result_dtype() const {
 void SoftmaxInputs::fill(SoftmaxArgs& args) const {
   args.dtype = *kernel_dtype(logits.scalar_type());
   args.wide = wide;
-  args.logits_layout = args.probabilities_layout = layout();
+  args.logits_layout = args.probabilities_layout = layout;
   args.logits = logits.const_data_ptr();
   if (target.is_floating_point()) {
     args.probabilities = target.const_data_ptr();
@@ -172,9 +177,9 @@ void SoftmaxInputs::fill(SoftmaxArgs& args) const {
 SoftmaxResults::SoftmaxResults(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction) {
   const Tensor& logits = inputs.logits;
   const at::ScalarType dtype = inputs.result_dtype();
-  const int64_t numbers = loss.saved_statistics(inputs.params) * inputs.layout().rows + 1;
+  const int64_t numbers = loss.saved_statistics(inputs.params) * inputs.layout.rows + 1;
   this->loss = empty_beside(logits, reduction == kNone ? inputs.row_sizes : at::IntArrayRef(), dtype);
-  second = inputs.second ? empty_beside(logits, inputs.row_sizes, dtype) : empty_beside(logits, {0}, dtype);
+  if (inputs.second) second = empty_beside(logits, inputs.row_sizes, dtype);
   statistics = empty_beside(logits, {numbers}, arithmetic_type(logits.scalar_type()));
 }
 
@@ -198,7 +203,7 @@ void check_backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const 
   check_upstream(name, upstream, type, reduction, inputs.row_sizes, inputs.logits);
   if (upstream_second) check_upstream(name, *upstream_second, type, kNone, inputs.row_sizes, inputs.logits);
   check_device(name, "statistics", statistics, inputs.logits);
-  const int64_t expected = loss.saved_statistics(inputs.params) * inputs.layout().rows + 1;
+  const int64_t expected = loss.saved_statistics(inputs.params) * inputs.layout.rows + 1;
   TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == expected && statistics.scalar_type() == arithmetic,
               name, "_backward: expected the statistics of the forward, got ", statistics.sizes(), " of ",
               statistics.scalar_type());

@@ -143,7 +143,7 @@ MUTANTS = {
         "probabilities unsmoothed": ("losses/softmax.h", "probability * kept + uniform", "probability"),
     },
     "nll": {
-        "a row's weight not in its gradient": ("cpu/softmax_rows.inl", " * double(tile.counts[i])", ""),
+        "a row's weight not in its gradient": ("cpu/softmax_targets.inl", " * double(counts)", ""),
         "nll sign": ("losses/softmax.h", "return -weight * upstream;", "return weight * upstream;"),
     },
     "log_probs": {
