@@ -52,3 +52,46 @@ def test_a_second_backward_is_that_of_eager(function):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         grad.square().sum().backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("function", [L.huber_loss, L.cross_entropy])
+def test_hooks_run_in_the_graph(function):
+    torch._dynamo.reset()
+    x, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5).softmax(1)
+    (expected,) = torch.autograd.grad(function(x, t), x)
+    value = function(x, t)
+    value.grad_fn.register_prehook(lambda upstreams: (upstreams[0] * 2,))
+    value.grad_fn.register_hook(lambda grads, _: tuple(g if g is None else g * 3 for g in grads))
+    captured(value.backward)
+    torch.testing.assert_close(x.grad, 6 * expected)
+
+
+@pytest.mark.parametrize("function", [L.huber_loss, L.cross_entropy])
+def test_what_hooks_packed_is_unpacked_in_the_graph(function):
+    torch._dynamo.reset()
+    x, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5).softmax(1)
+    (expected,) = torch.autograd.grad(function(x, t), x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor / 2, lambda tensor: tensor * 2):
+        value = function(x, t)
+    captured(value.backward)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_equal_calls_share_a_graph():
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["compiled_autograd"]
+    x, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    before = counted["captures"]
+    for delta in (1.0, 1.0, 2.0, 2.0):
+        x.grad = None
+        captured(lambda: L.huber_loss(x, t, delta=delta).backward())  # noqa: B023
+    assert counted["captures"] - before == 2
+
+
+def test_a_freed_graph_is_refused():
+    torch._dynamo.reset()
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randint(5, (6,))
+    value = L.cross_entropy(x, y)
+    value.backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        captured(value.backward)

@@ -144,6 +144,7 @@ MUTANTS = {
     },
     "nll": {
         "a row's weight not in its gradient": ("cpu/softmax_targets.inl", " * double(counts)", ""),
+        "a row's weight not in its loss": ("cpu/softmax_targets.inl", "counts * loss.value(", "loss.value("),
         "nll sign": ("losses/softmax.h", "return -weight * upstream;", "return weight * upstream;"),
     },
     "log_probs": {

@@ -13,10 +13,16 @@ constexpr int64_t kFewRows = 32;             // up to here long rows are cut int
 // So a row is cut only where each half takes 100 us.
 constexpr int64_t kNumbersOfCutRow = 8 * kSoftmaxPart;
 
+// The rows of a chunk, for a pass that reads `work` numbers of each.
+int64_t rows_of_chunk(SoftmaxLayout layout, int64_t work) {
+  layout.classes = work;
+  return softmax_chunk(layout);
+}
+
 // Calls f(number of chunk, first row, last row); it reads `work` numbers a row.
 template <class F>
 void over_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
-  const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
+  const int64_t rows = rows_of_chunk(layout, work), chunks = (layout.rows + rows - 1) / rows;
   const int64_t grain = (kNumbersOfThread + rows * work - 1) / (rows * work);
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i, i * rows, std::min(layout.rows, (i + 1) * rows));
@@ -52,7 +58,7 @@ void check_bad_row(const SoftmaxArgs& args, int64_t row) {
 // The sums of every chunk, added in order.
 template <class F>
 SoftmaxSums sum_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
-  const int64_t rows = softmax_chunk(layout), chunks = (layout.rows + rows - 1) / rows;
+  const int64_t rows = rows_of_chunk(layout, work), chunks = (layout.rows + rows - 1) / rows;
   if (chunks == 1) return f(0, layout.rows);
   std::vector<SoftmaxSums> partial(chunks);
   over_chunks(layout, work, [&](int64_t i, int64_t begin, int64_t end) { partial[i] = f(begin, end); });
