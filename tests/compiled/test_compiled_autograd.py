@@ -66,14 +66,13 @@ def test_hooks_run_in_the_graph(function):
     torch.testing.assert_close(x.grad, 6 * expected)
 
 
-@pytest.mark.parametrize("function", [L.huber_loss, L.cross_entropy])
-def test_what_hooks_packed_is_unpacked_in_the_graph(function):
+def test_what_hooks_packed_is_unpacked_in_the_graph():
     torch._dynamo.reset()
-    x, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5).softmax(1)
-    (expected,) = torch.autograd.grad(function(x, t), x)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor / 2, lambda tensor: tensor * 2):
-        value = function(x, t)
-    captured(value.backward)
+    x, t = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    (expected,) = torch.autograd.grad(L.huber_loss(2 * x, 2 * t), x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor / 2, lambda tensor: tensor * 4):
+        value = L.huber_loss(x, t)
+    captured((2 * value).backward)
     torch.testing.assert_close(x.grad, expected)
 
 

@@ -125,12 +125,21 @@ def test_a_second_derivative_is_refused_twice_too(name):
 def test_what_it_saves_goes_through_hooks(name):
     def run(function, x, target):
         packed: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (packed.append(tensor), len(packed) - 1)[1], lambda i: packed[i].clone()
-        ):
+        unpacked: set[int] = set()
+
+        def pack(tensor: Tensor) -> int:
+            packed.append(tensor)
+            return len(packed) - 1
+
+        def unpack(i: int) -> Tensor:
+            unpacked.add(i)
+            return packed[i].clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             value = function(x, target)
-        assert packed
+        assert packed and not unpacked
         value.backward()
+        assert unpacked == set(range(len(packed)))
         return gradients(x, target)
 
     outcomes(name, run)
