@@ -28,7 +28,7 @@ samples() {
     echo "no file $conformance"
     [ -z "${FUSEDLOSS_CONFORMANCE:-}" ]
   else
-    "$python" "$conformance" --device cuda
+    PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" "$conformance" --device cuda
   fi
 }
 

@@ -434,10 +434,10 @@ def test_the_kernels_that_bugs_are_planted_in_are_right(kernels, tmp_path, file)
 def test_a_planted_bug_is_caught(kernels, tmp_path, bug):
     file, old, new, check = PLANTED[bug]
     library = rebuilt(kernels, planted(tmp_path, f"cuda/{file}", old, new), file, softmax="cross_entropy")
-    for seed in range(100):
+    for seed in range(1000):  # the rarest shows in one of 300 orders
         check(kernels, seed)
         try:
             check(library, seed)
         except AssertionError:
             return
-    pytest.fail("100 orders of the threads, and every result was right")
+    pytest.fail("1000 orders of the threads, and every result was right")
