@@ -1,12 +1,15 @@
-"""Compiles the CUDA kernels and reads what ptxas says of each: registers, stack frame, spills.
+"""Compiles the CUDA kernels, reads what ptxas says of each (registers, stack, spills) and counts its instructions.
 
-python tests/kernels/nvcc.py           prints the registers
-python tests/kernels/nvcc.py --write   writes them to tests/kernels/registers.txt, unless a kernel spills
+python tests/kernels/nvcc.py           prints both tables
+python tests/kernels/nvcc.py --write   writes them to registers.txt and instructions.txt, unless a kernel spills
 
-The table names the sources it is of. While they stay as they are, this nvcc would say again what it said then.
+The first table names the sources that both are of. While they stay as they are, this nvcc would say again what it said
+then.
 """
 
 import hashlib
+import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -15,8 +18,15 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+import instruction_table
+import instructions
+import sass
+import whole_kernel
+from instruction_table import Counts
 
 ROOT = Path(__file__).parent.parent.parent
 CSRC = ROOT / "csrc"
@@ -25,8 +35,23 @@ TABLE = Path(__file__).with_name("registers.txt")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")  # A100, H100, B200: those of setup.py
 FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v"]
 
-Run = subprocess.CompletedProcess[str]
+COUNTING = [Path(module.__file__ or "") for module in (sass, instructions, whole_kernel)]
 Registers = dict[str, tuple[int, ...]]  # of each kernel, by architecture
+Number = TypeVar("Number", int, float)
+
+
+@dataclass
+class Run:
+    """What nvcc made of a file for some architectures; the log is of nvcc and ptxas."""
+
+    command: list[str]
+    returncode: int
+    log: str
+    # Empty where nothing was counted: by architecture the instructions of an element of each kernel, and those of the
+    # whole kernels that have targets.
+    loops: dict[str, dict[str, float]] = field(default_factory=dict)
+    wholes: dict[str, float] = field(default_factory=dict)
+    uncounted: list[str] = field(default_factory=list)  # and why
 
 
 @dataclass(frozen=True)
@@ -65,34 +90,78 @@ def supported() -> list[str]:
     return [architecture for architecture in ARCHITECTURES if architecture in known]
 
 
+def disassembler() -> str | None:
+    """nvdisasm, which comes with CUDA or as a package of its own."""
+    if on_path := shutil.which("nvdisasm"):
+        return on_path
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate()) for file in files if file.name == "nvdisasm"), None)
+
+
 def fingerprint() -> str:
-    """Of all that nvcc compiles, and how: the code without its comments."""
+    """Of all that nvcc compiles, how, and how instructions are counted: the code without its comments."""
     digest = hashlib.sha256(" ".join([*FLAGS, *ARCHITECTURES]).encode())
-    for file in sorted(file for folder in ("cuda", "kernels", "losses") for file in (CSRC / folder).iterdir()):
-        code = re.sub(r" *//.*", "", file.read_text())
-        digest.update("\n".join([file.name, *filter(None, code.splitlines())]).encode())
+    sources = [file for folder in ("cuda", "kernels", "losses") for file in (CSRC / folder).iterdir()]
+    for file in [*sorted(sources), *COUNTING]:
+        words = r" *#.*|\"{3}[\s\S]*?\"{3}" if file.suffix == ".py" else r" *//.*"
+        code = re.sub(words, "", file.read_text())
+        digest.update("\n".join([file.name, *filter(str.strip, code.splitlines())]).encode())
     return digest.hexdigest()[:16]
 
 
-def compile(sources: Sequence[Path], architectures: Sequence[str]) -> list[Run]:
+def compile(sources: Sequence[Path], architectures: Sequence[str], counting: bool = False) -> list[Run]:
     """One nvcc for each source, whether it succeeds or not: what it compiles for the host serves all architectures."""
     code = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def run(source: Path) -> Run:
-            to = Path(folder) / f"{source.stem}.o"
-            command = ["nvcc", *FLAGS, f"-I{CSRC}", *code, "-c", str(source), "-o", str(to)]
+    def run(source: Path) -> Run:
+        with tempfile.TemporaryDirectory() as folder:
+            keep = ["-keep", "-keep-dir", folder] if counting else []
+            command = ["nvcc", *FLAGS, f"-I{CSRC}", *code, *keep, "-c", str(source), "-o", f"{folder}/object.o"]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            return Run(command, done.returncode, done.stdout)
+            result = Run(command, done.returncode, done.stdout)
+            if counting and done.returncode == 0:
+                for name in architectures:
+                    count(
+                        result,
+                        name,
+                        disassembled(Path(folder) / f"{source.stem}.{name.replace('sm', 'compute')}.cubin"),
+                    )
+            return result
 
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(run, sources))
+
+
+def disassembled(cubin: Path) -> str:
+    tool = disassembler()
+    assert tool, "expected nvdisasm, of CUDA or of the package nvidia-cuda-nvdisasm"
+    return subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def count(run: Run, architecture: str, text: str) -> None:
+    mangled, codes = zip(*sass.read(text), strict=True)
+    loops = run.loops[architecture] = {}
+    for name, code in zip(map(shortened, demangled(mangled)), codes, strict=True):
+        # What cannot be counted is told at the end: compiling anew takes a quarter of an hour.
+        try:
+            loops[name] = math.nan
+            kernel = sass.Kernel(code)
+            loops[name] = instructions.count(name, kernel)
+            if architecture == whole_kernel.ARCHITECTURE:
+                of_classes = whole_kernel.counts(name, kernel)
+                run.wholes |= {instruction_table.place(name, classes): number for classes, number in of_classes.items()}
+        except AssertionError as error:
+            run.uncounted.append(f"{name} on {architecture}: {error}")
 
 
 def functions(runs: list[Run], architecture: str) -> list[Function]:
     """Of every function that the runs, which must have succeeded, compiled for an architecture."""
     for run in runs:
-        assert run.returncode == 0, f"{' '.join(run.args)}\n{run.stdout}"
-    found = [function for run in runs for function in parse(said_of(architecture, run.stdout))]
+        assert run.returncode == 0, f"{' '.join(run.command)}\n{run.log}"
+    found = [function for run in runs for function in parse(said_of(architecture, run.log))]
     names = [function.name for function in found if function.registers is not None]
     assert len(set(names)) == len(names), "two kernels have one name"
     return found
@@ -121,9 +190,9 @@ def parse(log: str) -> list[Function]:
     ]
 
 
-def demangled(names: list[str]) -> list[str]:
+def demangled(names: Sequence[str]) -> list[str]:
     if shutil.which("c++filt") is None:  # it comes with the linker that nvcc's host compiler needs
-        return names
+        return list(names)
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
@@ -145,7 +214,17 @@ def using_local_memory(functions: Sequence[Function]) -> list[Function]:
 
 def registers(functions_of: dict[str, list[Function]]) -> Registers:
     """Of every kernel, from the functions of each architecture, which must have the same kernels."""
-    columns = [{f.name: f.registers for f in found if f.registers is not None} for found in functions_of.values()]
+    return beside([{f.name: f.registers for f in found if f.registers is not None} for found in functions_of.values()])
+
+
+def counts(runs: list[Run], architectures: Sequence[str]) -> Counts:
+    """The instructions of every kernel, from runs that counted them."""
+    columns = [{name: number for run in runs for name, number in run.loops[of].items()} for of in architectures]
+    return Counts(beside(columns), {name: number for run in runs for name, number in run.wholes.items()})
+
+
+def beside(columns: Sequence[Mapping[str, Number]]) -> dict[str, tuple[Number, ...]]:
+    """Every kernel's numbers, an architecture after the other; all must have the same kernels."""
     assert all(column.keys() == columns[0].keys() for column in columns), "an architecture has kernels of its own"
     return {name: tuple(column[name] for column in columns) for name in sorted(columns[0])}
 
@@ -178,18 +257,30 @@ def differences(committed: Mapping[str, object], found: Mapping[str, object]) ->
 
 
 def main() -> None:
-    runs = compile(SOURCES, ARCHITECTURES)
+    if disassembler() is None:
+        sys.exit("expected nvdisasm, to count instructions: pip install nvidia-cuda-nvdisasm")
+    runs = compile(SOURCES, ARCHITECTURES, counting=True)
     functions_of = {architecture: functions(runs, architecture) for architecture in ARCHITECTURES}
-    text = table(version(), fingerprint(), registers(functions_of))
+    of_registers = table(version(), fingerprint(), registers(functions_of))
+    counted = counts(runs, ARCHITECTURES)
+    if instruction_table.TABLE.exists():
+        counted.binds = instruction_table.read(instruction_table.TABLE.read_text()).binds
+    of_instructions = instruction_table.table(counted, ARCHITECTURES)
     spilling = [f"{name}: {function}" for name, some in functions_of.items() for function in using_local_memory(some)]
     if sys.argv[1:] == ["--write"]:
         if spilling:
             sys.exit("\n".join(["expected kernels that use no local memory, got:", *spilling]))
-        TABLE.write_text(text)
+        TABLE.write_text(of_registers)
+        instruction_table.TABLE.write_text(of_instructions)
+        left = [message for run in runs for message in run.uncounted]
+        if unexplained := instruction_table.unexplained(counted):
+            left += [f"say in {instruction_table.TABLE} what binds:", *unexplained]
+        if left:
+            sys.exit("\n".join(["both tables are written, but:", *left]))
     elif sys.argv[1:]:
         sys.exit(__doc__)
     else:
-        print(text, *spilling, sep="\n")
+        print(of_registers, of_instructions, *spilling, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""What the compiler promises of the CUDA kernels, without a GPU: no warning, no local memory, known registers.
+"""What the compiler promises of the CUDA kernels, without a GPU: no warning, no local memory, known registers, and no
+more instructions an element than the table has.
 
-A spill or a register more can halve how many threads a multiprocessor holds, and no comparison of values would see it.
+A spill or a register more can halve how many threads a multiprocessor holds, an instruction more can keep a kernel from
+the memory's speed, and no comparison of values would see either.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import instruction_table
 import nvcc
 import pytest
 from compiler import CSRC, fingerprint
@@ -19,6 +23,9 @@ needs_nvcc = pytest.mark.skipif(
 )
 needs_names = pytest.mark.skipif(
     shutil.which("c++filt") is None, reason="no c++filt; without it a kernel has not the name that the table knows"
+)
+needs_disassembler = pytest.mark.skipif(
+    nvcc.disassembler() is None, reason="no nvdisasm; the committed instructions.txt stands (pip: nvidia-cuda-nvdisasm)"
 )
 
 # Each is named for what is wrong with it. What the stack holds is indexed by what only the device knows; of the values
@@ -59,17 +66,16 @@ def kept_table() -> bool:
 @pytest.fixture(scope="session")
 def nvcc_runs(once):
     if kept_table():
-        pytest.skip("registers.txt is what this nvcc said of these very sources; nvcc.py compiles them all the same")
+        pytest.skip("the tables are what this nvcc said of these very sources; nvcc.py compiles them all the same")
 
     def make(folder: Path) -> None:
-        runs = nvcc.compile(nvcc.SOURCES, nvcc.supported())
-        said = [(run.args, run.returncode, run.stdout) for run in runs]
-        (folder / "runs.json").write_text(json.dumps(said))
+        runs = nvcc.compile(nvcc.SOURCES, nvcc.supported(), counting=nvcc.disassembler() is not None)
+        (folder / "runs.json").write_text(json.dumps([dataclasses.asdict(run) for run in runs]))
 
     # Ten minutes of a core: for all workers once.
-    command = " ".join([nvcc.version(), *nvcc.FLAGS, *nvcc.supported()])
+    command = " ".join([nvcc.version(), *nvcc.FLAGS, *nvcc.supported(), nvcc.fingerprint(), str(nvcc.disassembler())])
     folder = once(f"nvcc-{fingerprint(command, CSRC)}", make)
-    return [nvcc.Run(*run) for run in json.loads((folder / "runs.json").read_text())]
+    return [nvcc.Run(**run) for run in json.loads((folder / "runs.json").read_text())]
 
 
 @pytest.fixture(params=nvcc.ARCHITECTURES)
@@ -114,6 +120,20 @@ def test_registers_are_those_of_the_table(nvcc_runs):
         )
     found = nvcc.registers({name: nvcc.functions(nvcc_runs, name) for name in nvcc.ARCHITECTURES})
     message = nvcc.differences(committed, found)
+    assert not message, message
+
+
+@needs_nvcc
+@pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
+@needs_names
+@needs_disassembler
+def test_instructions_are_those_of_the_table(nvcc_runs):
+    counted_by, *_ = nvcc.read_table(nvcc.TABLE.read_text())
+    if counted_by != nvcc.version():
+        pytest.skip(f"instructions.txt is by nvcc {counted_by}, this is {nvcc.version()}, which may compile otherwise")
+    committed = instruction_table.read(instruction_table.TABLE.read_text())
+    found = nvcc.counts(nvcc_runs, nvcc.ARCHITECTURES)
+    message = nvcc.differences(instruction_table.flattened(committed), instruction_table.flattened(found))
     assert not message, message
 
 
