@@ -138,16 +138,19 @@ namespace cuda_on_cpu {
 // An H200, until a test pretends otherwise.
 struct Device {
   int multiprocessors = 132, shared_bytes = 227 << 10, shared_bytes_of_multiprocessor = 228 << 10, major = 9;
+  int threads_of_multiprocessor = 2048;
   bool clusters = true;
+  bool runs = true;  // otherwise launches are checked, and that is all
 };
 
 inline Device device;
+inline cudaLaunchConfig_t last_launch;
 inline int64_t launches = 0;  // accepted, since the start
 inline cudaError_t last_error = cudaSuccess;
 inline std::map<const void*, size_t> allowed_shared_bytes;  // of each kernel, beyond the usual
 
 constexpr size_t kUsualSharedBytes = 48 << 10;
-constexpr int kMaxThreads = 1024, kThreadsOfMultiprocessor = 2048, kBlocksOfMultiprocessor = 32, kMaxCluster = 8;
+constexpr int kMaxThreads = 1024, kBlocksOfMultiprocessor = 32, kMaxCluster = 8;
 
 // Every order is decided by the seed and by what ran since.
 inline void set_seed(uint64_t seed) {
@@ -173,7 +176,8 @@ inline bool within(const dim3& size, unsigned x, unsigned y, unsigned z) {
 }
 
 inline int64_t active_clusters(const cudaLaunchConfig_t& config) {
-  int64_t blocks = std::min<int64_t>(kBlocksOfMultiprocessor, kThreadsOfMultiprocessor / volume(config.blockDim));
+  int64_t blocks =
+      std::min<int64_t>(kBlocksOfMultiprocessor, device.threads_of_multiprocessor / volume(config.blockDim));
   if (config.dynamicSmemBytes > 0) {
     blocks = std::min<int64_t>(blocks, device.shared_bytes_of_multiprocessor / int64_t(config.dynamicSmemBytes));
   }
@@ -212,6 +216,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (error != cudaSuccess) return report(error);
   if (active_clusters(*config) == 0) return report(cudaErrorLaunchOutOfResources);
   ++launches;
+  last_launch = *config;
+  if (!device.runs) return cudaSuccess;
   const std::tuple<P...> parameters(std::forward<A>(arguments)...);
   const bool done = executor.run({[&] { std::apply(kernel, parameters); }, config->gridDim, config->blockDim,
                                   cluster_of(*config), config->dynamicSmemBytes});

@@ -1,6 +1,7 @@
 // The CUDA entry points for tests that have no torch tensors on a GPU: plain arguments, run by the executor.
 #include <cuda_on_cpu.h>
 
+#include "cuda/plan.h"
 #include "cuda/pointwise.cuh"
 
 namespace {
@@ -46,15 +47,55 @@ struct Workspace {
 
 fusedloss::SoftmaxLayout layout(const int64_t* of) { return {of[0], of[1], of[2], of[3], of[4], of[5]}; }
 
+// The plan of rows; what: 0 forward, 1 forward with gradient, 2 backward.
+template <class S, class Loss>
+fusedloss::cuda::RowsPlan rows_plan(int what, const fusedloss::SoftmaxLayout& of, bool in_place) {
+  const fusedloss::cuda::Device device;
+  const auto other_shared_bytes = [](const fusedloss::cuda::RowsPlan& plan) {
+    return 1024 + plan.threads / plan.lanes * plan.unfinished_of_group() * 32;
+  };
+  if (what == 0) return fusedloss::cuda::plan_forward<S, Loss>(of, device);
+  if (what == 1) return fusedloss::cuda::plan_forward_with_gradient<S, Loss>(of, device, other_shared_bytes);
+  return fusedloss::cuda::plan_backward<S, Loss>(of, device, in_place);
+}
+
 }  // namespace
 
 extern "C" {
 
 void pretend(uint64_t seed, int multiprocessors, int shared_bytes, int clusters) {
   cuda_on_cpu::set_seed(seed);
+  cuda_on_cpu::device = {};
   cuda_on_cpu::device.multiprocessors = multiprocessors;
   cuda_on_cpu::device.shared_bytes = shared_bytes;
   cuda_on_cpu::device.clusters = clusters != 0;
+}
+
+// From here on, until pretend() is called, launches are checked for another device and not run.
+void only_plan(int shared_bytes_of_multiprocessor, int threads_of_multiprocessor) {
+  cuda_on_cpu::device.shared_bytes_of_multiprocessor = shared_bytes_of_multiprocessor;
+  cuda_on_cpu::device.threads_of_multiprocessor = threads_of_multiprocessor;
+  cuda_on_cpu::device.runs = false;
+}
+void last_launch(int64_t* of) {
+  const cudaLaunchConfig_t& config = cuda_on_cpu::last_launch;
+  of[0] = config.gridDim.x;
+  of[1] = cuda_on_cpu::volume(config.blockDim);
+  of[2] = int64_t(config.dynamicSmemBytes);
+}
+void plan_rows(int what, int dtype, int64_t rows, int64_t classes, int in_place, int64_t* of) {
+  fusedloss::cuda::with_storage(fusedloss::DType(dtype), [&](auto storage) {
+    using S = decltype(storage);
+    using Loss = fusedloss::cuda::Focal<fusedloss::cuda::Accumulate<S>>;
+    const auto plan = rows_plan<S, Loss>(what, {rows, classes, rows, 0, 1, classes}, in_place);
+    const int64_t found[] = {plan.lanes,       plan.threads,
+                             plan.parts,       plan.cluster,
+                             plan.blocks,      plan.slice,
+                             plan.resident,    plan.resident_vectors,
+                             plan.consecutive, int64_t(plan.resident_bytes())};
+    memcpy(of, found, sizeof found);
+    return 0;
+  });
 }
 
 const char* fault() { return cuda_on_cpu::fault.c_str(); }
