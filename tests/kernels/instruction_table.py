@@ -86,23 +86,24 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def read(text: str) -> Counts:
     counts = Counts()
     _, wholes, loops = (part.splitlines()[1:] for part in text.rstrip("\n").split("\n\n"))
-    header_cells = 1 + 2 * len(SPEEDS)
+    of_memory = 1 + 2 * len(SPEEDS)  # cells
     for line in wholes:
-        name, count, _, *rest = re.split(r"  +", line, maxsplit=2 + header_cells + 1)
+        name, count, _, *rest = re.split(r"  +", line, maxsplit=3 + of_memory)
         counts.wholes[name] = float(count)
         counts.binds[name] = rest[-1]
     for line in loops:
         name, *cells = re.split(r"  +", line)
-        counts.loops[name] = tuple(float(cell) for cell in cells[: len(cells) - header_cells])
+        counts.loops[name] = tuple(float(cell) for cell in cells[:-of_memory])
     return counts
 
 
 def unexplained(counts: Counts) -> list[str]:
-    """What takes more than its target, with nobody having written what binds."""
+    """What takes more than its target, with nobody having written what binds; and what was not counted."""
+    over = {name: most for name, most in targets().items() if not counts.wholes.get(name, math.nan) <= most}
     return [
-        f"{name}: {counts.wholes[name]} instructions, at most {most} wanted"
-        for name, most in targets().items()
-        if not counts.wholes[name] <= most and counts.binds.get(name, UNKNOWN) in (UNKNOWN, NOTHING)
+        f"{name}: {counts.wholes.get(name, math.nan)} instructions, at most {most} wanted"
+        for name, most in over.items()
+        if counts.binds.get(name, UNKNOWN) in (UNKNOWN, NOTHING)
     ]
 
 
