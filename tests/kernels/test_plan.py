@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import executor
 import pytest
+import torch
+import whole_kernel
 from executor import BACKWARD, FORWARD, SoftmaxCall, parameters
 from losses import DTYPES, SOFTMAX, number
 from marks import needs_compiler, needs_extension
@@ -74,23 +76,25 @@ class Plan:
     resident_bytes: int
 
 
+def planned(kernels: ctypes.CDLL, what: str, dtype: torch.dtype, rows: int, classes: int) -> Plan:
+    numbers = (ctypes.c_int64 * 10)()
+    kind, in_place = min(PLANS.index(what), 2), int(what.endswith("place"))
+    kernels.plan_rows(kind, DTYPES.index(dtype), ctypes.c_int64(rows), ctypes.c_int64(classes), in_place, numbers)
+    return Plan(*numbers)
+
+
 @pytest.mark.parametrize("what", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_row_is_dealt_out_within_the_limits(kernels, limits, dtype, what):
     for rows, classes in shapes(dtype.itemsize):
-        numbers = (ctypes.c_int64 * 10)()
-        kind, in_place = min(PLANS.index(what), 2), int(what.endswith("place"))
-        kernels.plan_rows(
-            kind, DTYPES.index(dtype), ctypes.c_int64(rows), ctypes.c_int64(classes), in_place, numbers
-        )  # fmt: skip
-        plan = Plan(*numbers)
+        plan = planned(kernels, what, dtype, rows, classes)
         message = f"{rows} rows of {classes}: {plan}"
         groups = plan.threads // plan.lanes
         assert plan.lanes & (plan.lanes - 1) == 0 and WARP <= plan.threads <= THREADS, message
         assert plan.threads % plan.lanes == 0 and (plan.lanes <= WARP or groups == 1), message
         assert plan.parts * plan.slice >= classes, message
         assert 0 < plan.blocks <= MOST_BLOCKS and plan.blocks % plan.parts == 0, message
-        if kind == 2:
+        if what.startswith("backward"):
             assert plan.blocks // plan.parts * groups * plan.consecutive >= rows, message
             assert 1 <= plan.consecutive <= 16, message
         else:
@@ -100,6 +104,21 @@ def test_every_row_is_dealt_out_within_the_limits(kernels, limits, dtype, what):
         assert plan.cluster in (1, 2, 4, 8) and (plan.cluster == 1 or limits.clusters), message
         assert plan.resident_bytes <= limits.shared_kilobytes << 10, message
         assert not plan.resident or (plan.resident_vectors + 1) * VECTOR > plan.slice * dtype.itemsize, message
+
+
+@pytest.mark.parametrize("classes", [1024, 4096, 4104, 8192, 32000, 128256])
+def test_whole_kernels_are_counted_as_rows_are_dealt_out(kernels, classes):
+    of = ARCHITECTURES[whole_kernel.ARCHITECTURE]
+    executor.pretend(kernels, 0, of.multiprocessors, of.shared_kilobytes << 10, of.clusters)
+    lanes = whole_kernel.lanes_of(classes)
+    for what in PLANS:
+        assert planned(kernels, what, torch.bfloat16, 1 << 20, classes).lanes == lanes
+    plan = planned(kernels, "backward", torch.bfloat16, 1 << 20, classes)
+    if lanes == WARP:
+        assert plan.consecutive == 16
+    else:
+        assert plan.slice == 2 * whole_kernel.UNROLL * whole_kernel.VECTOR * lanes
+    executor.pretend(kernels)
 
 
 def call_of(name: str, params: tuple[float, ...], dtype: int, rows: int, classes: int, inner: int) -> SoftmaxCall:

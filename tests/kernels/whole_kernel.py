@@ -40,8 +40,13 @@ class Way:
         return self.where(lambda block: block.count(lambda i: i.name == name and width in (None, i.width)) >= least)
 
     def working_out(self) -> Blocks:
-        """Where a row's loss or gradient is made: no other place has both an exponential and a reciprocal."""
-        return self.where(lambda block: {"MUFU.EX2", "MUFU.RCP"} <= {i.opcode for i in block.instructions})
+        """Where a row's loss or gradient is made: an exponential beside a logarithm or a reciprocal."""
+
+        def makes(block: Block) -> bool:
+            opcodes = {i.opcode for i in block.instructions}
+            return "MUFU.EX2" in opcodes and not opcodes.isdisjoint({"MUFU.LG2", "MUFU.RCP"})
+
+        return self.where(makes)
 
     def rest(self, landmarks: Blocks, avoided: Blocks = NONE) -> int:
         """Instructions outside the hot loops, on the cheapest way through those and by the most landmarks."""
@@ -108,12 +113,12 @@ def backward_rows(name: str, kernel: Kernel, classes: int) -> float:
         return lanes * (in_loops + of_row + of_group / rows_of_group) / classes
     # A block takes 8 vectors a thread of one row, which its first warp sets up.
     of_thread = 2 * before_loop
-    blocks = ceil(classes / of_thread / THREADS)
+    blocks = ceil(classes / of_thread / lanes)
     needed, avoided = (reads - row.part.body) | writes, reads & row.part.body
     first = whole.rest(needed | set_up, avoided)
     other = whole.rest(needed, avoided | whole.working_out())
     in_loops = row.passes(of_thread - before_loop)
-    return blocks * (THREADS * in_loops + WARP * first + (THREADS - WARP) * other) / classes
+    return blocks * (lanes * in_loops + WARP * first + (lanes - WARP) * other) / classes
 
 
 def tiles(name: str, kernel: Kernel, classes: int) -> float:
@@ -135,7 +140,8 @@ def tiles(name: str, kernel: Kernel, classes: int) -> float:
     avoided = left_over | way.having("SHFL", least=5) | (way.having("SHFL") if lanes == 1 else NONE)
     avoided |= way.having("STG", 16) - way.having("LDS", 16)  # a bad target
     every = way.having("BAR") | way.having("STS", 16) | way.having("SHFL")
-    owner = way.working_out() | way.having("LDG", 8) | way.having("STG", 4)
+    statistics = way.having("STG", 4) - way.having("STG", 2)  # other blocks store a result that a mean leaves out
+    owner = way.working_out() | way.having("LDG", 8) | statistics
     of_row = way.rest(every | owner | way.having("STS", 4), avoided)
     of_others = way.rest(every, avoided | owner)
     return (THREADS * in_loops + rows * of_row + (THREADS - rows) * of_others) / (rows * classes)

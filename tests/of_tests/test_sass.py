@@ -7,6 +7,7 @@ import instructions
 import nvcc
 import pytest
 import sass
+import whole_kernel
 from instruction_table import Counts
 from instructions import Step
 from sass import Kernel
@@ -69,6 +70,23 @@ NESTED = """
 .L_x_9:
         SHFL.BFLY PT, R1, R1, R2, 0x1f ;
         BRA `(.L_x_2) ;
+"""
+# A gradient whose rows are set up in a block that a branch goes around, in front of a loop of two classes a pass.
+SET_UP = """
+    @P0 BRA `(.L_x_1) ;
+        MUFU.EX2 R6, R6 ;
+        MUFU.RCP R6, R6 ;
+.L_x_1:
+        LDG.E.64 R4, desc[UR4][R2.64] ;
+.L_x_2:
+        MUFU.EX2 R4, R4 ;
+        STG.E.64 desc[UR4][R2.64], R4 ;
+    @P1 BRA `(.L_x_3) ;
+        MUFU.EX2 R4, R4 ;
+        STG.E.64 desc[UR4][R2.64+0x8], R4 ;
+.L_x_3:
+    @P2 BRA `(.L_x_2) ;
+        EXIT ;
 """
 SWITCH = """
         BRX R28 -0x3130          (*"BRANCH_TARGETS .L_x_1,.L_x_2"*);
@@ -169,6 +187,14 @@ def test_a_branch_to_nowhere_and_an_unknown_kernel_are_refused():
         kernel("    BRX R28 -0x3130 ;\n    EXIT ;")
     with pytest.raises(AssertionError, match="expected a kernel whose hot loops are told, got other<bf16>"):
         instructions.count("other<bf16>", kernel(LOOP))
+
+
+def test_a_whole_kernel_is_counted_by_what_its_rows_need():
+    # Rows of 4: 5 instructions beside the loop, 6 for two classes of 4 rows each, and 4 where one class is left.
+    name = "backward_columns<bf16, bf16, LogProbs<float>, 4>"
+    assert [whole_kernel.columns(name, kernel(SET_UP), classes) for classes in (2, 5)] == [11 / 8, 21 / 20]
+    more = SET_UP.replace("MUFU.RCP R6, R6 ;", "MUFU.RCP R6, R6 ;\n        FMUL R6, R6, R6 ;")
+    assert whole_kernel.columns(name, kernel(more), 2) == 12 / 8
 
 
 def test_counts_of_a_run_have_the_kernels_names():
