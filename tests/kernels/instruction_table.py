@@ -20,7 +20,8 @@ SPEEDS = {"H100": 3.0e12, "H200": 4.3e12}
 ISSUED = 132 * 4 * 32 * 1.98e9  # thread-instructions a second
 HEAD = """\
 Thread-instructions an element, counted as tests/kernels/instructions.py says, of the sources that registers.txt names.
-Budget: what {gpus} issue while their memory moves an element's bytes; share: of its speed, as far as instructions go.
+Budget: what 132 multiprocessors issue at 1.98 GHz, 4 warps a cycle each, while the memory moves an element's bytes at
+{speeds}. Share: of that speed, as far as instructions go.
 """
 NOTHING = "-"
 UNKNOWN = "?"
@@ -68,7 +69,8 @@ def table(counts: Counts, architectures: Sequence[str]) -> str:
         count = counts.wholes.get(name, math.nan)
         binds = counts.binds.get(name, UNKNOWN) if count > most else NOTHING
         wholes.append([name, f"{count:.2f}", str(most), *of_memory(name.partition(" of ")[0], count), binds])
-    return HEAD.format(gpus=" and ".join(SPEEDS)) + "\n" + _aligned(wholes) + "\n" + _aligned(loops)
+    speeds = " or ".join(f"{speed / 1e12} TB/s ({gpu})" for gpu, speed in SPEEDS.items())
+    return HEAD.format(speeds=speeds) + "\n" + _aligned(wholes) + "\n" + _aligned(loops)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
