@@ -4,6 +4,7 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 
 constexpr int kColumns = 32;          // of a block: with kTile rows 32 KB of float, between max and sum
+constexpr int64_t kFewColumns = 4;    // that are searched for the rows' targets sooner than each row finds its own
 constexpr int64_t kShortestRun = 32;  // rows side by side in memory, worth reading as vectors in place
 
 // Columns [first, first + columns) of a tile, moved between memory and vectors across its rows, kTile apart.
@@ -199,7 +200,15 @@ struct Columns {
 
   // Moves the targets' logits from the block to the tile, and leaves -infinity.
   void take_targets(Tile<T>& tile, int64_t first, int64_t columns) {
-    for (int64_t j = 0; j < tile.count; ++j) {
+    for (int64_t c = 0; c < columns && columns <= kFewColumns; ++c) {
+      T* values = z + c * kTile;
+      for (int64_t j = 0; j < tile.padded; ++j) {
+        const bool taken = tile.y[j] == Int(first + c);
+        tile.logit[j] = select(taken, values[j], tile.logit[j]);
+        values[j] = select(taken, -infinity<T>(), values[j]);
+      }
+    }
+    for (int64_t j = 0; j < tile.count && columns > kFewColumns; ++j) {
       const int64_t place = tile.y[j] - first;
       if (place < 0 || place >= columns) continue;
       tile.logit[j] = z[place * kTile + j];
@@ -342,7 +351,15 @@ struct Columns {
   template <class V>
   void write_targets(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns, V* to,
                      int64_t to_stride) {
-    for (int64_t j = 0; j < tile.count && !Loss::soft; ++j) {
+    const bool few = std::is_same_v<V, T> && columns <= kFewColumns;
+    for (int64_t c = 0; c < columns && few && !Loss::soft; ++c) {
+      V* column = to + c * to_stride;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < tile.count; ++j) {
+        column[j] = tile.y[j] == Int(first + c) ? store<V>(gradients.own[j]) : column[j];
+      }
+    }
+    for (int64_t j = 0; j < tile.count && !few && !Loss::soft; ++j) {
       const int64_t place = tile.y[j] - first;
       if (place >= 0 && place < columns) to[place * to_stride + j] = store<V>(gradients.own[j]);
     }
