@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import setup
 
@@ -49,11 +50,13 @@ CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 def cuda_architectures():
     """TORCH_CUDA_ARCH_LIST without what the kernels are not written for; images often name every GPU there ever was."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    old = [entry for entry in wanted if re.match(r"[1-7]\.\d", entry)]
+    listed = run_path(str(HERE / "fusedloss" / "custom" / "_architectures.py"))["listed"]
+    new, others = listed(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    old = [entry for entry in others if entry[0].isdigit()]
     if old:
         print(f"fusedloss: no CUDA kernels for {', '.join(old)}: they need 8.0 or more; such a GPU runs natively")
-    return ";".join(entry for entry in wanted if entry not in old) or CUDA_ARCHITECTURES
+    unknown = [entry for entry in others if entry not in old]  # torch knows "native", or says what it knows
+    return ";".join(new + unknown) or CUDA_ARCHITECTURES
 
 
 def with_cuda():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._library import extension, why_native
+from ._architectures import listed
 from ._cache import cached
 from ._expression import Tree, of_difference, renamed
 from ._printing import cpp
@@ -123,11 +124,11 @@ def _cuda_architectures() -> list[str]:
 
     if extension.cuda_architectures == "none" or cpp_extension.CUDA_HOME is None:  # type: ignore[union-attr]
         return []
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not listed or listed == ["native"]:
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if architectures.strip() in ("", "native"):
         gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        listed = [f"{major}.{minor}" for major, minor in sorted(gpus)]
-    return [entry for entry in listed if re.match(r"([89]|\d\d)\.\d", entry)]
+        architectures = ";".join(f"{major}.{minor}" for major, minor in sorted(gpus))
+    return listed(architectures)[0]
 
 
 def _for_architectures(architectures: list[str]) -> list[str]:

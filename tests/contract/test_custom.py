@@ -21,7 +21,7 @@ from torch.utils import cpp_extension
 import fusedloss
 from fusedloss import custom
 from fusedloss._library import extension
-from fusedloss.custom import _build
+from fusedloss.custom import _architectures, _build
 
 COMPILER = cpp_extension.get_cxx_compiler().split()[0]
 pytestmark = [
@@ -280,13 +280,23 @@ def pretend(monkeypatch, built_for="8.0;9.0", nvcc="/cuda", listed=None, gpus=()
         ({"gpus": [(9, 0), (7, 5), (8, 0), (9, 0)]}, ["8.0", "9.0"]),
         ({"listed": "native", "gpus": [(12, 0)]}, ["12.0"]),
         ({"listed": "7.5 8.6;9.0a 10.0+PTX", "gpus": [(8, 0)]}, ["8.6", "9.0a", "10.0+PTX"]),
+        ({"listed": "Turing;Ampere Hopper", "gpus": [(8, 0)]}, ["8.0", "8.6+PTX", "9.0+PTX"]),
     ],
-    ids=["no kernels", "no nvcc", "no gpu", "native without a gpu", "of the gpus", "native", "as listed"],
+    ids=["no kernels", "no nvcc", "no gpu", "native without a gpu", "of the gpus", "native", "as listed", "by name"],
 )
 def test_what_is_compiled_for_cuda(monkeypatch, machine, expected):
     """Without a GPU or a list torch would raise an IndexError; below 8.0 the kernels do not compile."""
     pretend(monkeypatch, **machine)
     assert _build._cuda_architectures() == expected
+
+
+@pytest.mark.parametrize("name", _architectures.NAMED)
+def test_a_name_stands_for_what_torch_makes_of_it(monkeypatch, name):
+    def flags(architectures: str) -> list[str]:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+        return cpp_extension._get_cuda_arch_flags()
+
+    assert flags(name) == flags(";".join(_architectures.NAMED[name]))
 
 
 def test_options_of_nvcc():
