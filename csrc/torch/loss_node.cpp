@@ -134,7 +134,7 @@ class LossNode final : public Node, public Kept {
   bool freed = false;
 };
 
-// An owner of nodes as the edges of this torch have it: up to 2.12 a std::shared_ptr.
+// An owner of nodes as the edges of this torch have it; that of torch 2.11 is a std::shared_ptr.
 template <class Owner, class... Arguments>
 auto make_node(Arguments&&... arguments) {
   if constexpr (std::is_same_v<Owner, std::shared_ptr<Node>>) {

@@ -1,6 +1,6 @@
 // A loss in torch's autograd graph: what its forward keeps, and the node that runs its backward. torch::autograd::
-// Function does the same for any C++ function, with maps, sets and vectors of what may be there; making, running and
-// dropping one of its nodes takes half as long as a whole nll_loss of torch.
+// Function does the same for any C++ function, with maps, sets and vectors of what may be there: 12,000 instructions
+// more in a step, where the forward of torch's whole nll_loss takes 20,000.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -15,7 +15,7 @@ namespace fusedloss {
 
 using torch::autograd::variable_list;
 
-constexpr size_t kMostSaved = 5;  // one more, and malloc has no node at hand
+constexpr size_t kMostSaved = 5;  // with six a node is too large for malloc's cache
 using SavedTensors = std::array<Tensor, kMostSaved>;
 
 // The numbers of a call.
@@ -35,7 +35,7 @@ struct Kept {
   SavedCall call;
   GradientOfForward of_forward;
 
-  virtual SavedTensors tensors() const = 0;  // raises where they were freed, or overwritten since
+  virtual SavedTensors tensors() const = 0;    // raises where they were freed, or overwritten since
   virtual bool wants(size_t input) const = 0;  // the gradient by this input
 
  protected:

@@ -15,8 +15,8 @@ using ForwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor
                                                      int64_t, Params, bool, bool, const OptionalTensor&);
 using WithGradOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
                                                       int64_t, Params, bool, const OptionalTensor&);
-using WithoutSecondOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                                   Params, bool, const OptionalTensor&);
+using WithoutSecondOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                                                   int64_t, Params, bool, const OptionalTensor&);
 using WithGradInPlaceOp = std::tuple<Tensor, Tensor>(Tensor, const Tensor&, const OptionalTensor&, int64_t, int64_t,
                                                      Params, bool, const OptionalTensor&);
 using BackwardOp = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
@@ -50,7 +50,6 @@ SavedCall saved_call(const SoftmaxLoss& loss, const SoftmaxCall& call, bool in_p
   const int64_t flags = (call.wide ? kWide : 0) | (call.second ? kSecond : 0) | (in_place ? kInPlace : 0);
   return {loss.number, call.reduction, call.ignore_index, flags, {call.params.begin(), call.params.end()}};
 }
-
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
   return handles_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
@@ -303,9 +302,8 @@ std::tuple<Tensor, Tensor> softmax(const SoftmaxLoss& loss, const Tensor& logits
   const bool in_forward = grad_in_forward.value_or(!in_place && device_for(logits).row_gradient_in_forward_pays &&
                                                    gradient_in_forward_pays(logits, call.reduction)) &&
                           !(in_place && under_saved_tensor_hooks());  // one may raise: nothing is overwritten yet
-  auto [value, second, statistics] =
-      with_statistics(loss, logits, call, in_graph ? Results::All : Results::Wanted,
-                      in_forward ? GradientIn::Forward : GradientIn::Backward, in_place);
+  auto [value, second, statistics] = with_statistics(loss, logits, call, in_graph ? Results::All : Results::Wanted,
+                                                     in_forward ? GradientIn::Forward : GradientIn::Backward, in_place);
   return {std::move(value), std::move(second)};
 }
 
@@ -342,7 +340,8 @@ void implement_softmax_under_autograd(torch::Library& m, const SoftmaxLoss& loss
     if (!of_second.defined()) of_second = at::empty({0}, std::get<0>(results).options());
     return results;
   });
-  for (const char* suffix : {"_with_grad", ".without_second", ".carrying", "_backward"}) refuse_derivatives(m, loss.op + suffix);
+  for (const char* suffix : {"_with_grad", ".without_second", ".carrying", "_backward"})
+    refuse_derivatives(m, loss.op + suffix);
 }
 
 }  // namespace fusedloss

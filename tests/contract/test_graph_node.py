@@ -169,7 +169,7 @@ def test_anomaly_mode_names_it_and_where_it_was_made(name):
             warnings.simplefilter("always")
             message = raised(lambda: value.backward(torch.tensor(torch.nan)))
     assert message == f"Function '{value.grad_fn.name()}' returned nan values in its 0th output."
-    (told,) = [str(each.message) for each in caught if "Traceback of forward call" in str(each.message)]
+    (told,) = (str(each.message) for each in caught if "Traceback of forward call" in str(each.message))
     assert "value = function(x, target)" in told
 
 
