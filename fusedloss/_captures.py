@@ -69,7 +69,7 @@ def pointwise(
         return "an input or target that is no float64, float32, bfloat16 or float16"
     if is_empty(input) or is_empty(target):
         return "an empty input"
-    if input.device.type == "cuda" and not traits.on_cuda:
+    if input.device.type != "cpu" and not traits.on_cuda:
         return "a loss that was compiled for the CPU alone"
     if not _in_range(params, traits.params):
         return "a parameter that is out of range"

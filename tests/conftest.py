@@ -1,7 +1,8 @@
 """Options and fixtures. README.md says what each folder proves.
 
 `--deep` runs everything, and `--rest` what a run without it leaves out.
-`--device cuda` makes the tests' tensors on a GPU unless a test says otherwise.
+`--device cuda` makes the tests' tensors on a GPU unless a test says otherwise, and `--device executor` on the device of
+executor_device/, whose test says which tests it runs.
 
 What imports torch stands inside the functions: the process that hands out the tests to others needs none of it, and
 they wait for it to start.
@@ -35,13 +36,14 @@ LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu (default) or cuda")
+    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu, cuda or executor")
     parser.addoption("--deep", action="store_true", help="everything: full grids, mutants, sanitizers, 2,000 examples")
     parser.addoption("--rest", action="store_true", help="what --deep adds to a run without it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "on_cpu_alone(reason): left out with --device cuda")
+    config.addinivalue_line("markers", "hardware(reason): left out with --device executor")
     config.addinivalue_line("markers", "deep(kind, minutes=0): for --deep and --rest alone")
     config.addinivalue_line("markers", "thinned(n=2, deep=0): cases with all of any n values, `deep` with --deep")
     config.addinivalue_line("markers", "examples: random calls, fewer without --deep")
@@ -49,6 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
         options = {"derandomize": True, "deadline": None, "database": None}
         hypothesis.settings.register_profile(profile, max_examples=examples, **options)
     hypothesis.settings.load_profile("thorough" if _wanted(config) != "default" else "default")
+    if _on_executor(config):
+        import executor_device
+
+        if executor_device.VARIABLE not in os.environ:
+            raise pytest.UsageError(f"--device executor needs {executor_device.VARIABLE}, the library built for it")
+        executor_device.load(Path(os.environ[executor_device.VARIABLE]))
     if _on_gpu(config):
         from losses import ON_GPU
 
@@ -65,6 +73,10 @@ def _on_gpu(config: pytest.Config) -> bool:
     return not config.getoption("--device").startswith("cpu")
 
 
+def _on_executor(config: pytest.Config) -> bool:
+    return config.getoption("--device").startswith("executor")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # A test that is named runs.
     if not any("::" in argument for argument in config.args):
@@ -78,6 +90,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         reasons = [OF_THE_CPU[part] for part in item.path.parts if part in OF_THE_CPU]
         reasons += [mark.kwargs["reason"] for mark in item.iter_markers("on_cpu_alone")]
+        if _on_executor(config):
+            reasons += [mark.kwargs["reason"] for mark in item.iter_markers("hardware")]
         if "weight" in item.name and re.search(r"(?<!smooth[_ ])l1", item.name):
             reasons.append(UNDER_A_MODE)
         if reasons:
@@ -165,6 +179,7 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_device(device)
     yield
     torch.set_default_device(None)
+    torch.get_device_module(device).synchronize()  # which raises what the test left undone
 
 
 @pytest.fixture(autouse=True)

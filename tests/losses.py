@@ -180,7 +180,12 @@ def each_of(losses: list[Loss]) -> pytest.MarkDecorator:
 
 # ---- what the extension says of a loss
 
-ON_GPU = extension is not None and extension.cuda_architectures != "none" and torch.cuda.is_available()
+# The device that the kernels for CUDA run on: a GPU, or in a process that was told so the executor's (executor_device).
+GPU = "executor" if extension is not None and "executor" in extension.devices else "cuda"
+ON_EXECUTOR = GPU == "executor"
+ON_GPU = extension is not None and (
+    ON_EXECUTOR or (extension.cuda_architectures != "none" and torch.cuda.is_available())
+)
 
 
 def kernel(op: str) -> Callable[..., Any]:

@@ -26,8 +26,8 @@ c10::ArrayRef<Device> devices() {
        [](const PointwiseLoss&) { return true; }, [](bool) { return true; }, implement_scale_on_cpu,
        implement_pointwise_on_cpu, implement_softmax_on_cpu},
 #ifdef FUSEDLOSS_CUDA
-      {"cuda", c10::kCUDA, Key::CUDA,
-       c10::DispatchKeySet({Key::CUDA, Key::ADInplaceOrView, Key::AutogradCUDA, Key::AutocastCUDA}), kCudaMaxClasses,
+      {kCudaName, kCudaType, kCudaKey,
+       c10::DispatchKeySet({kCudaKey, Key::ADInplaceOrView, kCudaAutogradKey, kCudaAutocastKey}), kCudaMaxClasses,
        /*host_reads=*/false, /*row_gradient_in_forward_pays=*/false,
        /*autocast_refuses_probabilities=*/true, has_kernels, [](const PointwiseLoss& loss) { return bool(loss.cuda); },
        [](bool has_pos_weight) { return !has_pos_weight; }, implement_scale_on_cuda, implement_pointwise_on_cuda,

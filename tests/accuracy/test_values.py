@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from compare import EPSILON, largest_error, value_and_grad
 from losses import (
+    GPU,
     CROSS_ENTROPY,
     DTYPES,
     FOCAL_WITHOUT_FOCUS,
@@ -70,7 +71,7 @@ def test_value_and_gradient_against_float64(loss: Loss, shape, dtype, reduction)
     steps = 1.01 if dtype in (torch.bfloat16, torch.float16) else 24
     if dtype == torch.float64 and loss in SOFTMAX:
         steps = 200  # the sums of the native formula are of the same precision, and less careful
-    if value.device.type == "cuda" and loss in POINTWISE and dtype == torch.bfloat16:
+    if value.device.type == GPU and loss in POINTWISE and dtype == torch.bfloat16:
         steps *= 2  # the gradient is made in forward, and rounded again by its upstream gradient
     if loss.soft and shape[:2][-1] == 1:
         steps *= 2  # p is 1, and the gradient what a difference leaves of it

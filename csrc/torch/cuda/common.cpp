@@ -1,7 +1,6 @@
 #include "common.h"
 
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 
 #include <atomic>
 #include <map>
@@ -74,7 +73,7 @@ void raise_bad_target() {
     const int64_t row = __atomic_exchange_n(&flag.row, int64_t(-1), __ATOMIC_ACQ_REL);
     if (row < 0) continue;  // another thread raises it
     TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds. It stood in row ", row,
-                      " of an earlier call on cuda:", device, ", whose loss is NaN.");
+                      " of an earlier call on ", kCudaName, ":", device, ", whose loss is NaN.");
   }
 }
 

@@ -1,11 +1,8 @@
 // A call on a CUDA device: what the ops of both families need before they launch.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include "../common.h"
+#include "runtime.h"
 
 namespace fusedloss {
 
