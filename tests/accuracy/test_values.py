@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from compare import EPSILON, largest_error, value_and_grad
 from losses import (
-    GPU,
     CROSS_ENTROPY,
     DTYPES,
     FOCAL_WITHOUT_FOCUS,
+    GPU,
     INDEXED,
     LOSSES,
     POINTWISE,

@@ -1,4 +1,7 @@
-"""What only a GPU can show: values at real sizes, streams, graphs, launches, memory, bad targets in mid-training."""
+"""What only a GPU can show: values at real sizes, streams, graphs, launches, memory, bad targets in mid-training.
+
+On the executor's device (executor_device/) the sizes are small, and what needs a GPU's hardware is left out.
+"""
 
 from collections.abc import Callable
 
@@ -10,9 +13,11 @@ from layouts import other_memory
 from losses import (
     CROSS_ENTROPY,
     DTYPES,
+    GPU,
     INDEXED,
     LOSSES,
     NATIVE,
+    ON_EXECUTOR,
     ON_GPU,
     ONE_OF_EACH,
     POINTWISE,
@@ -43,17 +48,27 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_option = pytest.mark.parametrize("options", CLASS_OPTIONS, ids=lambda options: "+".join(options) or "default")
 
 
+hardware = pytest.mark.hardware(reason="needs a GPU: its streams, graphs, compilers or memory")
+
+
 @pytest.fixture(autouse=True)
 def _on_gpu():
-    torch.set_default_device("cuda")
+    torch.set_default_device(GPU)
     yield
     torch.set_default_device(None)
-    torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
+    if not ON_EXECUTOR:
+        torch.cuda.set_sync_debug_mode("default")
+    synchronize()
     fusedloss.check()  # no test leaves a bad target behind
 
 
+def synchronize() -> None:
+    torch.get_device_module(GPU).synchronize()
+
+
 def needs_free(gigabytes: float) -> None:
+    if ON_EXECUTOR:
+        return
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 1e9
     if free < gigabytes:
@@ -61,7 +76,8 @@ def needs_free(gigabytes: float) -> None:
 
 
 def shape_of(loss: Loss) -> tuple[int, ...]:
-    return (300, 1000) if loss in SOFTMAX else (300, 1001)
+    rows = 3 if ON_EXECUTOR else 300
+    return (rows, 1000) if loss in SOFTMAX else (rows, 1001)
 
 
 def gradient(loss: Loss, x: Tensor, target: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
@@ -95,11 +111,11 @@ SHAPES = [
     (3, 130, 9, 31),
     (2, 1000, 33),
 ]
-CASES = [
-    (loss, shape)
-    for loss in ONE_OF_EACH
-    for shape in (SHAPES if loss in SOFTMAX else [(1,), (1000,), (1 << 20,), (1003, 1001)])
-]
+POINTWISE_SHAPES = [(1,), (1000,), (1 << 20,), (1003, 1001)]
+if ON_EXECUTOR:
+    SHAPES = [(103, 10), (41, 33), (9, 1000), (3, 4097), (1, 50257), (2, 21, 8, 8), (3, 130, 3, 5), (2, 1000, 5)]
+    POINTWISE_SHAPES = [(1,), (1000,), (1 << 13,), (13, 1001)]
+CASES = [(loss, shape) for loss in ONE_OF_EACH for shape in (SHAPES if loss in SOFTMAX else POINTWISE_SHAPES)]
 
 
 @each_dtype
@@ -111,8 +127,13 @@ def test_value_and_gradient_against_float64(loss, shape, dtype):
         assert_close_to_float64(loss.fused, loss.native, x, target, reduction)
 
 
+VIEWED = [(65, 1000), (33, 4097), (2, 21, 32, 40), (2, 150, 9, 31)]
+if ON_EXECUTOR:
+    VIEWED = [(5, 1000), (2, 4097), (2, 21, 4, 8), (2, 150, 3, 5)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(65, 1000), (33, 4097), (2, 21, 32, 40), (2, 150, 9, 31)], ids=str)
+@pytest.mark.parametrize("shape", VIEWED, ids=str)
 @each_of([loss for loss in ONE_OF_EACH if loss in SOFTMAX])
 def test_strided_views(loss, shape, dtype):
     x, target = loss.data(shape, dtype)
@@ -122,11 +143,14 @@ def test_strided_views(loss, shape, dtype):
 
 
 # Of the rows that stay on the chip: of a warp, of a block, of a cluster, and one too long for any, in double.
+KEPT = [(5000, 10), (40_000, 1000), (700, 8193), (300, 50257), (200, 128256), (3, 300_001), (2, 21, 64, 64)]
+if ON_EXECUTOR:
+    KEPT = [(50, 10), (9, 1000), (2, 8193), (1, 50257), (2, 21, 8, 8)]
+
+
 @each_dtype
 @each_option
-@pytest.mark.parametrize(
-    "shape", [(5000, 10), (40_000, 1000), (700, 8193), (300, 50257), (200, 128256), (3, 300_001), (2, 21, 64, 64)]
-)
+@pytest.mark.parametrize("shape", KEPT)
 def test_where_the_gradient_is_made(shape, options, dtype):
     needs_free(3)
     x, target = CROSS_ENTROPY.data(shape, dtype)
@@ -166,7 +190,7 @@ def test_every_path_on_few_rows(loss, dtype):
 
 @pytest.mark.parametrize("grad_in_forward", [False, True])
 def test_backward_twice_and_create_graph(grad_in_forward):
-    x, target = CROSS_ENTROPY.data((300, 5000), torch.float32)
+    x, target = CROSS_ENTROPY.data((3 if ON_EXECUTOR else 300, 5000), torch.float32)
     x.requires_grad_()
     value = L.cross_entropy(x, target, grad_in_forward=grad_in_forward)
     (first,) = torch.autograd.grad(value, x, torch.tensor(3.0), retain_graph=True)
@@ -186,7 +210,7 @@ def test_backward_twice_and_create_graph(grad_in_forward):
 @each_dtype
 @each_of(POINTWISE)
 def test_a_pointwise_gradient_made_in_forward_serves_any_upstream_gradient(loss, dtype):
-    x, target = loss.data((1003, 1001), dtype)
+    x, target = loss.data((13 if ON_EXECUTOR else 1003, 1001), dtype)
     exact_x = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(loss.native(exact_x, target.double(), "mean"), exact_x)
     x.requires_grad_()
@@ -201,6 +225,7 @@ def test_a_pointwise_gradient_made_in_forward_serves_any_upstream_gradient(loss,
 # ---- streams, graphs, devices
 
 
+@hardware
 @each_option
 @pytest.mark.parametrize("shape", [(300, 1000), (7, 50257), (2, 21, 32, 32)])
 def test_a_captured_cross_entropy_follows_its_inputs(shape, options):
@@ -210,6 +235,7 @@ def test_a_captured_cross_entropy_follows_its_inputs(shape, options):
     follows_its_inputs(loss, shape)
 
 
+@hardware
 @each_of(ONE_OF_EACH)
 def test_a_captured_loss_follows_its_inputs(loss):
     follows_its_inputs(loss, shape_of(loss))
@@ -237,11 +263,13 @@ def follows_its_inputs(loss: Loss, shape: tuple[int, ...]) -> None:
         assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
+@hardware
 @each_option
 def test_cross_entropy_never_waits_for_the_device(options):
     never_waits(lambda x, y: L.cross_entropy(x * 1, y, **options), *CROSS_ENTROPY.data((300, 1000), torch.float32))
 
 
+@hardware
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @each_of(ONE_OF_EACH)
 def test_a_loss_never_waits_for_the_device(loss, reduction):
@@ -261,6 +289,7 @@ def never_waits(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Ten
     torch.cuda.set_sync_debug_mode("default")
 
 
+@hardware
 @each_of(ONE_OF_EACH)
 def test_runs_on_the_current_stream(loss):
     source, target = loss.data(shape_of(loss), torch.float32)
@@ -276,6 +305,7 @@ def test_runs_on_the_current_stream(loss):
     assert torch.equal(value, expected) and torch.equal(grad, expected_grad)
 
 
+@hardware
 @each_of(ONE_OF_EACH)
 def test_calls_on_several_streams_at_once_keep_their_sums_apart(loss):
     """Calls of a stream share a workspace; streams, graphs and streams that are not torch's have their own."""
@@ -300,22 +330,23 @@ def test_calls_on_several_streams_at_once_keep_their_sums_apart(loss):
         assert torch.equal(value, expected[number % 5]), f"call {number // 5} on stream {number % 5}"
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here; the guard needs two")
+@pytest.mark.skipif(torch.get_device_module(GPU).device_count() < 2, reason="one GPU here; the guard needs two")
 @each_of(ONE_OF_EACH)
 def test_runs_on_the_tensors_device(loss):
     x, target = loss.data(shape_of(loss), torch.float32)
     expected, expected_grad = gradient(loss, x.requires_grad_(), target)
-    there = x.detach().to("cuda:1").requires_grad_()
-    value, grad = gradient(loss, there, target.to("cuda:1"))
-    assert torch.cuda.current_device() == 0 and value.device == grad.device == there.device
-    torch.testing.assert_close(value.to("cuda:0"), expected)
-    torch.testing.assert_close(grad.to("cuda:0"), expected_grad)
+    there = x.detach().to(f"{GPU}:1").requires_grad_()
+    value, grad = gradient(loss, there, target.to(f"{GPU}:1"))
+    assert torch.get_device_module(GPU).current_device() == 0 and value.device == grad.device == there.device
+    torch.testing.assert_close(value.to(f"{GPU}:0"), expected)
+    torch.testing.assert_close(grad.to(f"{GPU}:0"), expected_grad)
 
 
 SIZES = [(4096, 1000), (3, 128256), (2, 21, 300, 400)]
 RUNS = [(loss, shape) for loss in ONE_OF_EACH for shape in (SIZES if loss in SOFTMAX else [(10_000_001,)])]
 
 
+@hardware
 @pytest.mark.parametrize("loss, shape", RUNS, ids=[f"{loss.name}-{shape}" for loss, shape in RUNS])
 def test_twenty_runs_give_the_same_bits(loss, shape):
     x, target = loss.data(shape, torch.bfloat16)
@@ -339,6 +370,7 @@ def assert_rows_close(rows: list[int], x: Tensor, target: Tensor, losses: Tensor
         assert largest_error(got, expected) <= 1.01 * EPSILON[x.dtype]
 
 
+@hardware
 def test_more_logits_than_32_bits_count():
     needs_free(16)
     rows, classes = 70_000, 32_000  # 2.24e9; element 2^31 stands in row 67108
@@ -362,6 +394,7 @@ def parts(x: Tensor, target: Tensor, rows: int):
     return zip(x.detach().split(rows), target.split(rows), strict=True)
 
 
+@hardware
 def test_more_logits_than_32_bits_count_along_the_inner_dimension():
     needs_free(24)
     inner = 1 << 27  # 2.4e9 logits in all, and the classes of a row 256 MB apart
@@ -377,6 +410,7 @@ def test_more_logits_than_32_bits_count_along_the_inner_dimension():
         assert_rows_close(list(range(len(some))), by_rows[0], row_wise[0], row_wise[1], by_rows[1], row_wise[2])
 
 
+@hardware
 def test_more_elements_than_32_bits_count():
     needs_free(22)
     count = (1 << 31) + 8
@@ -420,15 +454,15 @@ def test_a_bad_target_in_mid_training(loss, shape, bad):
     leaf = logits().detach().requires_grad_()
     value = loss.fused(leaf, spoilt.view(shape[:1] + shape[2:]), "mean")
     (grad,) = torch.autograd.grad(value, leaf)
-    torch.cuda.synchronize()
+    synchronize()
     assert value.isnan()
-    with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds\. It stood in row 37 .* on cuda:0"):
+    with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds\. It stood in row 37 .* on {GPU}:0"):
         step(target)
     expected, expected_grad = gradient(loss, leaf, ignored.view(shape[:1] + shape[2:]))
     torch.testing.assert_close(grad, expected_grad)
     row = grad[37] if len(shape) == 2 else grad[1, :, 5]
     assert (row == 0).all() and expected.isfinite()
-    assert all(step(target).isfinite() for _ in range(20)) and step(target) < before
+    assert all(step(target).isfinite() for _ in range(3 if ON_EXECUTOR else 20)) and step(target) < before
 
 
 @each_option
@@ -438,7 +472,7 @@ def test_a_bad_target_harms_no_other_row_whatever_the_options(options):
     spoilt[37], ignored[37] = 5000, -100
     call = lambda x, y, r: L.cross_entropy(x * 1, y, reduction=r, **options)  # noqa: E731
     value, grad, upstream = value_and_grad(call, x, spoilt, "mean")
-    torch.cuda.synchronize()
+    synchronize()
     with pytest.raises(IndexError, match="Target 5000 .* row 37"):
         fusedloss.check()
     _, expected, _ = value_and_grad(CROSS_ENTROPY.native, x, ignored, "mean", upstream)
@@ -451,7 +485,7 @@ def test_check_raises_once():
     target[2] = 10
     fusedloss.check()
     L.cross_entropy(x, target)
-    torch.cuda.synchronize()
+    synchronize()
     with pytest.raises(IndexError, match="Target 10 .* row 2"):
         fusedloss.check()
     fusedloss.check()
@@ -474,6 +508,7 @@ def launches(call: Callable[[], object]) -> int:
 SMALLEST = [(loss, shape) for loss in ONE_OF_EACH for shape in ([(4, 10), (32, 10)] if loss in SOFTMAX else [(64,)])]
 
 
+@hardware
 @pytest.mark.parametrize("loss, shape", SMALLEST, ids=[f"{loss.name}-{shape}" for loss, shape in SMALLEST])
 def test_no_more_launches_than_torch(loss, shape):
     x, target = loss.data(shape, torch.float32)
@@ -494,6 +529,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@hardware
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(4096, 50257), (8, 210, 256, 256)], ids=str)
 @each_option
@@ -511,6 +547,7 @@ def test_peak_memory(shape, options, dtype):
         assert logits.nbytes <= peak <= logits.nbytes + few
 
 
+@hardware
 @each_of([loss for loss in ONE_OF_EACH if loss in POINTWISE])
 def test_peak_memory_of_pointwise_losses(loss):
     x, target = torch.randn(1 << 26).requires_grad_(), torch.rand(1 << 26)
@@ -520,6 +557,7 @@ def test_peak_memory_of_pointwise_losses(loss):
 # ---- torch around it
 
 
+@hardware
 @each_of(ONE_OF_EACH)
 def test_compile_holds_the_fused_ops(loss):
     x, target = loss.data(shape_of(loss), torch.float32)
@@ -535,6 +573,7 @@ def test_compile_holds_the_fused_ops(loss):
     assert [name for name in seen if any(word in name for word in native)] == []
 
 
+@hardware
 @each_of(ONE_OF_EACH)
 def test_compile_with_aot_eager(loss):
     torch._dynamo.reset()
@@ -557,10 +596,10 @@ def test_mixed_precision_trains_as_with_torch(dtype, loss_in_autocast):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 100))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        scaler = torch.amp.GradScaler(GPU, enabled=dtype == torch.float16)
         for _ in range(10):
             optimizer.zero_grad()
-            with torch.autocast("cuda", dtype=dtype):
+            with torch.autocast(GPU, dtype=dtype):
                 logits = model(features)
                 assert logits.dtype == dtype
                 if loss_in_autocast:
@@ -577,6 +616,7 @@ def test_mixed_precision_trains_as_with_torch(dtype, loss_in_autocast):
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=5e-3)
 
 
+@hardware
 def test_a_custom_loss_without_nvcc_runs_natively(monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     loss = fusedloss.pointwise_loss("without_nvcc", "square(x - t) / 3")
@@ -587,6 +627,7 @@ def test_a_custom_loss_without_nvcc_runs_natively(monkeypatch):
     torch.testing.assert_close(torch.compile(loss, fullgraph=True)(x, t), expected)
 
 
+@hardware
 @pytest.mark.parametrize(
     "expression",
     ["delta * delta * (sqrt(1 + square((x - t) / delta)) - 1)", "log(cosh(x - t))", "delta * tanh(x) * sinh(t)"],
