@@ -2,7 +2,7 @@
 
 `--deep` runs everything, and `--rest` what a run without it leaves out.
 `--device cuda` makes the tests' tensors on a GPU unless a test says otherwise, and `--device executor` on the device of
-executor_device/, whose test says which tests it runs.
+kernels/executor_device/: kernels/test_executor_device.py starts what runs on it.
 
 What imports torch stands inside the functions: the process that hands out the tests to others needs none of it, and
 they wait for it to start.

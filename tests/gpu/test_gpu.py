@@ -1,6 +1,6 @@
 """What only a GPU can show: values at real sizes, streams, graphs, launches, memory, bad targets in mid-training.
 
-On the executor's device (executor_device/) the sizes are small, and what needs a GPU's hardware is left out.
+On the executor's device (kernels/executor_device.py) the sizes are small, and what needs a GPU's hardware is left out.
 """
 
 from collections.abc import Callable

@@ -35,7 +35,7 @@ class Memory final : public c10::Allocator {
 
     explicit Block(size_t bytes_) : bytes(bytes_), pages(rounded(rounded(bytes, kAligned), kPage)) {
       void* mapped = mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      TORCH_CHECK(mapped != MAP_FAILED, "the executor's device has no memory left for ", bytes, " bytes");
+      TORCH_CHECK(mapped != MAP_FAILED, "the executor's device is out of memory: ", bytes, " bytes asked for");
       begin = static_cast<unsigned char*>(mapped);
       data = begin + pages - rounded(bytes, kAligned);
       mprotect(begin + pages, kPage, PROT_NONE);
