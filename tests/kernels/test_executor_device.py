@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.deep("the torch side of CUDA on the executor's device; a GPU runs the same tests", minutes=3),
 ]
 
-TESTS = ["tests/gpu", "tests/contract"]
+CONTRACT = ("options", "pointwise_dtypes", "sample_weight")
+TESTS = ["tests/gpu", *(f"tests/contract/test_{name}.py" for name in CONTRACT)]
 # What is told from the result of a call: some losses of each family, reductions, layouts and dtypes.
 FEW = ["tests/gpu/test_gpu.py", "-k", "float32 and (every_path or strided_views) and not focal"]
 
@@ -32,7 +33,7 @@ FAULTS = {
         "if (args.mean) check_launch(cuda_softmax_divisor(loss.kernel(), args, call.stream));",
         "",
     ),
-    "a wrong stride": ("softmax.cpp", "args.grad_layout = *layout_of(grad);", "args.grad_layout = args.logits_layout;"),
+    "a wrong stride": ("softmax.cpp", "args.upstream_stride = read.stride;", "args.upstream_stride = 1;"),
 }
 
 
@@ -58,7 +59,7 @@ def test_the_suite_passes_on_the_executors_device(device, record_property):
     status, printed = run(device / executor_device.LIBRARY, *TESTS)
     assert status == 0, printed[-8000:]
     passed = re.search(r"(\d+) passed", printed)
-    assert passed is not None and int(passed[1]) > 1500, printed[-2000:]
+    assert passed is not None and int(passed[1]) > 900, printed[-2000:]
     record_property("passed", passed[1])
 
 

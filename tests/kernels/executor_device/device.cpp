@@ -153,8 +153,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("resize_", at::native::resize_);
   m.impl("set_", [](Tensor& self) -> Tensor& { return at::cpu::set_(self); });
-  m.impl("set_.source_Tensor", [](Tensor& self, const Tensor& source) -> Tensor& { return at::cpu::set_(self, source); });
-  m.impl("set_.source_Storage", [](Tensor& self, at::Storage source) -> Tensor& { return at::cpu::set_(self, source); });
+  m.impl("set_.source_Tensor",
+         [](Tensor& self, const Tensor& source) -> Tensor& { return at::cpu::set_(self, source); });
+  m.impl("set_.source_Storage",
+         [](Tensor& self, at::Storage source) -> Tensor& { return at::cpu::set_(self, source); });
   m.impl("set_.source_Storage_storage_offset",
          [](Tensor& self, at::Storage source, int64_t offset, IntArrayRef sizes, IntArrayRef strides) -> Tensor& {
            return at::cpu::set_(self, source, offset, sizes, strides);
