@@ -6,7 +6,7 @@
 namespace fusedloss {
 namespace {
 
-constexpr int64_t kNumbersOfThread = 32768;  // numbers to read that are worth waking a thread for
+constexpr int64_t kNumbersOfThread = 32768;  // numbers to read that are worth waking a thread for, to the nearest chunk
 constexpr size_t kStreamed = 16 << 20;       // bytes of a gradient that no cache keeps until it is read
 constexpr int64_t kFewRows = 32;             // up to here long rows are cut into parts, so that every thread has work
 // Where other processes hold the cores, the second half of a row waits for its thread for a time slice, milliseconds.
@@ -23,7 +23,7 @@ int64_t rows_of_chunk(SoftmaxLayout layout, int64_t work) {
 template <class F>
 void over_chunks(const SoftmaxLayout& layout, int64_t work, F f) {
   const int64_t rows = rows_of_chunk(layout, work), chunks = (layout.rows + rows - 1) / rows;
-  const int64_t grain = (kNumbersOfThread + rows * work - 1) / (rows * work);
+  const int64_t grain = std::max<int64_t>(1, (kNumbersOfThread + rows * work / 2) / (rows * work));
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i, i * rows, std::min(layout.rows, (i + 1) * rows));
   };
