@@ -53,6 +53,12 @@ struct Backward {
 
 inline const Tensor* pointer_to(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
+// While it lives, ops run below autograd: what makes the results that `differentiate` then puts into the graph.
+struct BelowAutograd {
+  at::AutoGradMode grad_mode{false};
+  at::AutoDispatchBelowADInplaceOrView dispatch;
+};
+
 // Puts the results of a call into the autograd graph, as functions of the inputs, if one of them requires a gradient.
 // A null pointer stands for an undefined tensor. What is saved goes through torch's hooks for saved tensors.
 void differentiate(const Backward& backward, SavedCall call, GradientOfForward of_forward,

@@ -137,8 +137,7 @@ Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss
                                const GradientOfForward& of_forward) {
   Tensor gradient;
   {
-    const at::AutoGradMode disabled(false);
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const BelowAutograd guard;
     gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, {});
   }
   differentiate(kGradientBackward, saved, {}, {&upstream, &input, &target},
@@ -192,8 +191,7 @@ Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const
   Tensor value, carrier;
   GradientOfForward of_forward;
   {
-    const at::AutoGradMode disabled(false);
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const BelowAutograd guard;
     if (gradient == GradientIn::Backward) {
       value = handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
                                             call.wide, call.ignore_index);

@@ -164,8 +164,7 @@ Tensor differentiable_gradient(const SavedCall& saved, const SoftmaxLoss& loss, 
                                const GradientOfForward& of_forward) {
   Tensor gradient;
   {
-    const at::AutoGradMode disabled(false);
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const BelowAutograd guard;
     gradient = gradient_of(loss, call, upstream, std::nullopt, logits, statistics, of_forward);
   }
   if (loss.traits.reads_row || upstream.requires_grad()) {
@@ -237,8 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiable_loss(const SoftmaxLoss& loss, 
   GradientOfForward of_forward;
   const bool overwrites = in_place && gradient == GradientIn::Forward;
   {
-    const at::AutoGradMode disabled(false);
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const BelowAutograd guard;
     if (overwrites) {
       std::tie(value, statistics) =
           handles_of(loss).with_grad_.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
