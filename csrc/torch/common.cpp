@@ -3,8 +3,7 @@
 #include "in_place.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ExpandUtils.h>
 #include <c10/util/StringUtil.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -76,15 +75,17 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
   TORCH_CHECK(error == 0, "torch_parallel_for failed with error ", error);
 }
 
-Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype) {
-  if (other.is_cpu()) return Tensor(at::detail::empty_cpu(sizes, dtype));
-  return at::empty(sizes, other.options().dtype(dtype));
+Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype, at::OptionalIntArrayRef strides) {
+  return Tensor(device_for(other).empty(sizes, strides, dtype, other.device()));
+}
+
+Tensor empty_in_order_of(const Tensor& like, at::ScalarType dtype) {
+  if (like.is_non_overlapping_and_dense()) return empty_beside(like, like.sizes(), dtype, like.strides());
+  return empty_beside(like, like.sizes(), dtype, at::infer_dense_strides(like.sizes(), like.strides()));
 }
 
 Tensor empty_gradient(const Tensor& like) {
-  const bool as_it_is = like.is_cpu() && like.is_non_overlapping_and_dense();
-  Tensor gradient = as_it_is ? Tensor(at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()))
-                             : at::empty_like(like);
+  Tensor gradient = empty_in_order_of(like, like.scalar_type());
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
   if (gradient.is_cpu() && gradient.nbytes() >= kWorthwhile) {
@@ -99,7 +100,7 @@ Tensor empty_gradient(const Tensor& like) {
 void check_memory(const Tensor& input) {
   constexpr int64_t kBillions = int64_t(1) << 32;
   if (input.numel() < kBillions || uint64_t(input.numel()) <= input.storage().nbytes() / input.element_size()) return;
-  at::empty(input.sizes(), input.options());
+  empty_beside(input, input.sizes(), input.scalar_type());
 }
 
 double number_at(const Tensor& tensor, int64_t index) {

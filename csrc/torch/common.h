@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/ArrayRef.h>
 #include <torch/library.h>
 
@@ -54,12 +53,14 @@ void raise_declined(const std::string& op, const char* why, const Tensor& input,
 // Calls f(begin, end) over [0, count) on torch's own threads, `grain` or more items a thread.
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
-// A tensor beside another one, its elements not set. On a CPU it comes past the dispatcher, which takes longer than the
-// rest of a small loss, and past the filling that torch's deterministic mode asks for: kernels write every element.
-Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype);
+// Tensors for kernels to write, every element: Device::empty says what that spares. One on the device of another
+// tensor, contiguous or with the strides, and one laid out as torch's empty_like lays it out.
+Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype,
+                    at::OptionalIntArrayRef strides = std::nullopt);
+Tensor empty_in_order_of(const Tensor& like, at::ScalarType dtype);
 
-// empty_like, backed by huge pages where the system grants them on request: a fresh 64 MB gradient costs 16,000 page
-// faults otherwise, more time than its arithmetic (17 ms against 3 ms).
+// In the order of `like`, backed by huge pages where the system grants them on request: a fresh 64 MB gradient costs
+// 16,000 page faults otherwise, more time than its arithmetic (17 ms against 3 ms).
 Tensor empty_gradient(const Tensor& like);
 
 // torch keeps an element of its own for each that it computes: for an expanded input of billions of elements that fails

@@ -1,5 +1,7 @@
 #include "devices.h"
 
+#include <ATen/EmptyTensor.h>
+
 #include <cstdint>
 
 #include "pointwise.h"
@@ -16,6 +18,10 @@ using Key = c10::DispatchKey;
 
 bool always(c10::DeviceIndex) { return true; }
 
+at::TensorBase empty_on_cpu(at::IntArrayRef sizes, at::OptionalIntArrayRef strides, at::ScalarType dtype, c10::Device) {
+  return strides ? at::detail::empty_strided_cpu(sizes, *strides, dtype) : at::detail::empty_cpu(sizes, dtype);
+}
+
 }  // namespace
 
 c10::ArrayRef<Device> devices() {
@@ -23,15 +29,15 @@ c10::ArrayRef<Device> devices() {
       {"cpu", c10::kCPU, Key::CPU,
        c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}), INT32_MAX,
        /*host_reads=*/true, /*row_gradient_in_forward_pays=*/true, /*autocast_refuses_probabilities=*/false, always,
-       [](const PointwiseLoss&) { return true; }, [](bool) { return true; }, implement_scale_on_cpu,
+       [](const PointwiseLoss&) { return true; }, [](bool) { return true; }, empty_on_cpu, implement_scale_on_cpu,
        implement_pointwise_on_cpu, implement_softmax_on_cpu},
 #ifdef FUSEDLOSS_CUDA
       {kCudaName, kCudaType, kCudaKey,
        c10::DispatchKeySet({kCudaKey, Key::ADInplaceOrView, kCudaAutogradKey, kCudaAutocastKey}), kCudaMaxClasses,
        /*host_reads=*/false, /*row_gradient_in_forward_pays=*/false,
        /*autocast_refuses_probabilities=*/true, has_kernels, [](const PointwiseLoss& loss) { return bool(loss.cuda); },
-       [](bool has_pos_weight) { return !has_pos_weight; }, implement_scale_on_cuda, implement_pointwise_on_cuda,
-       implement_softmax_on_cuda},
+       [](bool has_pos_weight) { return !has_pos_weight; }, empty_on_cuda, implement_scale_on_cuda,
+       implement_pointwise_on_cuda, implement_softmax_on_cuda},
 #endif
   };
   return all;

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
+#include <c10/util/OptionalArrayRef.h>
 #include <torch/library.h>
 
 namespace fusedloss {
@@ -27,6 +28,9 @@ struct Device {
   bool (*has_kernels)(c10::DeviceIndex);            // whether this build has code for that device
   bool (*runs)(const PointwiseLoss&);               // whether a pointwise loss was compiled for it
   bool (*runs_class_indices)(bool has_pos_weight);  // and over class indices
+  // Memory for what a kernel writes, every element of it: past the dispatcher, which takes longer than the rest of a
+  // small loss, and past the filling that torch's deterministic mode adds. Contiguous where no strides are given.
+  at::TensorBase (*empty)(at::IntArrayRef sizes, at::OptionalIntArrayRef strides, at::ScalarType, c10::Device);
   void (*implement_scale)(torch::Library&);
   void (*implement_pointwise)(torch::Library&, const PointwiseLoss&);
   void (*implement_softmax)(torch::Library&, const SoftmaxLoss&);

@@ -230,22 +230,24 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
 
 Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const {
   const at::ScalarType dtype = result_dtype(wide);
-  if (ignore_index) return at::empty_like(input);
+  if (ignore_index) return empty_in_order_of(input, dtype);
   const bool by_target = loss.traits.result == ResultDType::OfTarget;
   Tensor first = by_target ? target : input, second = by_target ? input : target;
   if (loss.traits.result == ResultDType::Same || same_dense_order(first, second))
-    return at::empty_like(first, first.options().dtype(dtype));
+    return empty_in_order_of(first, dtype);
   if (input.is_cpu() && first.scalar_type() != second.scalar_type()) {
     // There torch converts what is not of the result's dtype, and expanded elements become elements of their own.
     for (Tensor* tensor : {&first, &second}) {
-      if (!tensor->is_non_overlapping_and_dense() && tensor->scalar_type() != dtype) *tensor = at::empty_like(*tensor);
+      if (!tensor->is_non_overlapping_and_dense() && tensor->scalar_type() != dtype)
+        *tensor = empty_in_order_of(*tensor, tensor->scalar_type());
     }
   }
   at::TensorIteratorConfig config;
-  config.check_all_same_dtype(false).declare_static_dtype_and_device(dtype, input.device());
+  config.check_all_same_dtype(false).check_all_same_device(false).declare_static_dtype_and_device(dtype, c10::kMeta);
   config.add_owned_output(Tensor()).add_const_input(first);
   if (!by_target) config.add_const_input(second);
-  return config.build().output(0);
+  const Tensor of_torch = config.build().output(0);  // its strides alone
+  return empty_beside(input, of_torch.sizes(), dtype, of_torch.strides());
 }
 
 // An operand of the kernels and the tensor that it reads, all in one order of elements.
@@ -308,7 +310,7 @@ void PointwiseInputs::fill_elements(PointwiseArgs& args, Readings& readings, con
   if (all_dense) return fill_dense(args, readings, input.numel());
   if (fill_strided(args, readings, output)) return;
   for (Reading& reading : readings) {
-    reading.tensor = at::empty_like(order, reading.tensor.options()).copy_(reading.tensor);
+    reading.tensor = empty_in_order_of(order, reading.tensor.scalar_type()).copy_(reading.tensor);
     copies.push_back(reading.tensor);
   }
   fill_dense(args, readings, input.numel());

@@ -2,8 +2,6 @@
 
 #include "softmax.h"
 
-#include <ATen/ops/empty.h>
-
 #include <vector>
 
 #include "../kernels/functors.h"

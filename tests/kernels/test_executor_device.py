@@ -20,14 +20,22 @@ pytestmark = [
     pytest.mark.deep("the torch side of CUDA on the executor's device; a GPU runs the same tests", minutes=3),
 ]
 
-CONTRACT = ("changed_inputs", "log_probs", "options", "pointwise_dtypes", "sample_weight", "weighted_dtypes")
+CONTRACT = (
+    "changed_inputs",
+    "deterministic",
+    "log_probs",
+    "options",
+    "pointwise_dtypes",
+    "sample_weight",
+    "weighted_dtypes",
+)
 TESTS = ["tests/gpu", *(f"tests/contract/test_{name}.py" for name in CONTRACT), "-k", "not gradcheck"]
 # What is told from the result of a call: some losses of each family, reductions, layouts and dtypes.
 FEW = ["tests/gpu/test_gpu.py", "-k", "float32 and (every_path or strided_views) and not focal"]
 
 # {name: (file of csrc/torch/cuda, what stands there, what is put in its place)}
 FAULTS = {
-    "a workspace too small": ("common.cpp", "at::zeros({kCudaWorkspaceBytes}", "at::zeros({kCudaWorkspaceBytes >> 10}"),
+    "a workspace too small": ("common.cpp", "({kCudaWorkspaceBytes}", "({kCudaWorkspaceBytes >> 10}"),
     "a divisor read before it is written": (
         "softmax.cpp",
         "if (args.mean) check_launch(cuda_softmax_divisor(loss.kernel(), args, call.stream));",

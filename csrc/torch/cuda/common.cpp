@@ -1,7 +1,5 @@
 #include "common.h"
 
-#include <ATen/ops/zeros.h>
-
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -50,7 +48,7 @@ bool has_kernels(c10::DeviceIndex device) {
 // spares each an allocation and a memset. It stays, as torch's streams do: 72 KB for each stream that has been used.
 Tensor workspace_of(const c10::cuda::CUDAStream& stream) {
   const auto fresh = [&] {
-    return at::zeros({kCudaWorkspaceBytes}, at::TensorOptions(stream.device()).dtype(at::kByte));
+    return Tensor(empty_on_cuda({kCudaWorkspaceBytes}, std::nullopt, at::kByte, stream.device())).zero_();
   };
   // The number of a stream that is not torch's may go to another one, and a captured graph runs on any stream.
   const bool of_torch = stream.id() == 0 || stream.id() % 2 == 1;

@@ -35,7 +35,7 @@ struct OnCuda {
     args.scale = (negative ? -1 : 1) / inputs.divisor(reduction);
     Tensor counted;
     if (args.index && reduction == kMean) {
-      counted = at::empty({}, grad.options().dtype(at::kDouble));
+      counted = empty_beside(grad, {}, at::kDouble);
       args.mean_of_counted = true;
       args.counted = counted.mutable_data_ptr<double>();
       args.workspace = call.workspace.mutable_data_ptr();
@@ -48,7 +48,7 @@ struct OnCuda {
   // The kernels over class indices read an upstream gradient of its own as they read the logits.
   static Tensor in_order_of(const Tensor& input, const Tensor& upstream) {
     if (is_one_value(upstream) || upstream.strides() == input.strides()) return upstream;
-    return at::empty_like(input, upstream.options()).copy_(upstream);
+    return empty_in_order_of(input, upstream.scalar_type()).copy_(upstream);
   }
 
   static void run(const PointwiseLoss& loss, PointwiseResult result, PointwiseInputs& inputs, CudaPointwiseArgs& args,

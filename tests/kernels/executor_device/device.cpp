@@ -4,6 +4,7 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
+#include <ATen/native/TensorFactories.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/alias_native.h>
 #include <ATen/ops/as_strided_native.h>
@@ -100,18 +101,27 @@ c10::Device device_of(std::optional<c10::Device> device) {
   return device && device->has_index() ? *device : Guard().getDevice();
 }
 
+// As torch's own devices do where its deterministic mode asks for it.
+Tensor filled(at::TensorBase fresh) {
+  Tensor tensor(std::move(fresh));
+  const at::Context& torch = at::globalContext();
+  if (torch.deterministicAlgorithms() && torch.deterministicFillUninitializedMemory())
+    at::native::fill_empty_deterministic_(tensor);
+  return tensor;
+}
+
 Tensor empty(IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<c10::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
   const c10::DeviceGuard guard(device_of(device));
-  return at::detail::empty_generic(sizes, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                   at::dtype_or_default(dtype), format);
+  return filled(at::detail::empty_generic(sizes, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                          at::dtype_or_default(dtype), format));
 }
 
 Tensor empty_strided(IntArrayRef sizes, IntArrayRef strides, std::optional<at::ScalarType> dtype,
                      std::optional<at::Layout>, std::optional<c10::Device> device, std::optional<bool>) {
   const c10::DeviceGuard guard(device_of(device));
-  return at::detail::empty_strided_generic(sizes, strides, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                           at::dtype_or_default(dtype));
+  return filled(at::detail::empty_strided_generic(
+      sizes, strides, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), at::dtype_or_default(dtype)));
 }
 
 // The same memory as a tensor of the CPU.
@@ -134,6 +144,13 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
   return copy_from(from, to, false);
 }
 
+Tensor& fill(Tensor& tensor, const at::Scalar& value) {
+  on_host(tensor).fill_(value);
+  return tensor;
+}
+
+Tensor& zero(Tensor& tensor) { return fill(tensor, 0); }
+
 void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
 
 }  // namespace
@@ -143,6 +160,8 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
+  m.impl("fill_.Scalar", fill);
+  m.impl("zero_", zero);
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("as_strided", at::native::as_strided_tensorimpl);

@@ -2,11 +2,14 @@
 // kernels have run when a launch returns.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/DispatchKey.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+#include <c10/util/OptionalArrayRef.h>
 
 #include <cstdlib>
 
@@ -62,5 +65,14 @@ constexpr c10::DeviceType kCudaType = c10::kPrivateUse1;
 constexpr c10::DispatchKey kCudaKey = c10::DispatchKey::PrivateUse1;
 constexpr c10::DispatchKey kCudaAutogradKey = c10::DispatchKey::AutogradPrivateUse1;
 constexpr c10::DispatchKey kCudaAutocastKey = c10::DispatchKey::AutocastPrivateUse1;
+
+inline at::TensorBase empty_on_cuda(at::IntArrayRef sizes, at::OptionalIntArrayRef strides, at::ScalarType dtype,
+                                    c10::Device device) {
+  const c10::DeviceGuard guard(device);
+  const c10::DispatchKeySet keys(kCudaKey);
+  c10::Allocator* memory = c10::GetAllocator(kCudaType);
+  return strides ? at::detail::empty_strided_generic(sizes, *strides, memory, keys, dtype)
+                 : at::detail::empty_generic(sizes, memory, keys, dtype, std::nullopt);
+}
 
 }  // namespace fusedloss
