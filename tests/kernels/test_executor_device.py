@@ -29,7 +29,7 @@ CONTRACT = (
     "sample_weight",
     "weighted_dtypes",
 )
-TESTS = ["tests/gpu", *(f"tests/contract/test_{name}.py" for name in CONTRACT), "-k", "not gradcheck"]
+TESTS = ["tests/gpu", *(f"tests/contract/test_{name}.py" for name in CONTRACT), "-k", "not gradcheck and not sparse"]
 # What is told from the result of a call: some losses of each family, reductions, layouts and dtypes.
 FEW = ["tests/gpu/test_gpu.py", "-k", "float32 and (every_path or strided_views) and not focal"]
 

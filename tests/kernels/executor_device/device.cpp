@@ -182,6 +182,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
          });
 }
 
+// A copy reads the bits for negation and conjugation itself. torch resolves them before any op that says nothing of
+// them, by a copy: without end where that op is the copy.
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+
 // ---- autocast
 
 namespace autocast {
