@@ -24,7 +24,7 @@ struct ForStorage<Functor, S, true> {
 
 template <template <class> class Functor>
 int run_pointwise(PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
-  if (all_dense(result, args)) {
+  if (all_dense(result, args) && begin_alike(result, args)) {
     return with_storage(args.input.dtype, [&](auto storage) -> int {
       using S = decltype(storage);
       using Loss = typename ForStorage<Functor<Accumulate<S>>, S>::type;

@@ -138,15 +138,19 @@ inline bool all_dense(PointwiseResult result, const CudaPointwiseArgs& args) {
          (args.arithmetic == DType::Double) == (dtype == DType::Double) && of_operands(result, args, fits);
 }
 
+// Whether all operands and the output have their vectors at the same elements. Where they do not, the strided kernel
+// reads four elements a thread at once, and this one would read one.
+inline bool begin_alike(PointwiseResult result, const CudaPointwiseArgs& args) {
+  return (result == PointwiseResult::Sum || same_alignment(args.input.data, args.output)) &&
+         of_operands(result, args, [&](const Operand& from) { return same_alignment(args.input.data, from.data); });
+}
+
 template <PointwiseResult kResult, class S, class Loss>
 cudaError_t run_dense(const Loss& loss, const CudaPointwiseArgs& args, CudaStream stream) {
-  const bool aligned =
-      (kResult == PointwiseResult::Sum || same_alignment(args.input.data, args.output)) &&
-      of_operands(kResult, args, [&](const Operand& from) { return same_alignment(args.input.data, from.data); });
   const auto period = [&](const Operand& from) {
     return repeats(from, args, Vector<S>::width) ? uint32_t(args.sizes[0]) : 0;
   };
-  const Run<S, int64_t> run(args.input.data, args.count, aligned);
+  const Run<S, int64_t> run(args.input.data, args.count, true);
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
   const int sums = Pass<kResult, Accumulate<S>, Loss>::kSums ? 1 : 0;
   return launch(grid_for(work, kDenseBlocks<S>, sums), stream, pointwise_dense<kResult, S, Loss>, loss, args, run,

@@ -79,13 +79,31 @@ Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType d
   return Tensor(device_for(other).empty(sizes, strides, dtype, other.device()));
 }
 
-Tensor empty_in_order_of(const Tensor& like, at::ScalarType dtype) {
-  if (like.is_non_overlapping_and_dense()) return empty_beside(like, like.sizes(), dtype, like.strides());
-  return empty_beside(like, like.sizes(), dtype, at::infer_dense_strides(like.sizes(), like.strides()));
+Tensor empty_in_order_of(const Tensor& like, at::ScalarType dtype, int64_t offset) {
+  const at::DimVector strides = like.is_non_overlapping_and_dense()
+                                    ? at::DimVector(like.strides())
+                                    : at::DimVector(at::infer_dense_strides(like.sizes(), like.strides()));
+  if (offset == 0) return empty_beside(like, like.sizes(), dtype, strides);
+  const Tensor longer = empty_beside(like, {like.numel() + offset}, dtype);
+  longer.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), strides, offset);
+  return longer;
 }
 
-Tensor empty_gradient(const Tensor& like) {
-  Tensor gradient = empty_in_order_of(like, like.scalar_type());
+thread_local bool AlignedAsRead::wanted_ = false;
+
+namespace {
+
+// How many elements a gradient begins behind a multiple of 16 bytes.
+int64_t offset_as(const Tensor& read, const Tensor& like) {
+  const bool matters = AlignedAsRead::wanted() && device_for(like).vectors_begin_alike && like.numel() != 0 &&
+                       read.scalar_type() == like.scalar_type();
+  return matters ? int64_t(reinterpret_cast<uintptr_t>(read.const_data_ptr()) % 16 / read.element_size()) : 0;
+}
+
+}  // namespace
+
+Tensor empty_gradient(const Tensor& like, const Tensor& read) {
+  const Tensor gradient = empty_in_order_of(like, like.scalar_type(), offset_as(read, like));
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096, kWorthwhile = 4 << 20;
   if (gradient.is_cpu() && gradient.nbytes() >= kWorthwhile) {

@@ -54,14 +54,30 @@ void raise_declined(const std::string& op, const char* why, const Tensor& input,
 void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
 // Tensors for kernels to write, every element: Device::empty says what that spares. One on the device of another
-// tensor, contiguous or with the strides, and one laid out as torch's empty_like lays it out.
+// tensor, contiguous or with the strides, and one laid out as torch's empty_like lays it out, so many elements behind
+// the begin of its storage.
 Tensor empty_beside(const Tensor& other, at::IntArrayRef sizes, at::ScalarType dtype,
                     at::OptionalIntArrayRef strides = std::nullopt);
-Tensor empty_in_order_of(const Tensor& like, at::ScalarType dtype);
+Tensor empty_in_order_of(const Tensor& like, at::ScalarType dtype, int64_t offset = 0);
 
-// In the order of `like`, backed by huge pages where the system grants them on request: a fresh 64 MB gradient costs
-// 16,000 page faults otherwise, more time than its arithmetic (17 ms against 3 ms).
-Tensor empty_gradient(const Tensor& like);
+// In the order of `like`, for a kernel that reads `read`. Backed by huge pages where the system grants them on request:
+// a fresh 64 MB gradient costs 16,000 page faults otherwise, more time than its arithmetic (17 ms against 3 ms).
+Tensor empty_gradient(const Tensor& like, const Tensor& read);
+
+// While it lives, gradients are for eager autograd, and begin as far behind a multiple of 16 bytes as what is read: a
+// GPU's kernels then read and write the same vectors. It costs a storage 14 bytes at most. A captured graph is not told
+// of it and would take such a gradient for one that begins at a multiple.
+class AlignedAsRead {
+ public:
+  AlignedAsRead() : before_(wanted_) { wanted_ = true; }
+  ~AlignedAsRead() { wanted_ = before_; }
+  AlignedAsRead(const AlignedAsRead&) = delete;
+  static bool wanted() { return wanted_; }
+
+ private:
+  static thread_local bool wanted_;
+  bool before_;
+};
 
 // torch keeps an element of its own for each that it computes: for an expanded input of billions of elements that fails
 // at once, with its error, where kernels that keep nothing would run for minutes.

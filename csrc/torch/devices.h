@@ -24,6 +24,7 @@ struct Device {
   // multiplying takes no longer than a backward of its own. A GPU would move 4 logits instead of 3 where the upstream
   // gradient is not 1.
   bool row_gradient_in_forward_pays;
+  bool vectors_begin_alike;                         // kernels read and write vectors only where both begin alike
   bool autocast_refuses_probabilities;              // torch's autocast raises for binary_cross_entropy
   bool (*has_kernels)(c10::DeviceIndex);            // whether this build has code for that device
   bool (*runs)(const PointwiseLoss&);               // whether a pointwise loss was compiled for it

@@ -111,7 +111,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
                             bool wide) {
     check_gradient_in_forward(loss.op.c_str(), input, reduction);
     Tensor value = empty_beside(input, {}, inputs.result_dtype(wide));
-    Tensor grad = empty_gradient(input);
+    Tensor grad = empty_gradient(input, inputs.input);
     run_forward<OnDevice>(loss, inputs, reduction, value, &grad);
     return std::make_tuple(value, grad);
   };
@@ -146,7 +146,7 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
              return scaled(carried, upstream,
                            [&] { return std::get<1>(with_grad(loss, inputs, input, reduction, wide)); });
            }
-           Tensor grad = empty_gradient(of_target ? target : input);
+           Tensor grad = empty_gradient(of_target ? target : input, inputs.input);
            if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of_target, grad);
            return grad;
          });

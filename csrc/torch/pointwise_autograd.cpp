@@ -40,12 +40,14 @@ SavedCall saved_call(const PointwiseLoss& loss, const Tensor& input, const Tenso
 
 std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
                                      const PointwiseCall& call) {
+  const AlignedAsRead aligned;
   return handles_of(loss).with_grad.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
                                          call.wide, call.ignore_index);
 }
 
 Tensor backward_of(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
                    const PointwiseCall& call, bool of_target, const OptionalTensor& carrier) {
+  const AlignedAsRead aligned;
   return handles_of(loss).backward.call(upstream, input, target, call.weight, call.reduction, call.params,
                                         call.pos_weight, call.wide, call.ignore_index, of_target, carrier);
 }

@@ -115,7 +115,7 @@ struct Destination {
   Destination(const Tensor& result_, Dense dense) : result(result_), writable(layout_of(result_) ? result_ : dense()) {}
   // A gradient of its own, in the order of the logits.
   static Destination fresh(const Tensor& logits, const SoftmaxInputs& inputs) {
-    return {empty_gradient(logits), [&] { return empty_gradient(inputs.logits); }};
+    return {empty_gradient(logits, inputs.logits), [&] { return empty_gradient(inputs.logits, inputs.logits); }};
   }
   Tensor finish() const { return writable.is_same(result) ? result : result.copy_(writable); }
 };

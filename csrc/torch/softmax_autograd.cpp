@@ -52,6 +52,7 @@ SavedCall saved_call(const SoftmaxLoss& loss, const SoftmaxCall& call, bool in_p
 }
 
 std::tuple<Tensor, Tensor, Tensor> with_grad(const SoftmaxLoss& loss, const Tensor& logits, const SoftmaxCall& call) {
+  const AlignedAsRead aligned;
   return handles_of(loss).with_grad.call(logits, call.target, call.weight, call.reduction, call.ignore_index,
                                          call.params, call.wide, call.sample_weight);
 }
@@ -89,6 +90,7 @@ Tensor gradient_of(const SoftmaxLoss& loss, const SoftmaxCall& call, const Tenso
                    const OptionalTensor& second, const Tensor& logits, const Tensor& statistics,
                    const GradientOfForward& of_forward) {
   if (!of_forward.made || !scales_exactly(logits, upstream)) {
+    const AlignedAsRead aligned;
     return handles_of(loss).backward.call(upstream, second, logits, call.target, call.weight, statistics,
                                           call.reduction, call.ignore_index, call.params, call.sample_weight);
   }

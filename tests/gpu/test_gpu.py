@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import EPSILON, largest_error, value_and_grad
-from layouts import other_memory
+from compare import EPSILON, largest_error, upstream_of, value_and_grad
+from layouts import laid_out, other_memory
 from losses import (
     CROSS_ENTROPY,
     DTYPES,
@@ -220,6 +220,47 @@ def test_a_pointwise_gradient_made_in_forward_serves_any_upstream_gradient(loss,
         upstream = torch.tensor(factor * scale, dtype=dtype)
         (grad,) = torch.autograd.grad(value, x, upstream, retain_graph=True)
         assert largest_error(grad, factor * scale * exact) <= BOUND[dtype]
+
+
+# ---- where a gradient begins
+
+
+@each_dtype
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_of(ONE_OF_EACH)
+def test_a_gradient_begins_as_far_behind_16_bytes_as_its_input(loss, reduction, dtype):
+    """So that kernels read and write the same vectors; a plain gradient begins at a multiple."""
+    x, target = loss.data((3, 301), dtype)
+    leaf = laid_out(x, "misaligned").requires_grad_()
+    value = loss.fused(leaf, target, reduction)
+    upstream = upstream_of(value)
+    exact_x = x.double().requires_grad_()
+    exact_target = target.double() if target.is_floating_point() else target
+    (exact,) = torch.autograd.grad(loss.native(exact_x, exact_target, reduction), exact_x, upstream.double())
+    for times in (1, 2):
+        value.backward(upstream, retain_graph=True)
+        assert leaf.grad is not None and leaf.grad.stride() == x.stride()
+        assert largest_error(leaf.grad, times * exact) <= BOUND[dtype]
+        if times == 1:  # what autograd adds up lies where it wants
+            assert leaf.grad.data_ptr() % 16 == leaf.data_ptr() % 16 == x.element_size() % 16
+            assert leaf.grad.untyped_storage().nbytes() < x.nbytes + 16
+
+
+def test_a_gradient_made_in_forward_begins_as_far_behind_16_bytes_as_its_input():
+    x, target = CROSS_ENTROPY.data((3, 301), torch.bfloat16)
+    leaf = laid_out(x, "misaligned").requires_grad_()
+    (grad,) = torch.autograd.grad(L.cross_entropy(leaf, target, grad_in_forward=True), leaf)
+    (expected,) = torch.autograd.grad(L.cross_entropy(x.requires_grad_(), target, grad_in_forward=True), x)
+    assert grad.data_ptr() % 16 == leaf.data_ptr() % 16 == 2
+    assert torch.equal(grad, expected)
+
+
+def test_a_gradient_for_a_graph_begins_where_its_fake_kernel_says():
+    x, t = POINTWISE[0].data((3, 301), torch.float32)
+    ops, upstream = torch.ops.fusedloss, torch.tensor(1.0)
+    grad = ops.mse_backward(upstream, laid_out(x, "misaligned"), laid_out(t, "misaligned"), None, 1, [])
+    assert grad.storage_offset() == 0 and grad.data_ptr() % 16 == 0
+    assert largest_error(grad, (x - t).double() * 2 / x.numel()) <= BOUND[torch.float32]
 
 
 # ---- streams, graphs, devices

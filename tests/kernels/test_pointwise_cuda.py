@@ -161,6 +161,21 @@ def test_every_boundary(kernels, loss, dtype):
         check_dense(kernels, loss, dtype, seed, *size)
 
 
+def test_operands_whose_vectors_are_not_alike_are_read_four_elements_a_thread(kernels):
+    """As many blocks tell which kernel: three of the dense one fit a multiprocessor, four of the strided one."""
+    pretend(kernels)
+    count, launch = 1 << 14, (ctypes.c_int64 * 3)()
+    for offsets, blocks in (((0, 0, 0), 3), ((1, 1, 1), 3), ((1, 0, 0), 4), ((0, 1, 0), 4), ((0, 0, 1), 4)):
+        x, t, output = (filled(torch.rand(count), torch.bfloat16, offset) for offset in offsets)
+        run_pointwise(kernels, "mse", (), LOSSES_OF_EACH, x.tensor, t.tensor, output=output.tensor)
+        kernels.last_launch(launch)
+        assert launch[0] == 2 * blocks, offsets
+        assert_close(
+            output.tensor, (x.tensor.double() - t.tensor.double()) ** 2, torch.bfloat16, f"losses at {offsets}"
+        )
+        assert output.intact()
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in HALF], ids=str)
 def test_what_is_no_probability_is_nan_and_harms_no_other(kernels, dtype):
     pretend(kernels)
