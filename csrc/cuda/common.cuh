@@ -270,6 +270,15 @@ cudaError_t allow_shared(const Launch& how, void (*kernel)(P...)) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Device().shared_bytes);
 }
 
+// Whether the library of the kernel has code for the current device.
+template <class... P>
+bool has_code(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  if (!found) cudaGetLastError();  // an answer, not an error for whoever asks next
+  return found;
+}
+
 // The clusters that run at once: none where the kernel was compiled without, as older PTX is whatever the device, or
 // where the device, or the part of it this stream was given, has no room for one.
 template <class... P>

@@ -7,12 +7,13 @@
 namespace fusedloss {
 
 // Changes with the structs, so that a library compiled against others is refused.
-constexpr int64_t kCustomVersion = 1'000'000 + sizeof(PointwiseArgs);
+constexpr int64_t kCustomVersion = 2'000'000 + sizeof(PointwiseArgs);
 struct CustomPointwise {
   int64_t version;
   PointwiseTraits traits;
   CpuPointwise cpu;
-  CudaPointwise cuda;  // null where it was compiled for the CPU alone
+  CudaPointwise cuda;          // null where it was compiled for the CPU alone
+  bool (*cuda_has_kernels)();  // whether for the current device; null likewise
 };
 
 }  // namespace fusedloss

@@ -30,14 +30,14 @@ c10::ArrayRef<Device> devices() {
        c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}), INT32_MAX,
        /*host_reads=*/true, /*row_gradient_in_forward_pays=*/true, /*vectors_begin_alike=*/false,
        /*autocast_refuses_probabilities=*/false, always, [](const PointwiseLoss&) { return true; },
-       [](bool) { return true; }, empty_on_cpu, implement_scale_on_cpu, implement_pointwise_on_cpu,
-       implement_softmax_on_cpu},
+       [](const PointwiseLoss&, c10::DeviceIndex) { return true; }, [](bool) { return true; }, empty_on_cpu,
+       implement_scale_on_cpu, implement_pointwise_on_cpu, implement_softmax_on_cpu},
 #ifdef FUSEDLOSS_CUDA
       {kCudaName, kCudaType, kCudaKey,
        c10::DispatchKeySet({kCudaKey, Key::ADInplaceOrView, kCudaAutogradKey, kCudaAutocastKey}), kCudaMaxClasses,
        /*host_reads=*/false, /*row_gradient_in_forward_pays=*/false, /*vectors_begin_alike=*/true,
        /*autocast_refuses_probabilities=*/true, has_kernels, [](const PointwiseLoss& loss) { return bool(loss.cuda); },
-       [](bool has_pos_weight) { return !has_pos_weight; }, empty_on_cuda, implement_scale_on_cuda,
+       has_kernels_of, [](bool has_pos_weight) { return !has_pos_weight; }, empty_on_cuda, implement_scale_on_cuda,
        implement_pointwise_on_cuda, implement_softmax_on_cuda},
 #endif
   };

@@ -8,10 +8,32 @@
 #include <c10/util/OptionalArrayRef.h>
 #include <torch/library.h>
 
+#include <array>
+#include <atomic>
+
 namespace fusedloss {
 
 struct PointwiseLoss;
 struct SoftmaxLoss;
+
+// Yes or no for each device of a type, asked once.
+class AnswerOfEach {
+ public:
+  static constexpr int kMost = 64;
+
+  template <class Ask>
+  bool get(c10::DeviceIndex device, Ask ask) {
+    if (device < 0 || device >= kMost) return false;
+    std::atomic<Answer>& answer = answers_[size_t(device)];
+    if (answer.load(std::memory_order_relaxed) == Answer::Unknown)
+      answer.store(ask() ? Answer::Yes : Answer::No, std::memory_order_relaxed);
+    return answer.load(std::memory_order_relaxed) == Answer::Yes;
+  }
+
+ private:
+  enum class Answer : signed char { Unknown, No, Yes };
+  std::array<std::atomic<Answer>, kMost> answers_{};
+};
 
 struct Device {
   const char* name;  // "cpu"
@@ -24,11 +46,12 @@ struct Device {
   // multiplying takes no longer than a backward of its own. A GPU would move 4 logits instead of 3 where the upstream
   // gradient is not 1.
   bool row_gradient_in_forward_pays;
-  bool vectors_begin_alike;                         // kernels read and write vectors only where both begin alike
-  bool autocast_refuses_probabilities;              // torch's autocast raises for binary_cross_entropy
-  bool (*has_kernels)(c10::DeviceIndex);            // whether this build has code for that device
-  bool (*runs)(const PointwiseLoss&);               // whether a pointwise loss was compiled for it
-  bool (*runs_class_indices)(bool has_pos_weight);  // and over class indices
+  bool vectors_begin_alike;               // kernels read and write vectors only where both begin alike
+  bool autocast_refuses_probabilities;    // torch's autocast raises for binary_cross_entropy
+  bool (*has_kernels)(c10::DeviceIndex);  // whether this build has code for that device
+  bool (*runs)(const PointwiseLoss&);     // whether a pointwise loss was compiled for devices of the type
+  bool (*has_kernels_of)(const PointwiseLoss&, c10::DeviceIndex);  // and has code for that one
+  bool (*runs_class_indices)(bool has_pos_weight);                 // and over class indices
   // Memory for what a kernel writes, every element of it: past the dispatcher, which takes longer than the rest of a
   // small loss, and past the filling that torch's deterministic mode adds. Contiguous where no strides are given.
   at::TensorBase (*empty)(at::IntArrayRef sizes, at::OptionalIntArrayRef strides, at::ScalarType, c10::Device);

@@ -20,9 +20,10 @@ struct Registry {
   std::array<std::atomic<PointwiseLoss*>, kMost> losses{};
   int64_t count = 0;
 
-  PointwiseLoss& add(const std::string& op, const PointwiseTraits& traits, CpuPointwise cpu, CudaPointwise cuda) {
+  PointwiseLoss& add(const std::string& op, const PointwiseTraits& traits, CpuPointwise cpu, CudaPointwise cuda,
+                     bool (*cuda_has_kernels)()) {
     TORCH_CHECK(count < kMost, op, ": expected at most ", kMost, " pointwise losses in a process");
-    auto* loss = new PointwiseLoss(op, count, traits, cpu, cuda);
+    auto* loss = new PointwiseLoss(op, count, traits, cpu, cuda, cuda_has_kernels);
     losses[size_t(count++)].store(loss, std::memory_order_release);
     return *loss;
   }
@@ -43,7 +44,7 @@ Registry& registry() {
     auto* listed = new Registry;
 #define FUSEDLOSS_ADD(name, Functor)                                                                 \
   listed->add("fusedloss::" #name, baseline::pointwise_traits<baseline::Functor<double>>(), nullptr, \
-              on_cuda<Pointwise::name>);
+              on_cuda<Pointwise::name>, nullptr);
     FUSEDLOSS_POINTWISE(FUSEDLOSS_ADD)
 #undef FUSEDLOSS_ADD
     return listed;
@@ -62,7 +63,8 @@ PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& cus
               " of these kernels, got ", custom.version);
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  PointwiseLoss& loss = registry().add("fusedloss::" + name, custom.traits, custom.cpu, custom.cuda);
+  PointwiseLoss& loss =
+      registry().add("fusedloss::" + name, custom.traits, custom.cpu, custom.cuda, custom.cuda_has_kernels);
   const auto library = [](torch::Library::Kind kind, c10::DispatchKey key) -> torch::Library& {
     return *new torch::Library(kind, "fusedloss", key, __FILE__, __LINE__);
   };
@@ -140,7 +142,9 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
       !(kernel_dtype(target.scalar_type()) || (takes_integers && at::isIntegralType(target.scalar_type(), false))))
     return "an input or target that is no float64, float32, bfloat16 or float16";
   if (!takes_empty && (input.numel() == 0 || target.numel() == 0)) return "an empty input";
-  if (!device_for(input).runs(loss)) return "a loss that was compiled for the CPU alone";
+  const Device& device = device_for(input);
+  if (!device.runs(loss)) return "a loss that was compiled for the CPU alone";
+  if (!device.has_kernels_of(loss, input.device().index())) return "a loss that was compiled for other GPUs";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
   if (call.pos_weight && !traits.has_positive_weight) return "a pos_weight, which the loss does not take";
   at::IntArrayRef sizes = input.sizes();

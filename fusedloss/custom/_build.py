@@ -58,11 +58,17 @@ namespace fusedloss {{
 extern "C" __attribute__((visibility("default"))) const CustomPointwise* fusedloss_custom() {{
   using namespace FUSEDLOSS_ISA;
   static const CustomPointwise custom = {{kCustomVersion, pointwise_traits<functions::Expression<double>>(),
-                                         pointwise<functions::Expression>, {entry}}};
+                                         pointwise<functions::Expression>, {cuda_entries}}};
   return &custom;
 }}
 }}
 """
+
+_CUDA_DECLARED = """\
+int fusedloss_custom_cuda(PointwiseResult, const CudaPointwiseArgs&, CudaStream);
+bool fusedloss_custom_cuda_has_kernels();
+"""
+_CUDA_ENTRIES = "fusedloss_custom_cuda, fusedloss_custom_cuda_has_kernels"
 
 _ON_CUDA = """
 #include "cuda/pointwise.cuh"
@@ -71,6 +77,10 @@ _ON_CUDA = """
 namespace fusedloss {{
 int fusedloss_custom_cuda(PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {{
   return FUSEDLOSS_ISA::run_pointwise<FUSEDLOSS_ISA::functions::Expression>(result, args, stream);
+}}
+bool fusedloss_custom_cuda_has_kernels() {{
+  using namespace FUSEDLOSS_ISA;
+  return has_code(pointwise_dense<PointwiseResult::Sum, float, functions::Expression<float>>);
 }}
 }}
 """
@@ -98,9 +108,8 @@ def library(op: str, functor: str, name: str) -> tuple[int | None, str]:
     isa = extension.cpu_isa()
     architectures = _cuda_architectures()
     target = "" if isa == "baseline" else f'#include "cpu/isa/target_{isa}.inl"'
-    entry = "fusedloss_custom_cuda" if architectures else "nullptr"
-    declared = f"int {entry}(PointwiseResult, const CudaPointwiseArgs&, CudaStream);" if architectures else ""
-    source = _ON_CPU.format(target=target, functor=functor, cuda=declared, entry=entry)
+    declared, entries = (_CUDA_DECLARED, _CUDA_ENTRIES) if architectures else ("", "nullptr, nullptr")
+    source = _ON_CPU.format(target=target, functor=functor, cuda=declared, cuda_entries=entries)
     # The name changes with all that the result depends on: sources, flags, this machine's instruction set and GPUs.
     digest = hashlib.sha256(repr((source, extension.compile_flags, architectures)).encode())
     for header in sorted(_sources().rglob("*.*")):

@@ -3,6 +3,7 @@
 On the executor's device (kernels/executor_device.py) the sizes are small, and what needs a GPU's hardware is left out.
 """
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +35,7 @@ from torch.utils import cpp_extension
 
 import fusedloss
 import fusedloss.functional as L
+from fusedloss import custom
 
 pytestmark = pytest.mark.skipif(
     not ON_GPU, reason="no GPU, or no CUDA kernels in the extension; tests/kernels runs the kernels without"
@@ -666,6 +668,56 @@ def test_a_custom_loss_without_nvcc_runs_natively(monkeypatch):
     expected = ((x - t) ** 2 / 3).mean()
     torch.testing.assert_close(loss(x, t), expected)
     torch.testing.assert_close(torch.compile(loss, fullgraph=True)(x, t), expected)
+
+
+class Compiled(ctypes.Structure):
+    """CustomPointwise of csrc/kernels/custom.h."""
+
+    _fields_ = (
+        ("version", ctypes.c_int64),
+        ("traits", ctypes.c_int64 * 4),
+        ("cpu", ctypes.c_void_p),
+        ("cuda", ctypes.c_void_p),
+        ("cuda_has_kernels", ctypes.c_void_p),
+    )
+
+
+KEPT: list[object] = []  # what a loss points to, for the life of the process
+NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_a_custom_loss_that_was_compiled_for_other_gpus_runs_natively(monkeypatch, has_kernels):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    of_cpu, ops = custom.library, []
+
+    def for_other_gpus(op: str, *rest: str) -> tuple[int, str]:
+        address, why = of_cpu(op, *rest)
+        assert address is not None, why
+        compiled = Compiled.from_buffer_copy(Compiled.from_address(address))
+        assert compiled.cuda is compiled.cuda_has_kernels is None
+        launch = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: NO_KERNEL_IMAGE)
+        answer = ctypes.CFUNCTYPE(ctypes.c_bool)(lambda: has_kernels)
+        compiled.cuda = ctypes.cast(launch, ctypes.c_void_p)
+        compiled.cuda_has_kernels = ctypes.cast(answer, ctypes.c_void_p)
+        KEPT.extend([compiled, launch, answer])
+        ops.append(op)
+        return ctypes.addressof(compiled), ""
+
+    monkeypatch.setattr(custom, "library", for_other_gpus)
+    divisor = 3 + has_kernels
+    loss = fusedloss.pointwise_loss(f"for_other_gpus_{has_kernels}", f"square(x - t) / {divisor}")
+    op = getattr(torch.ops.fusedloss, ops[0])
+    x, t = torch.randn(2, 100).unbind()
+    if has_kernels:
+        assert fusedloss.explain(loss, x, t).startswith(f"fused: {GPU}")
+        with pytest.raises(RuntimeError, match=f"{NO_KERNEL_IMAGE}|no kernel image"):
+            loss(x, t)
+        return
+    assert fusedloss.explain(loss, x, t) == "native: a loss that was compiled for other GPUs"
+    torch.testing.assert_close(loss(x, t), ((x - t) ** 2 / divisor).mean())
+    with pytest.raises(RuntimeError, match="got a loss that was compiled for other GPUs"):
+        op(x, t, None, 1, [])
 
 
 @hardware

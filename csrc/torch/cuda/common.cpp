@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include "../pointwise.h"
+
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -8,7 +10,7 @@
 namespace fusedloss {
 namespace {
 
-constexpr int kMaxDevices = 64;
+constexpr int kMaxDevices = AnswerOfEach::kMost;
 
 std::atomic<BadTarget*> flags{nullptr};
 
@@ -32,16 +34,19 @@ BadTarget* bad_target(c10::DeviceIndex device) {
 }
 
 bool has_kernels(c10::DeviceIndex device) {
-  enum Answer : signed char { kUnknown, kNo, kYes };
-  static std::atomic<signed char> answers[kMaxDevices] = {};
-  if (device < 0 || device >= kMaxDevices) return false;
-  signed char answer = answers[device].load(std::memory_order_relaxed);
-  if (answer == kUnknown) {
+  static AnswerOfEach answers;
+  return answers.get(device, [&] {
     c10::cuda::CUDAGuard guard(device);
-    answer = cuda_has_kernels() ? kYes : kNo;
-    answers[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == kYes;
+    return cuda_has_kernels();
+  });
+}
+
+bool has_kernels_of(const PointwiseLoss& loss, c10::DeviceIndex device) {
+  if (!loss.cuda_has_kernels) return has_kernels(device);
+  return loss.on_cuda_devices.get(device, [&] {
+    c10::cuda::CUDAGuard guard(device);
+    return loss.cuda_has_kernels();
+  });
 }
 
 // Calls on a stream run one after another, and each leaves the counter in its workspace at 0. So they share one, which
