@@ -212,19 +212,27 @@ inline int power_of_two_from(int64_t n) {
 }
 
 struct Device {
-  int multiprocessors = 1, shared_bytes = 0;  // of a block that asks for more than the usual 48 KB
+  int multiprocessors = 1, threads_of_multiprocessor = 0, shared_bytes_of_multiprocessor = 0;
+  int shared_bytes = 0;  // of a block that asks for more than the usual 48 KB
   int clusters = 0;
 
   Device() {
     int device = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&threads_of_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor, device);
+    cudaDeviceGetAttribute(&shared_bytes_of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
   }
-  // The blocks that run at once, for kernels whose blocks go on to further work; their launch bounds promise as many.
-  int64_t resident_blocks(int of_multiprocessor) const {
-    return least(kMaxBlocks, int64_t(multiprocessors) * of_multiprocessor);
+  // The blocks that run at once, for kernels whose blocks go on to further work. Their launch bounds promise registers
+  // for so many on a multiprocessor; one of 8.6, 8.9 or 12.0 has fewer threads, and less shared memory, than others.
+  int64_t resident_blocks(int of_multiprocessor, int threads = kThreads, size_t shared = 0) const {
+    constexpr int64_t kReserved = 1024;  // bytes of shared memory that CUDA takes for each block
+    const int64_t fitting =
+        least(threads_of_multiprocessor / threads, shared_bytes_of_multiprocessor / (int64_t(shared) + kReserved));
+    const int64_t on_each = least(of_multiprocessor, fitting > 0 ? fitting : 1);
+    return least(kMaxBlocks, multiprocessors * on_each);
   }
 };
 

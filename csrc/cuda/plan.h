@@ -58,7 +58,7 @@ int slice_of(int64_t classes, int64_t parts) {
 template <class S, class Loss>
 RowsPlan plan_forward(const SoftmaxLayout& layout, const Device& device) {
   RowsPlan plan = plan_row<S>(layout.classes);
-  const int64_t resident = device.resident_blocks(kRowBlocks<S, Loss, false> * kThreads / plan.threads);
+  const int64_t resident = device.resident_blocks(kRowBlocks<S, Loss, false> * kThreads / plan.threads, plan.threads);
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident);
   if (plan.lanes > kWarp && layout.rows * 2 <= resident) {
     // Rows that would leave half the device idle: several blocks each, while a thread still has loads to do.
@@ -91,9 +91,9 @@ RowsPlan plan_forward_with_gradient(const SoftmaxLayout& layout, const Device& d
   }
   plan.resident_vectors = plan.slice / Vector<S>::width;
   plan.resident = plan.vectorised && plan.resident_vectors * int64_t(16) * (plan.threads / plan.lanes) <= available;
-  const int64_t fitting = device.shared_bytes / (other + int64_t(plan.resident_bytes()));
-  const int64_t on_multiprocessor = least(fitting, kRowBlocks<S, Loss, true> * kThreads / plan.threads);
-  const int64_t resident = device.resident_blocks(int(on_multiprocessor)) / plan.parts;
+  const int64_t resident = device.resident_blocks(kRowBlocks<S, Loss, true> * kThreads / plan.threads, plan.threads,
+                                                  size_t(other) + plan.resident_bytes()) /
+                           plan.parts;
   plan.blocks = least(divide_up(layout.rows, plan.threads / plan.lanes), resident > 0 ? resident : 1) * plan.parts;
   return plan;
 }

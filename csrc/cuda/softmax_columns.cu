@@ -312,9 +312,9 @@ cudaError_t run_forward(const Loss& loss, const CudaSoftmaxArgs& args, CudaStrea
   const int64_t threads = args.logits_layout.rows / kRows;
   const int shares = int(shares_of(threads, args.logits_layout.classes, kWarps, device));
   const int64_t x = kThreads / shares;
-  const int64_t blocks = least(divide_up(threads, x), device.resident_blocks(kForwardBlocks));
-  Launch how = {blocks, dim3(unsigned(x), unsigned(shares))};
-  how.shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
+  const size_t shared = shares > 1 ? kThreads * sizeof(Rows<S, P, Loss, kRows>) : 2 * kWarps * sizeof(double);
+  const int64_t resident = device.resident_blocks(kForwardBlocks, kThreads, shared);
+  const Launch how = {least(divide_up(threads, x), resident), dim3(unsigned(x), unsigned(shares)), shared};
   return launch(how, stream, forward_columns<S, P, Loss, kRows>, loss, args, ColumnsPlan::of(args, shares, S()));
 }
 

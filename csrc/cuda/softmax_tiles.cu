@@ -11,7 +11,9 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-constexpr int kTileBlocks = 4;  // resident on a multiprocessor: 64 registers a thread, and 48 KB of shared memory
+// Resident on a multiprocessor: 64 registers a thread. Of 48 KB of shared memory each where a multiprocessor has them;
+// one of 100 KB (8.6, 8.9, 12.0) has room for two.
+constexpr int kTileBlocks = 4;
 
 struct TilesPlan {
   int classes, lanes_log2, rows;  // rows of a tile; lanes: threads of a row, a power of two, as a division costs twenty
@@ -239,8 +241,9 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks) tiles(Loss loss, CudaSo
 template <class S, bool kForward, bool kGrad, class Loss>
 cudaError_t run_tiles(const Loss& loss, const CudaSoftmaxArgs& args, CudaStream stream) {
   const TilesPlan plan = plan_tiles<S>(args.logits_layout);
-  Launch how = {least(plan.tiles, Device().resident_blocks(kTileBlocks)), dim3(kThreads)};
-  how.shared = Shared<S, Loss>::bytes(plan);
+  const size_t shared = Shared<S, Loss>::bytes(plan);
+  const int64_t resident = Device().resident_blocks(kTileBlocks, kThreads, shared);
+  const Launch how = {least(plan.tiles, resident), dim3(kThreads), shared};
   return launch(how, stream, tiles<S, Loss, kForward, kGrad>, loss, args, plan);
 }
 

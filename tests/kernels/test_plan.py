@@ -12,7 +12,7 @@ import pytest
 import torch
 import whole_kernel
 from executor import BACKWARD, FORWARD, SoftmaxCall, parameters
-from losses import DTYPES, SOFTMAX, number
+from losses import DTYPES, SOFTMAX, number, traits
 from marks import needs_compiler, needs_extension
 
 pytestmark = [needs_extension, needs_compiler]
@@ -38,6 +38,7 @@ ARCHITECTURES = {
 }
 THREADS, WARP, VECTOR = 256, 32, 16
 MOST_BLOCKS = 2**31 - 1
+RESERVED = 1024  # bytes of shared memory that CUDA takes for each block
 MOST_BLOCKS_WITH_SUMS, WORKSPACE = 2048, 72 << 10  # kMaxBlocks, kCudaWorkspaceBytes
 MOST_CLASSES = 2**31 - 1 - (1 << 16)
 MOST_BYTES = 1 << 39  # of logits: no GPU holds as many
@@ -152,6 +153,12 @@ def test_every_launch_is_within_the_limits(kernels, limits, dtype, gradient):
                 assert error == 0 and kernels.launches() > before, message
                 blocks, threads, shared = launch
                 assert blocks <= MOST_BLOCKS and shared <= limits.shared_kilobytes << 10, message
+                by_tiles = classes <= TILE and dtype != torch.float64
+                if not gradient or (by_tiles and inner == 1 and traits(name).reads_row):
+                    # Blocks that go on to further work run all at once.
+                    shared_bytes = limits.shared_kilobytes_of_multiprocessor << 10
+                    fitting = min(limits.threads_of_multiprocessor // threads, shared_bytes // (shared + RESERVED))
+                    assert blocks <= max(1, fitting) * limits.multiprocessors, message
                 if gradient == "backward" and (classes > TILE or min(inner, classes) > 1):
                     # A thread has the rows it is given, 16 at most: a number of blocks beyond 32 bits would be cut off.
                     assert blocks * threads * 16 >= rows, message

@@ -105,6 +105,7 @@ enum cudaError_t {
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
@@ -261,6 +262,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   const cuda_on_cpu::Device& device = cuda_on_cpu::device;
   const std::map<cudaDeviceAttr, int> values = {
       {cudaDevAttrMultiProcessorCount, device.multiprocessors},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, device.threads_of_multiprocessor},
       {cudaDevAttrComputeCapabilityMajor, device.major},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.shared_bytes_of_multiprocessor},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_bytes},
