@@ -192,7 +192,7 @@ struct Slice {
     }
   }
 
-  // All vectors from place `first` on, kPlaces at a time, and the scalars.
+  // All vectors from place `first` on, and the scalars: kPlaces at a time, which are read before the first is written.
   template <int kPlaces>
   __device__ void write_from(int first, const RowGradient<S, Loss>& gradient, S* grad,
                              const Vector<S>* resident) const {
@@ -202,9 +202,18 @@ struct Slice {
       write(gradient, grad, first, vectors);
     }
 #pragma unroll 1
-    for (int scalar = lane; scalar < run.scalars(); scalar += lanes) {
-      const int i = run.scalar(scalar), column = first_column + i;
-      grad[i] = store<S>(gradient(loss, load(logits[i]), column == gradient.target, factors(column)));
+    for (int scalar = lane; scalar < run.scalars(); scalar += kPlaces * lanes) {
+      S stored[kPlaces];
+#pragma unroll
+      for (int u = 0; u < kPlaces; ++u) {
+        if (scalar + u * lanes < run.scalars()) stored[u] = logits[run.scalar(scalar + u * lanes)];
+      }
+#pragma unroll
+      for (int u = 0; u < kPlaces; ++u) {
+        if (scalar + u * lanes >= run.scalars()) break;
+        const int i = run.scalar(scalar + u * lanes), column = first_column + i;
+        grad[i] = store<S>(gradient(loss, load(stored[u]), column == gradient.target, factors(column)));
+      }
     }
   }
 
