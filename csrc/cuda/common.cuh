@@ -41,6 +41,17 @@ struct alignas(kCount * sizeof(S)) Vector {
   S values[kCount];
 };
 
+// 1 as a constant, which store<S>(1) is not.
+template <class S>
+__device__ constexpr S one_of() {
+  if constexpr (std::is_same_v<S, bf16>)
+    return {0x3F80};
+  else if constexpr (std::is_same_v<S, fp16>)
+    return {0x3C00};
+  else
+    return 1;
+}
+
 template <class S, int kCount = Vector<S>::width>
 __device__ __forceinline__ Vector<S, kCount> load_vector(const S* from) {
   return bit_cast<Vector<S, kCount>>(load_bits<typename Vector<S, kCount>::Bits>(from));

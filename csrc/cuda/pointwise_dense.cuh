@@ -27,6 +27,28 @@ FUSEDLOSS_HD constexpr int dense_unroll() {
 #endif
 }
 
+// A vector that has been read, of halves as bits: put together one by one they would take an instruction each.
+template <class S>
+using Kept = std::conditional_t<sizeof(S) == 2, typename Vector<S>::Bits, Vector<S>>;
+
+// The numbers of a vector, ones where there is none.
+template <class S, class T = Accumulate<S>, int kCount = Vector<S>::width>
+__device__ void read_or_ones(const S* from, int64_t i, T (&numbers)[kCount]) {
+  if constexpr (sizeof(S) == 2) {
+    Vector<S> ones;
+#pragma unroll
+    for (S& one : ones.values) one = one_of<S>();
+    auto kept = bit_cast<Kept<S>>(ones);
+    if (from) kept = load_bits<Kept<S>>(from + i);
+    unpack(bit_cast<Vector<S>>(kept), numbers);
+  } else {
+    Vector<S> vector;
+    if (from) vector = load_vector(from + i);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) numbers[k] = from ? load(vector.values[k]) : T(1);
+  }
+}
+
 // After how many elements factors of the loss repeat; 0: they do not.
 struct Periods {
   uint32_t weight, pos_weight;
@@ -40,11 +62,8 @@ struct Factors {
   uint32_t period;
 
   // Whole vectors where it repeats, of which none goes beyond the period.
-  __device__ void read(int64_t first, Vector<S>& vector) const {
-    if (data) vector = load_vector(data + place(first));
-  }
-  __device__ Accumulate<S> number(const Vector<S>& vector, int k) const {
-    return data ? load(vector.values[k]) : Accumulate<S>(1);
+  __device__ void read(int64_t first, Accumulate<S> (&numbers)[Vector<S>::width]) const {
+    read_or_ones(data, place(first), numbers);
   }
   __device__ Accumulate<S> operator[](int64_t i) const { return data ? load(data[place(i)]) : Accumulate<S>(1); }
 
@@ -70,31 +89,30 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
   Sums<1> sums;  // double across a thread's vectors, T within: 256M float losses keep their digits
 
   for (int64_t first = thread; first < run.vectors; first += unroll * threads) {
-    Vector<S> x[unroll], t[unroll];
+    Kept<S> inputs[unroll], targets[unroll];
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
-      x[u] = load_vector(input + run.vector(v));
-      t[u] = load_vector(target + run.vector(v));
+      inputs[u] = load_bits<Kept<S>>(input + run.vector(v));
+      targets[u] = load_bits<Kept<S>>(target + run.vector(v));
     }
     T sum = 0;
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
       const int64_t v = first + u * threads;
       if (v >= run.vectors) break;
-      Vector<S> weight, pos_weight, upstream, output;
-      weights.read(run.vector(v), weight);
-      if constexpr (takes_pos_weight<Loss>) pos_weights.read(run.vector(v), pos_weight);
-      if (upstreams) upstream = load_vector(upstreams + run.vector(v));
+      T x[width], t[width], w[width], p[width] = {}, g[width] = {}, made[width];
+      weights.read(run.vector(v), w);
+      if constexpr (takes_pos_weight<Loss>) pos_weights.read(run.vector(v), p);
+      if constexpr (pass.kTakesUpstream) read_or_ones(upstreams, run.vector(v), g);
+      unpack(bit_cast<Vector<S>>(inputs[u]), x);
+      unpack(bit_cast<Vector<S>>(targets[u]), t);
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        T p = 1;
-        if constexpr (takes_pos_weight<Loss>) p = pos_weights.number(pos_weight, k);
-        const T w = weights.number(weight, k), g = upstreams ? load(upstream.values[k]) : T(1);
-        output.values[k] = store<S>(pass(load(x[u].values[k]), load(t[u].values[k]), p, w, g, sum));
+        made[k] = pass(x[k], t[k], p[k], w[k], pass.kTakesUpstream ? g[k] : T(1), sum);
       }
-      if constexpr (pass.kStores) store_vector(outputs + run.vector(v), output);
+      if constexpr (pass.kStores) store_vector(outputs + run.vector(v), pack<S>(made));
     }
     sums.values[0] += double(sum);
   }
