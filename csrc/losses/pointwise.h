@@ -42,18 +42,27 @@ struct L1 : OfDifference<T> {
 // torch.nn.functional.smooth_l1_loss: quadratic within beta, with a slope of 1 outside; with a beta of 0 it is the L1.
 template <class T>
 struct SmoothL1 : OfDifference<T> {
-  T beta;
+  // Two products take the place of a division by beta. The first one is by a power of two, so that the second one's
+  // factor is a normal number for every beta that T has.
+  T beta, scale, inverse;
 
   static constexpr Range params[] = {{0}};
-  explicit FUSEDLOSS_HD SmoothL1(const double* params) : beta(T(params[0])) {}
+  explicit FUSEDLOSS_HD SmoothL1(const double* params)
+      : beta(T(params[0])),
+        scale(beta < T(0x1p-100)  ? T(0x1p60)
+              : beta > T(0x1p100) ? T(0x1p-60)
+                                  : T(1)),
+        inverse(T(1 / (double(beta) * double(scale)))) {}
+
+  FUSEDLOSS_HD T in_betas(T z) const { return z * scale * inverse; }
 
   FUSEDLOSS_HD T value(T x, T t) const {
-    const T z = abs(x - t);
-    return select(z < beta, T(0.5) * z * z / beta, z - T(0.5) * beta);
+    const T z = x - t;
+    return select(abs(z) < beta, T(0.5) * z * in_betas(z), abs(z) - T(0.5) * beta);
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
     const T z = x - t;
-    const T above = select(z <= -beta, T(-1), z / beta);
+    const T above = select(z <= -beta, T(-1), in_betas(z));
     return select(z >= beta, T(z > 0), above);
   }
 };

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from choices import Choices, one_draw
-from compare import places
+from compare import EPSILON, places
 from hypothesis import given
 from layouts import laid_out
 from losses import DTYPES, HALVES, NATIVE, REDUCTIONS
@@ -516,3 +516,14 @@ def test_smooth_l1_of_a_tiny_beta_is_torchs(dtype, beta):
         value = function(x, torch.zeros_like(x), reduction="none", beta=beta)
         results.append((value.detach(), torch.autograd.grad(value.sum(), x)[0]))
     torch.testing.assert_close(results[0], results[1])
+
+
+@needs_extension
+@pytest.mark.parametrize("beta", [1e-44, 1e-40, 1e-30, 0.7, 1e30, 3e38])
+def test_smooth_l1_is_as_exact_for_every_beta(beta):
+    """It multiplies by the inverse, which of the smallest and largest numbers is beyond the normal ones."""
+    of_kernels = torch.tensor(beta)
+    x = (of_kernels * torch.tensor([0, 0.25, -0.5, 0.75, -0.99, 1, -1, 2, -4])).requires_grad_()
+    (grad,) = torch.autograd.grad(L.smooth_l1_loss(x, torch.zeros(9), reduction="sum", beta=beta), x)
+    exact = (x.detach().double() / of_kernels.double()).clamp(-1, 1)
+    assert (grad.double() - exact).abs().max() <= 3 * EPSILON[torch.float32]

@@ -47,8 +47,8 @@ MUTANTS = {
         "l1 slope": ("losses/pointwise.h", "T(x > t) - T(x < t)", "T(x > t)"),
     },
     "smooth_l1": {
-        "smooth l1 value": ("losses/pointwise.h", "z - T(0.5) * beta", "z"),
-        "smooth l1 slope": ("losses/pointwise.h", "select(z <= -beta, T(-1), z / beta)", "z / beta"),
+        "smooth l1 value": ("losses/pointwise.h", "abs(z) - T(0.5) * beta", "abs(z)"),
+        "smooth l1 slope": ("losses/pointwise.h", "select(z <= -beta, T(-1), in_betas(z))", "in_betas(z)"),
     },
     "binary_cross_entropy": {
         "bce value": ("losses/pointwise.h", "(t - T(1)) * of_zero - t * of_one", "-t * of_one"),
