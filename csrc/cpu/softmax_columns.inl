@@ -200,19 +200,22 @@ struct Columns {
 
   // Moves the targets' logits from the block to the tile, and leaves -infinity.
   void take_targets(Tile<T>& tile, int64_t first, int64_t columns) {
-    for (int64_t c = 0; c < columns && columns <= kFewColumns; ++c) {
-      T* values = z + c * kTile;
-      for (int64_t j = 0; j < tile.padded; ++j) {
-        const bool taken = tile.y[j] == Int(first + c);
-        tile.logit[j] = select(taken, values[j], tile.logit[j]);
-        values[j] = select(taken, -infinity<T>(), values[j]);
+    if (columns <= kFewColumns) {
+      for (int64_t c = 0; c < columns; ++c) {
+        T* values = z + c * kTile;
+        for (int64_t j = 0; j < tile.padded; ++j) {
+          const bool taken = tile.y[j] == Int(first + c);
+          tile.logit[j] = select(taken, values[j], tile.logit[j]);
+          values[j] = select(taken, -infinity<T>(), values[j]);
+        }
       }
-    }
-    for (int64_t j = 0; j < tile.count && columns > kFewColumns; ++j) {
-      const int64_t place = tile.y[j] - first;
-      if (place < 0 || place >= columns) continue;
-      tile.logit[j] = z[place * kTile + j];
-      z[place * kTile + j] = -infinity<T>();
+    } else {
+      for (int64_t j = 0; j < tile.count; ++j) {
+        const int64_t place = tile.y[j] - first;
+        if (place < 0 || place >= columns) continue;
+        tile.logit[j] = z[place * kTile + j];
+        z[place * kTile + j] = -infinity<T>();
+      }
     }
   }
 
@@ -351,19 +354,24 @@ struct Columns {
   template <class V>
   void write_targets(const Tile<T>& tile, const Gradients<T>& gradients, int64_t first, int64_t columns, V* to,
                      int64_t to_stride) {
-    const bool few = std::is_same_v<V, T> && columns <= kFewColumns;
-    for (int64_t c = 0; c < columns && few && !Loss::soft; ++c) {
-      V* column = to + c * to_stride;
+    if constexpr (!Loss::soft) {
+      if (std::is_same_v<V, T> && columns <= kFewColumns) {
+        for (int64_t c = 0; c < columns; ++c) {
+          V* column = to + c * to_stride;
 #pragma GCC ivdep
-      for (int64_t j = 0; j < tile.count; ++j) {
-        column[j] = tile.y[j] == Int(first + c) ? store<V>(gradients.own[j]) : column[j];
+          for (int64_t j = 0; j < tile.count; ++j) {
+            column[j] = tile.y[j] == Int(first + c) ? store<V>(gradients.own[j]) : column[j];
+          }
+        }
+      } else {
+        for (int64_t j = 0; j < tile.count; ++j) {
+          const int64_t place = tile.y[j] - first;
+          if (place >= 0 && place < columns) to[place * to_stride + j] = store<V>(gradients.own[j]);
+        }
       }
     }
-    for (int64_t j = 0; j < tile.count && !few && !Loss::soft; ++j) {
-      const int64_t place = tile.y[j] - first;
-      if (place >= 0 && place < columns) to[place * to_stride + j] = store<V>(gradients.own[j]);
-    }
-    for (int64_t j = 0; j < tile.count && !tile.all_active; ++j) {
+    if (tile.all_active) return;
+    for (int64_t j = 0; j < tile.count; ++j) {
       if (tile.active(j)) continue;
       for (int64_t c = 0; c < columns; ++c) to[c * to_stride + j] = store<V>(T(0));
     }
