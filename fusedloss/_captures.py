@@ -62,7 +62,7 @@ def pointwise(
         return why
     if ignore_index is not None and (why := _integer(ignore_index)):
         return why
-    takes_integers = ignore_index is not None or traits.result == "promoted"
+    takes_integers = ignore_index is not None or traits.takes_integers
     if target.device != input.device:
         return DIFFERENT_DEVICES
     if input.dtype not in _DTYPES or not (target.dtype in _DTYPES or (takes_integers and target.dtype in _INTEGERS)):
@@ -84,7 +84,7 @@ def pointwise(
             return "a target that requires a gradient"
         sizes = input.shape
         if not same_shape(input.shape, target.shape):
-            if not (traits.of_difference and broadcasts_with(input.shape, target.shape)):
+            if not (traits.broadcasts and broadcasts_with(input.shape, target.shape)):
                 return "an input and a target whose shapes do not fit"
             sizes = torch.broadcast_shapes(input.shape, target.shape)
     for factor in (weight, pos_weight):

@@ -17,7 +17,7 @@ def nothing(*arguments: Any, **options: Any) -> None:
     return None
 
 
-def pointwise(result: str) -> Fakes:
+def pointwise(traits: Any) -> Fakes:
     """Losses lie in memory as torch's: in the order of the input and the target, or of one alone."""
 
     def forward(
@@ -27,9 +27,11 @@ def pointwise(result: str) -> Fakes:
         dtype = torch.float32 if wide else input.dtype
         if reduction:
             return input.new_empty((), dtype=dtype)
-        if result == "same" or ignore_index is not None:
+        if traits.result == "same" or ignore_index is not None:
             return torch.empty_like(input, dtype=dtype)
-        return torch.empty_like(-target if result == "of target" else input + target, dtype=dtype)
+        if traits.result == "of target":
+            return torch.empty_like(-target, dtype=dtype)
+        return torch.empty_like(target + input if traits.target_first else input + target, dtype=dtype)
 
     def with_grad(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],

@@ -34,6 +34,23 @@ constexpr bool takes_class_indices = false;
 template <class Functor>
 constexpr bool takes_class_indices<Functor, std::enable_if_t<Functor::takes_class_indices>> = true;
 
+// What a functor says of its operands if it is not as most are: whether shapes broadcast, whether the target may hold
+// integers, and whether the losses lie in memory as the target does, rather than as the input.
+template <class Functor, class = void>
+constexpr bool broadcasts = Functor::of_difference;
+template <class Functor>
+constexpr bool broadcasts<Functor, std::enable_if_t<Functor::broadcasts>> = true;
+
+template <class Functor, class = void>
+constexpr bool takes_integers = Functor::result == ResultDType::Promoted;
+template <class Functor>
+constexpr bool takes_integers<Functor, std::void_t<decltype(Functor::takes_integers)>> = Functor::takes_integers;
+
+template <class Functor, class = void>
+constexpr bool target_first = Functor::result == ResultDType::OfTarget;
+template <class Functor>
+constexpr bool target_first<Functor, std::enable_if_t<Functor::target_first>> = true;
+
 // Where the parameters may lie; a functor without them declares none.
 template <class Functor, class = void>
 struct Params {
@@ -54,7 +71,8 @@ constexpr bool takes_pos_weight<Functor, std::enable_if_t<Functor::takes_pos_wei
 template <class Functor>
 constexpr PointwiseTraits pointwise_traits() {
   return {Functor::of_difference,    has_target_slope<Functor>,    has_positive_weight<Functor>,
-          of_probabilities<Functor>, takes_class_indices<Functor>, Functor::result,
+          of_probabilities<Functor>, takes_class_indices<Functor>, broadcasts<Functor>,
+          takes_integers<Functor>,   target_first<Functor>,        Functor::result,
           Params<Functor>::ranges,   Params<Functor>::count};
 }
 

@@ -52,6 +52,7 @@ enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad, TargetGrad, CheckDom
 // What holds for a loss whatever its parameters.
 struct PointwiseTraits {
   bool of_difference, has_target_slope, has_positive_weight, of_probabilities, takes_class_indices;
+  bool broadcasts, takes_integers, target_first;
   ResultDType result;
   const Range* params;
   int param_count;

@@ -68,11 +68,12 @@ BoundLoss bind(PointwiseLoss& loss) {
   bound.number = loss.number;
   bound.run = function("run", run);
   bound.explain = function("explain", explain);
-  bound.traits =
-      namespace_of("of_difference"_a = of.of_difference, "has_target_slope"_a = of.has_target_slope,
-                   "has_positive_weight"_a = of.has_positive_weight, "on_cuda"_a = loss.cuda != nullptr,
-                   "of_probabilities"_a = of.of_probabilities, "takes_class_indices"_a = of.takes_class_indices,
-                   "result"_a = results[int(of.result)], "params"_a = ranges(of.params, of.param_count));
+  bound.traits = namespace_of("of_difference"_a = of.of_difference, "has_target_slope"_a = of.has_target_slope,
+                              "has_positive_weight"_a = of.has_positive_weight, "on_cuda"_a = loss.cuda != nullptr,
+                              "of_probabilities"_a = of.of_probabilities,
+                              "takes_class_indices"_a = of.takes_class_indices, "broadcasts"_a = of.broadcasts,
+                              "takes_integers"_a = of.takes_integers, "target_first"_a = of.target_first,
+                              "result"_a = results[int(of.result)], "params"_a = ranges(of.params, of.param_count));
   bound.set_native = [&loss](PyObject* formula) {
     loss.formula = [formula](const Tensor& input, const Tensor& target, const PointwiseCall& call) {
       py::gil_scoped_acquire gil;

@@ -136,7 +136,7 @@ const char* declines_factor(const Tensor& factor, const Tensor& input, at::IntAr
 const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
                      bool autocast, bool& wide, bool takes_empty) {
   const PointwiseTraits& traits = loss.traits;
-  const bool takes_integers = call.ignore_index || traits.result == ResultDType::Promoted;
+  const bool takes_integers = call.ignore_index || traits.takes_integers;
   if (target.device() != input.device()) return "tensors on different devices";
   if (!kernel_dtype(input.scalar_type()) ||
       !(kernel_dtype(target.scalar_type()) || (takes_integers && at::isIntegralType(target.scalar_type(), false))))
@@ -155,7 +155,7 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
     if (target.requires_grad() && !traits.of_difference && !traits.has_target_slope)
       return "a target that requires a gradient";
     if (sizes != target.sizes()) {
-      if (!traits.of_difference || !at::are_expandable(sizes, target.sizes()))
+      if (!traits.broadcasts || !at::are_expandable(sizes, target.sizes()))
         return "an input and a target whose shapes do not fit";
       broadcast = at::infer_size_dimvector(sizes, target.sizes());
       sizes = broadcast;
@@ -235,8 +235,9 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
 Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const {
   const at::ScalarType dtype = result_dtype(wide);
   if (ignore_index) return empty_in_order_of(input, dtype);
-  const bool by_target = loss.traits.result == ResultDType::OfTarget;
-  Tensor first = by_target ? target : input, second = by_target ? input : target;
+  const bool by_target = loss.traits.result == ResultDType::OfTarget;  // alone
+  Tensor first = input, second = target;
+  if (loss.traits.target_first) std::swap(first, second);
   if (loss.traits.result == ResultDType::Same || same_dense_order(first, second))
     return empty_in_order_of(first, dtype);
   if (input.is_cpu() && first.scalar_type() != second.scalar_type()) {
