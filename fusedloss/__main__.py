@@ -21,6 +21,8 @@ def sample(loss: Loss, class_indices: bool) -> tuple[Tensor, Tensor]:
     input = 4 * torch.randn(257, 33, dtype=torch.float64)
     if loss.of_probabilities:
         input = (input / 4).sigmoid()
+    if loss.positive:
+        input = input.abs() + 0.1
     if loss.family == "pointwise" and not class_indices:
         return input, torch.rand(257, 33, dtype=torch.float64).round()
     if loss.soft:

@@ -49,6 +49,7 @@ class Loss(NamedTuple):
     soft: bool = False  # targets are class probabilities
     of_probabilities: bool = False  # inputs are
     class_indices: bool = False  # targets may be class indices, beside an ignore_index
+    positive: bool = False  # inputs are
 
 
 LOSSES: dict[str, Loss] = {}
@@ -58,14 +59,19 @@ if extension is not None:
 
 
 def pointwise(
-    name: str, left: str = "", of_probabilities: bool = False, class_indices: bool = False, listed: bool = True
+    name: str,
+    left: str = "",
+    of_probabilities: bool = False,
+    class_indices: bool = False,
+    positive: bool = False,
+    listed: bool = True,
 ) -> Callable[[Formula], Formula]:
     """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name.
 
     A formula that takes ``pos_weight`` too has a factor of its positive term. ``left``: when it is
     :func:`left to a compiler <fusedloss._captures.left_to_compiler>`. ``of_probabilities``: inputs and targets lie in
     [0, 1]. ``class_indices``: beside an ``ignore_index`` the routed loss takes class indices for targets.
-    ``listed``: the loss is one of :data:`LOSSES`.
+    ``positive``: inputs are. ``listed``: the loss is one of :data:`LOSSES`.
     """
 
     def route(formula: Formula) -> Formula:
@@ -73,9 +79,7 @@ def pointwise(
         routed = _unfused(native) if extension is None else _fused(name, native, left, _POINTWISE)
         if listed:
             params = _defaults(formula)
-            LOSSES[name] = Loss(
-                "pointwise", routed, native, params, of_probabilities=of_probabilities, class_indices=class_indices
-            )
+            LOSSES[name] = Loss("pointwise", routed, native, params, False, of_probabilities, class_indices, positive)
         return routed
 
     return route
@@ -300,7 +304,7 @@ def _capture_softmax(op: Any, known: Any, left: str) -> Callable[..., Any]:
 
 _POINTWISE = _Family(
     _capture_pointwise,
-    lambda known: _fake.pointwise(known.traits.result),
+    lambda known: _fake.pointwise(known.traits),
     lambda formula, known: _decomposed.pointwise(formula),
 )
 _SOFTMAX = _Family(

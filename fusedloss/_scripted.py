@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _torchs
 from ._dtypes import in_float
@@ -135,3 +135,10 @@ def let_script(function: Callable[..., Any]) -> None:
     native = _OWN.get(name) or getattr(_torchs, name, None)
     if native is not None:  # otherwise TorchScript says what it cannot compile
         function.__prepare_scriptable__ = lambda: native  # type: ignore[attr-defined]
+
+
+def as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
+    """The module with torch's class in place of ours, because TorchScript cannot compile calls of the extension."""
+    native = native_class.__new__(native_class)
+    native.__dict__.update(module.__dict__)
+    return native

@@ -7,16 +7,30 @@ from .losses.cross_entropy import *  # noqa: F403
 from .losses.cross_entropy import __all__ as _cross_entropy
 from .losses.difference import *  # noqa: F403
 from .losses.difference import __all__ as _difference
+from .losses.divergence import *  # noqa: F403
+from .losses.divergence import __all__ as _divergence
 from .losses.focal import *  # noqa: F403
 from .losses.focal import __all__ as _focal
 from .losses.log_probs import *  # noqa: F403
 from .losses.log_probs import __all__ as _log_probs
+from .losses.margin import *  # noqa: F403
+from .losses.margin import __all__ as _margin
 from .losses.nll import *  # noqa: F403
 from .losses.nll import __all__ as _nll
 from .losses.sigmoid_focal import *  # noqa: F403
 from .losses.sigmoid_focal import __all__ as _sigmoid_focal
 
-__all__ = [*_binary, *_cross_entropy, *_difference, *_focal, *_log_probs, *_nll, *_sigmoid_focal]
+__all__ = [
+    *_binary,
+    *_cross_entropy,
+    *_difference,
+    *_divergence,
+    *_focal,
+    *_log_probs,
+    *_margin,
+    *_nll,
+    *_sigmoid_focal,
+]
 
 for _name in __all__:
     _scripted.let_script(globals()[_name])

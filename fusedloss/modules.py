@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import deprecated  # torch depends on it
 
 from . import functional
+from ._divergence_modules import KLDivLoss, PoissonNLLLoss
+from ._margin_modules import HingeEmbeddingLoss, MultiLabelSoftMarginLoss, SoftMarginLoss
+from ._scripted import as_native as _as_native
 from .losses._ignored import IgnoreIndex
 from .losses._numbers import NUMBERS, checked, factors_of_classes
 
@@ -280,13 +283,6 @@ def _check_one_index(module: nn.Module) -> None:
         )
 
 
-def _as_native(module: nn.Module, native_class: type[nn.Module]) -> nn.Module:
-    """The module with torch's class in place of ours, because TorchScript cannot compile calls of the extension."""
-    native = native_class.__new__(native_class)
-    native.__dict__.update(module.__dict__)
-    return native
-
-
 def _with_floats(module: nn.Module, *attributes: str) -> nn.Module:
     """A copy for TorchScript, which takes no int for a float."""
     copied = type(module).__new__(type(module))
@@ -421,11 +417,16 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "FocalLoss",
+    "HingeEmbeddingLoss",
     "HuberLoss",
+    "KLDivLoss",
     "L1Loss",
     "MSELoss",
+    "MultiLabelSoftMarginLoss",
     "NLLLoss",
     "NLLLoss2d",
+    "PoissonNLLLoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
+    "SoftMarginLoss",
 ]

@@ -1,18 +1,16 @@
 // The pointwise losses: value(x, t) and grad(x, t) = d value / d x per element, grad_target(x, t) = d value / d t.
 //
+// Those of margins and of distributions stand in margin.h and divergence.h.
+//
 // A functor takes its parameters in the order of the Python function and holds them in the arithmetic type T. To add a
 // loss, write its functor and its line in the list; ops, autograd, bindings, tests and benchmarks expand from the list.
 #pragma once
 
+#include "divergence.h"
+#include "margin.h"
 #include "math.h"
 #include "range.h"
-
-namespace fusedloss {
-
-// The dtype of the result where the operands' dtypes differ, as in torch.
-enum class ResultDType { Promoted, OfInput, OfTarget, Same };
-
-}  // namespace fusedloss
+#include "result_dtype.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
@@ -243,4 +241,10 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
   X(huber, Huber)                                                   \
   X(binary_cross_entropy, BinaryCrossEntropy)                       \
   X(binary_cross_entropy_with_logits, BinaryCrossEntropyWithLogits) \
-  X(sigmoid_focal, SigmoidFocal)
+  X(sigmoid_focal, SigmoidFocal)                                    \
+  X(hinge_embedding, HingeEmbedding)                                \
+  X(soft_margin, SoftMargin)                                        \
+  X(kl_div, KlDiv)                                                  \
+  X(kl_div_log_target, KlDivLogTarget)                              \
+  X(poisson_nll, PoissonNll)                                        \
+  X(poisson_nll_rate, PoissonNllRate)

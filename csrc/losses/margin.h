@@ -1,0 +1,45 @@
+// Losses of a label, 1 or -1, and of how far the input lies on its side.
+#pragma once
+
+#include "math.h"
+#include "range.h"
+#include "result_dtype.h"
+
+namespace fusedloss::FUSEDLOSS_ISA {
+
+// torch.nn.functional.hinge_embedding_loss: x for a label of 1, max(0, margin - x) for one of -1, and, as in torch, the
+// sum of both for any other. At the margin itself the slope is -1, that of torch's clamp_min.
+template <class T>
+struct HingeEmbedding {
+  static constexpr bool of_difference = false, broadcasts = true, takes_integers = true, target_first = true;
+  static constexpr ResultDType result = ResultDType::OfInput;
+  T margin;
+
+  static constexpr Range params[] = {{-kInfinity}};
+  explicit FUSEDLOSS_HD HingeEmbedding(const double* params) : margin(T(params[0])) {}
+
+  FUSEDLOSS_HD T value(T x, T t) const {
+    const T missing = margin - x;
+    return select(t != T(1), select(missing < T(0), T(0), missing), T(0)) + select(t != T(-1), x, T(0));
+  }
+  FUSEDLOSS_HD T grad(T x, T t) const {
+    const bool within = bool(int(t != T(1)) & int(margin - x >= T(0)));
+    return T(t != T(-1)) - T(within);
+  }
+};
+
+// torch.nn.functional.soft_margin_loss, log(1 + e^(-t x)).
+template <class T>
+struct SoftMargin {
+  static constexpr bool of_difference = false, takes_integers = true;
+  static constexpr ResultDType result = ResultDType::OfInput;
+  explicit FUSEDLOSS_HD SoftMargin(const double*) {}
+
+  FUSEDLOSS_HD T value(T x, T t) const {
+    const T z = x * t;
+    return select(z < T(0), -z, T(0)) + sigmoid(z).softplus;
+  }
+  FUSEDLOSS_HD T grad(T x, T t) const { return -t * sigmoid(x * t).q; }
+};
+
+}  // namespace fusedloss::FUSEDLOSS_ISA
