@@ -117,6 +117,9 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
             return "probabilities under autocast, which torch refuses"
         return torch.float32
     if traits.result == "promoted":
+        gives_way = not traits.of_difference and (not input.dim()) != (not target.dim())
+        if gives_way and input.dtype != target.dtype and target.dtype.is_floating_point:
+            return DIFFERENT_DTYPES
         for other in (target.dtype, of_weight):
             if other != result:  # torch.export would write the call into the graph
                 result = torch.promote_types(result, other)

@@ -50,10 +50,13 @@ class Loss:
             input = -input.abs()  # log-probabilities
         if self.of_probabilities:
             input = input.sigmoid()
+        if self.op == "poisson_nll_rate":
+            input = input.abs() + 0.1
         input = input.to(dtype).to(device)
         if self.family == "pointwise":
             target = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-            return input, (target.round() if seed % 2 else target).to(dtype).to(device)
+            target = target.round() if seed % 2 else target
+            return input, _TARGETS.get(self.op, lambda t: t)(target).to(dtype).to(device)
         classes = shape[1] if len(shape) > 1 else shape[0]
         rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
         if self.soft:
@@ -63,6 +66,17 @@ class Loss:
         if index.numel() > 1:
             index.view(-1)[1::8] = -100
         return input, index.to(device)
+
+
+# From numbers between 0 and 1, what else a pointwise loss takes: labels of 1 and -1, positive numbers, counts.
+_TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "hinge_embedding": lambda t: 2 * t.round() - 1,
+    "soft_margin": lambda t: 2 * t.round() - 1,
+    "kl_div": lambda t: t / 2 + 0.25,
+    "kl_div_log_target": lambda t: -3 * t,
+    "poisson_nll": lambda t: 5 * t + 0.25,
+    "poisson_nll_rate": lambda t: 5 * t + 0.25,
+}
 
 
 def _focal(gamma: float, alpha: float | None = None) -> Loss:
@@ -99,6 +113,39 @@ def _huber(delta: float) -> Loss:
     )
 
 
+def _hinge_embedding(margin: float) -> Loss:
+    return Loss(
+        f"hinge_embedding margin={margin}",
+        "pointwise",
+        lambda x, t, r: L.hinge_embedding_loss(x, t, margin, reduction=r),
+        lambda x, t, r: NATIVE["hinge_embedding"](x, t, None, r, margin),
+        "hinge_embedding",
+        (margin,),
+    )
+
+
+def _poisson_nll(full: bool) -> Loss:
+    return Loss(
+        f"poisson_nll full={full}",
+        "pointwise",
+        lambda x, t, r: L.poisson_nll_loss(x, t, full=full, reduction=r),
+        lambda x, t, r: NATIVE["poisson_nll"](x, t, None, r, float(full)),
+        "poisson_nll",
+        (float(full),),
+    )
+
+
+def _poisson_nll_rate(full: bool, eps: float) -> Loss:
+    return Loss(
+        f"poisson_nll_rate full={full} eps={eps}",
+        "pointwise",
+        lambda x, t, r: L.poisson_nll_loss(x, t, False, full, eps=eps, reduction=r),
+        lambda x, t, r: NATIVE["poisson_nll_rate"](x, t, None, r, eps, float(full)),
+        "poisson_nll_rate",
+        (eps, float(full)),
+    )
+
+
 def _softmax(op: str, *params: float) -> Loss:
     name = f"{op} {', '.join(map(str, params))}".strip()
     return _declared(name, op, params)
@@ -129,6 +176,12 @@ LOSSES = [
     _sigmoid_focal(0.5),
     _sigmoid_focal(2.0),
     _sigmoid_focal(3.0, alpha=0.7),
+    _hinge_embedding(0.7),
+    _poisson_nll(False),
+    _poisson_nll(True),
+    _poisson_nll_rate(False, 1e-8),
+    _poisson_nll_rate(True, 1e-3),
+    _declared("kl_div_log_target", "kl_div_log_target", ()),
     _softmax("soft_cross_entropy", 0.0, 0.0, 0.0),
     _softmax("nll"),
     _softmax("log_probs", 0.7, 0.0),
@@ -142,6 +195,8 @@ _MAIN = [
     "focal gamma=2.0 alpha=0.25",
     "huber delta=1.0",
     "sigmoid_focal gamma=2.0 alpha=0.25",
+    "hinge_embedding margin=0.7",
+    "poisson_nll full=True",
     "soft_cross_entropy 0.0, 0.0, 0.0",
     "nll",
     "log_probs 0.7, 0.0",

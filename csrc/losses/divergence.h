@@ -36,11 +36,11 @@ struct Stirling {
   template <class T>
   static FUSEDLOSS_HD T of(T t) {
     const T log_t = functions::log(t), half_log_two_pi = T(0.91893853320467274178);
-    return select(t > T(1), t * (log_t - T(1)) + (T(0.5) * log_t + half_log_two_pi), T(0));
+    return select(t <= T(1), T(0), t * (log_t - T(1)) + (T(0.5) * log_t + half_log_two_pi));
   }
   template <class T>
   static FUSEDLOSS_HD T slope(T t) {
-    return select(t > T(1), functions::log(t) + T(0.5) / t, T(0));
+    return select(t <= T(1), T(0), functions::log(t) + T(0.5) / t);
   }
 };
 struct NoConstant {

@@ -19,12 +19,12 @@ struct HingeEmbedding {
   explicit FUSEDLOSS_HD HingeEmbedding(const double* params) : margin(T(params[0])) {}
 
   FUSEDLOSS_HD T value(T x, T t) const {
-    const T missing = margin - x;
-    return select(t != T(1), select(missing < T(0), T(0), missing), T(0)) + select(t != T(-1), x, T(0));
+    const T missing = margin - x, of_minus_one = select(missing < T(0), T(0), missing);
+    return select(t == T(1), T(0), of_minus_one) + select(t == T(-1), T(0), x);
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
-    const bool within = bool(int(t != T(1)) & int(margin - x >= T(0)));
-    return T(t != T(-1)) - T(within);
+    const T of_minus_one = select(margin - x >= T(0), T(1), T(0));
+    return select(t == T(-1), T(0), T(1)) - select(t == T(1), T(0), of_minus_one);
   }
 };
 

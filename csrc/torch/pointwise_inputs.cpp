@@ -98,6 +98,10 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
       return "probabilities under autocast, which torch refuses";
     result = at::kFloat;
   } else if (rule == ResultDType::Promoted) {
+    // torch broadcasts a difference first; elsewhere an operand without dimensions gives way to one that has some.
+    if (!loss.traits.of_difference && type != of_target && target.is_floating_point() &&
+        (input.dim() == 0) != (target.dim() == 0))
+      return kDifferentDtypes;
     result = c10::promoteTypes(type, of_target);
     if (call.weight && !gives_way) result = c10::promoteTypes(result, of_weight);
   } else if (rule == ResultDType::OfTarget) {

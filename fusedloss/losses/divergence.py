@@ -14,6 +14,9 @@ from ._elementwise import reduced
 __all__ = ["kl_div", "poisson_nll_loss"]
 
 
+_NO_BOOL = "a choice that is no bool"  # which torch refuses
+
+
 # Below torch's function, which would warn of a mean a second time.
 def _divergence(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, log_target: bool) -> Tensor:
     if weight is not None:
@@ -75,7 +78,11 @@ def kl_div(
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
             stacklevel=2,
         )
-    loss = (_kl_div_log_target if log_target else _kl_div)(input, target, None, kind)
+    if not isinstance(log_target, bool):
+        _route.tell_native(_NO_BOOL)
+        loss = _divergence(input, target, None, kind, log_target)
+    else:
+        loss = (_kl_div_log_target if log_target else _kl_div)(input, target, None, kind)
     return loss / input.size()[0] if reduction == "batchmean" and input.dim() != 0 else loss
 
 
@@ -140,7 +147,9 @@ def poisson_nll_loss(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if reduction not in _route.REDUCTIONS:
         raise ValueError(reduction + " is not a valid value for reduction")
-    constant = 1.0 if full else 0.0
+    if not (isinstance(log_input, bool) and isinstance(full, bool)):
+        _route.tell_native(_NO_BOOL)
+        return _likelihood(input, target, None, reduction, log_input, full, eps)
     if log_input:
-        return _poisson_nll(input, target, None, reduction, constant)
-    return _poisson_nll_rate(input, target, None, reduction, eps, constant)
+        return _poisson_nll(input, target, None, reduction, float(full))
+    return _poisson_nll_rate(input, target, None, reduction, eps, float(full))

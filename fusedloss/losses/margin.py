@@ -1,5 +1,6 @@
 """Losses of labels and margins: hinge embedding, soft margin, and soft margin of several labels."""
 
+import math
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def hinge_embedding_loss(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if isinstance(target, Tensor) and target.dtype == torch.uint8:
+        target = target.to(torch.int8)  # torch takes 255 for -1
     return _hinge_embedding(input, target, None, reduction, margin)
 
 
@@ -120,6 +123,8 @@ def _why_not_binary(input: Any, target: Any, weight: Any, reduction: str) -> str
         return "an input and a target whose shapes do not fit"
     if weight is not None and not (weight.is_floating_point() and _route.broadcasts_to(weight.shape, input.shape)):
         return "a weight that does not fit the input"
+    if weight is not None and weight.requires_grad:  # to which a binary cross-entropy has none
+        return "a weight that requires a gradient"
     if input.dtype in HALVES and widened(input):
         return "autocast"  # which widens some of torch's steps, on some devices
     return None
@@ -168,8 +173,7 @@ def multilabel_soft_margin_loss(
     if weight is not None and weight.dim():
         dtype = torch.promote_types(dtype, weight.dtype)
     target = target.to(dtype)
-    classes = input.shape[-1]
     if reduction == "none":
-        return _binary_cross_entropy_with_logits(input, target, weight, "none", pos_weight=None).sum(-1) / classes
+        return _binary_cross_entropy_with_logits(input, target, weight, "none", pos_weight=None).mean(-1)
     mean = _binary_cross_entropy_with_logits(input, target, weight, "mean", pos_weight=None)
-    return mean if reduction == "mean" else mean * (input.numel() // classes)  # the sum over all classes may overflow
+    return mean if reduction == "mean" else mean * math.prod(input.shape[:-1])

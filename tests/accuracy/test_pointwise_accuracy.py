@@ -29,6 +29,7 @@ pytestmark = [
     needs_extension,
     on_cpu_alone("its slack is that of the CPU's sums: test_values.py bounds a GPU's error"),
     pytest.mark.filterwarnings("ignore:Using a target size"),
+    pytest.mark.filterwarnings("ignore:reduction"),
 ]
 
 # What the error of a number may exceed that of torch's by, in rounding steps (half the distance of two numbers) of its
@@ -81,7 +82,7 @@ def recipe(loss: "Loss", choices: Choices) -> Recipe:
         dtype=of(DTYPES),
         target_dtype=of(loss.target_dtypes),
         layouts=(of(LAYOUTS), of(LAYOUTS)),
-        broadcast=of(["nothing", "nothing", "input", "target"]) if loss.of_difference else "nothing",
+        broadcast=of(["nothing", "nothing", "input", "target"]) if loss.of_difference or loss.broadcasts else "nothing",
         weight=of(loss.weights),
         weight_dtype=of(loss.weight_dtypes),
         pos_weight=of(loss.pos_weights),
@@ -91,7 +92,7 @@ def recipe(loss: "Loss", choices: Choices) -> Recipe:
         special=of(loss.specials),
         rate=of([0.01, 0.3, 1.0]),
         param=of(loss.params),
-        gamma=of([0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 5.5]),
+        gamma=of(loss.gammas),
         upstream=of(["random", "random", "expanded", "one", "a loss scale"]),
         target_grad=of([False, True]),
         seed=choices.between(0, 2**40),
@@ -143,9 +144,13 @@ class Loss:
     weight_dtypes: list[str]
     params: tuple[float, ...] = (1.0,)
     pos_weights: tuple[str, ...] = ("none",)
-    inputs: str = "numbers"  # or probabilities, or logits
+    inputs: str = "numbers"  # or positive ones, probabilities, or logits
     of_difference: bool = False
     mean_by_weight: bool = False
+    gammas: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 5.5)
+    broadcasts: bool = False  # beside losses of a difference
+    targets: Callable[[Tensor], Tensor] = lambda t: t  # from numbers between 0 and 1
+    target_grad: bool = True
 
 
 def exact_mse(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
@@ -211,6 +216,63 @@ def exact_focal(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]
         Number(factor * ce, factor * ce * power),
         Number(factor * slope, factor * power * (by_power.abs() + p * (1 - t) + q * t)),
         None,
+    )
+
+
+def exact_hinge(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]:
+    x, t = torch.broadcast_tensors(x, t)
+    within = call.param - x >= 0
+    of_minus_one, of_one = (t != 1) * (call.param - x).clamp_min(0), (t != -1) * x
+    size = (t != 1) * within * (abs(call.param) + x.abs()) + of_one.abs()
+    return Number(of_minus_one + of_one, size), signed((t != -1).double() - ((t != 1) & within).double()), None
+
+
+def exact_soft_margin(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]:
+    # The rounding of t x is one of the softplus relative to the slope, of which a confident score has as much.
+    z = t * x
+    value, slope, steps = softplus(-z), (-z).sigmoid(), 1 + z.abs()
+    return Number(value, torch.where(z > 0, value * steps, value)), Number(-t * slope, (t * slope).abs() * steps), None
+
+
+def exact_kl_div(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    x, t = torch.broadcast_tensors(x, t)
+    log_t = torch.where(t == 0, 0.0, t.log())
+    value = Number(t * (log_t - x), t * (log_t.abs() + x.abs()))
+    return value, signed(-t), Number(t.log() + 1 - x, t.log().abs() + 1 + x.abs())
+
+
+def exact_kl_div_log_target(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    x, t = torch.broadcast_tensors(x, t)
+    p = t.exp()
+    value = Number(p * (t - x), p * (t.abs() + x.abs()))
+    return value, signed(-p), Number(p * (t - x + 1), p * (t.abs() + x.abs() + 1))
+
+
+def stirling(t: Tensor, call: Call) -> tuple[Number, Number]:
+    above, log_t = (t > 1).double() * call.gamma, t.clamp_min(1).log()
+    value = above * (t * log_t - t + 0.5 * (2 * math.pi * t.clamp_min(1)).log())
+    return Number(value, above * (t * log_t + t + 1)), signed(above * (log_t + 0.5 / t.clamp_min(1)))
+
+
+def exact_poisson_nll(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    x, t = torch.broadcast_tensors(x, t)
+    rate, (constant, slope) = x.exp(), stirling(t, call)
+    return (
+        Number(rate - t * x + constant.exact, rate + (t * x).abs() + constant.size),
+        Number(rate - t, rate + t),
+        Number(slope.exact - x, slope.size + x.abs()),
+    )
+
+
+def exact_poisson_nll_rate(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    x, t = torch.broadcast_tensors(x, t)
+    shifted, (constant, slope) = x + call.param, stirling(t, call)
+    log_x = shifted.log()
+    # What rounds x + eps is one rounding more of the logarithm's argument.
+    return (
+        Number(x - t * log_x + constant.exact, x + t * (log_x.abs() + 1) + constant.size),
+        Number(1 - t / shifted, 1 + t / shifted),
+        Number(slope.exact - log_x, slope.size + log_x.abs() + 1),
     )
 
 
@@ -297,6 +359,79 @@ LOSSES = {
         MIXED,
         params=(0.25, 0.25, -1.0, 0.5, 0.7, 0.0, 1.0),
         inputs="logits",
+        target_grad=False,
+    ),
+    "hinge_embedding": Loss(
+        lambda x, t, c: L.hinge_embedding_loss(x, t, c.param, reduction=c.reduction),
+        lambda x, t, c: F.hinge_embedding_loss(x, t, c.param, reduction=c.reduction),
+        exact_hinge,
+        ["none", "none", "ties", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        params=(1.0, 0.5, 0.0, -0.5),
+        broadcasts=True,
+        targets=lambda t: 2 * (t > 0.5).double() - 1,
+        target_grad=False,
+    ),
+    "soft_margin": Loss(
+        lambda x, t, c: L.soft_margin_loss(x, t, reduction=c.reduction),
+        lambda x, t, c: F.soft_margin_loss(x, t, reduction=c.reduction),
+        exact_soft_margin,
+        ["none", "none", "confident", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        inputs="logits",
+        targets=lambda t: 2 * (t > 0.5).double() - 1,
+        target_grad=False,
+    ),
+    "kl_div": Loss(
+        lambda x, t, c: L.kl_div(x, t, reduction=c.reduction),
+        lambda x, t, c: F.kl_div(x, t, reduction=c.reduction),
+        exact_kl_div,
+        ["none", "none", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        broadcasts=True,
+    ),
+    "kl_div_log_target": Loss(
+        lambda x, t, c: L.kl_div(x, t, reduction=c.reduction, log_target=True),
+        lambda x, t, c: F.kl_div(x, t, reduction=c.reduction, log_target=True),
+        exact_kl_div_log_target,
+        ["none", "none", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        broadcasts=True,
+        targets=lambda t: -20 * t,
+    ),
+    "poisson_nll": Loss(
+        lambda x, t, c: L.poisson_nll_loss(x, t, full=c.gamma == 1, reduction=c.reduction),
+        lambda x, t, c: F.poisson_nll_loss(x, t, full=c.gamma == 1, reduction=c.reduction),
+        exact_poisson_nll,
+        ["none", "none", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        gammas=(0.0, 1.0),
+        broadcasts=True,
+        targets=lambda t: 20 * t,
+    ),
+    "poisson_nll_rate": Loss(
+        lambda x, t, c: L.poisson_nll_loss(x, t, False, c.gamma == 1, eps=c.param, reduction=c.reduction),
+        lambda x, t, c: F.poisson_nll_loss(x, t, False, c.gamma == 1, eps=c.param, reduction=c.reduction),
+        exact_poisson_nll_rate,
+        ["none", "none", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        params=(1e-8, 1e-3, 1.0),
+        gammas=(0.0, 1.0),
+        inputs="positive numbers",
+        broadcasts=True,
+        targets=lambda t: 20 * t,
     ),
 }
 
@@ -341,9 +476,10 @@ def cooked(loss: Loss, recipe: Recipe) -> Call:
     if recipe.broadcast != "nothing" and shape:
         smaller = tuple(1 if uniform(()) < 0.5 else size for size in shape)[int(uniform(()) < 0.3) :]
         of_input, of_target = (smaller, shape) if recipe.broadcast == "input" else (shape, smaller)
-    target_dtype = other_dtype(dtype, recipe.target_dtype)
+    gives_way = loss.broadcasts and (of_input == ()) != (of_target == ())  # natively, in torch's dtype
+    target_dtype = dtype if gives_way else other_dtype(dtype, recipe.target_dtype)
     x = recipe.scale * torch.randn(of_input, generator=generator, dtype=torch.float64)
-    x = x.sigmoid() if loss.inputs == "probabilities" else x
+    x = x.sigmoid() if loss.inputs == "probabilities" else x.abs() if loss.inputs == "positive numbers" else x
     if loss.of_difference:
         t = recipe.scale * torch.randn(of_target, generator=generator, dtype=torch.float64)
     elif recipe.target == "nearly certain":
@@ -351,6 +487,7 @@ def cooked(loss: Loss, recipe: Recipe) -> Call:
     else:
         t = uniform(of_target)
         t = t.round() if recipe.target == "certain" else t
+    t = loss.targets(t)
     x = made_special(x, dtype, recipe.special)
     if recipe.special == "equal":
         t = (x.to(dtype).to(target_dtype) if of_input == of_target else t * 0 + x.flatten()[0].to(dtype)).double()
@@ -437,7 +574,7 @@ def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: Tensor | f
 def run(loss: Loss, function: Callable[..., Tensor], recipe: Recipe, call: Call) -> tuple[Tensor, list[Tensor], Tensor]:
     leaves = [call.input.detach().requires_grad_()]
     target = call.target.detach()
-    if recipe.target_grad and loss is not LOSSES["sigmoid_focal"]:
+    if recipe.target_grad and loss.target_grad:
         leaves.append(target.requires_grad_())
     value = function(leaves[0], target, call)
     upstream = upstream_of(recipe, value)

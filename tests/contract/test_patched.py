@@ -17,8 +17,8 @@ def declined_and_derivatives(loss):
     results = [loss.fused(x.detach().to("meta"), target.to("meta"), "none").shape]
     value = loss.fused(x, target, "mean")
     (grad,) = torch.autograd.grad(value, x, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), x)
-    return [*results, value.detach(), grad.detach(), second]
+    second = torch.autograd.grad(grad.square().sum(), x) if grad.requires_grad else []  # linear in the input
+    return [*results, value.detach(), grad.detach(), *second]
 
 
 @each_of(LOSSES)

@@ -41,15 +41,20 @@ CALLS: list[tuple[str, tuple[str, str], dict[str, Any]]] = [
     ("focal_loss", ("x", "y"), {"alpha": "w", "gamma": 0.0}),
     ("focal_loss", ("x", "of_class"), {"alpha": 0.3, "gamma": 1.5, "ignore_index": 2}),
     ("focal_loss", ("x", "soft"), {"alpha": "w"}),
+    ("hinge_embedding_loss", ("x", "t"), {"margin": 0.5}),
     ("huber_loss", ("x", "t"), {"delta": 0.5}),
+    ("kl_div", ("log", "soft"), {"log_target": True}),
     ("l1_loss", ("x", "t"), {}),
     ("mse_loss", ("x", "t"), {}),
+    ("multilabel_soft_margin_loss", ("x", "t"), {"weight": "w"}),
     ("nll_loss", ("log", "y"), {"weight": "w"}),
+    ("poisson_nll_loss", ("x", "t"), {"full": True}),
     ("sigmoid_focal_loss", ("x", "t"), {}),
     ("sigmoid_focal_loss", ("x", "t"), {"alpha": -1.0, "gamma": 0.5, "weight": "w"}),
     ("sigmoid_focal_loss", ("x", "y"), {"weight": "w"}),
     ("sigmoid_focal_loss", ("x", "background"), {"ignore_index": 3}),
     ("smooth_l1_loss", ("x", "t"), {"beta": 0.5}),
+    ("soft_margin_loss", ("x", "t"), {}),
 ]
 EACH = pytest.mark.parametrize(("function", "operands", "options"), CALLS, ids=str)
 

@@ -39,13 +39,18 @@ CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         {"weight": "of_classes", "sample_weight": "of_rows", "z_loss": 0.1, "softcap": 5.0, "return_lse": True},
     ),
     "focal_loss": (("x", "y"), {"alpha": "of_classes", "gamma": 1.5, "sample_weight": "of_rows"}),
+    "hinge_embedding_loss": (("x", "t"), {"margin": 0.3}),
     "huber_loss": (("x", "t"), {"weight": "like_x", "delta": 0.3}),
+    "kl_div": (("x", "t"), {"reduction": "batchmean"}),
     "l1_loss": (("x", "t"), {"weight": "like_x"}),
     "log_probs": (("x", "y"), {"temperature": 2.0, "return_entropy": True}),
     "mse_loss": (("x", "t"), {"weight": "like_x"}),
+    "multilabel_soft_margin_loss": (("x", "t"), {"weight": "of_classes"}),
     "nll_loss": (("x", "y"), {"weight": "of_classes", "ignore_index": 2, "sample_weight": "of_rows"}),
+    "poisson_nll_loss": (("x", "t"), {"full": True}),
     "sigmoid_focal_loss": (("x", "y"), {"weight": "of_classes", "reduction": "mean", "normalizer": torch.tensor(3.0)}),
     "smooth_l1_loss": (("x", "t"), {"beta": 0.3}),
+    "soft_margin_loss": (("x", "t"), {"reduction": "sum"}),
 }
 EVERY_FUNCTION = pytest.mark.parametrize("name", CALLS)
 

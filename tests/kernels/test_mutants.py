@@ -97,6 +97,37 @@ MUTANTS = {
         "a run's weight": (TILES, "offset += strides[d];", "offset += d == 1 ? 0 : strides[d];"),
         "a class's weight": (TILES, "f(offset, strides[run], count)", "f(offset, 0, count)"),
     },
+    "hinge_embedding": {
+        "hinge value": ("losses/margin.h", "select(missing < T(0), T(0), missing)", "missing"),
+        "hinge slope": ("losses/margin.h", "select(t == T(1), T(0), of_minus_one);\n  }\n};", "of_minus_one;\n  }\n};"),
+    },
+    "soft_margin": {
+        "soft margin value": ("losses/margin.h", "select(z < T(0), -z, T(0))", "-z"),
+        "soft margin slope": ("losses/margin.h", "-t * sigmoid(x * t).q", "-sigmoid(x * t).q"),
+    },
+    "kl_div": {
+        "divergence value": ("losses/divergence.h", "functions::log(t)) - x);", "functions::log(t)) + x);"),
+        "divergence target": ("losses/divergence.h", "functions::log(t) + T(1) - x", "functions::log(t) - x"),
+    },
+    "kl_div_log_target": {
+        "log target slope": ("losses/divergence.h", "return -functions::exp(t);", "return -t;"),
+        "log target": ("losses/divergence.h", "((t - x) + T(1))", "(t - x)"),
+    },
+    "poisson_nll": {
+        "counts slope": ("losses/divergence.h", "functions::exp(x) - t; }", "functions::exp(x); }"),
+        "stirling": ("losses/divergence.h", "half_log_two_pi));", "T(1)));"),
+        "stirling slope": ("losses/divergence.h", "T(0.5) / t);", "T(0));"),
+        "no constant": ("losses/divergence.h", "params[0] == 0", "params[0] != 0"),
+    },
+    "poisson_nll_rate": {
+        "rates slope": ("losses/divergence.h", "T(1) - t / (x + eps)", "T(1) - t / x"),
+        "rates target": (
+            "losses/divergence.h",
+            "Constant::slope(t) - functions::log(x + eps)",
+            "-functions::log(x + eps)",
+        ),
+        "rates without the constant": ("losses/divergence.h", "params[1] == 0", "params[0] != 0"),
+    },
     "cross_entropy": {
         "softmax q by subtraction": ("losses/row.h", "sum_without_target * inverse,", "T(1) - own * inverse,"),
         "softmax log without 1p": ("losses/row.h", "log1p(select(", "log(T(1) + select("),
