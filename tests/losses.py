@@ -50,6 +50,8 @@ class Loss:
             input = -input.abs()  # log-probabilities
         if self.of_probabilities:
             input = input.sigmoid()
+        if self.op == "poisson_nll":
+            input = input.clamp(max=8)  # e^12 is infinite in float16
         if self.op == "poisson_nll_rate":
             input = input.abs() + 0.1
         input = input.to(dtype).to(device)

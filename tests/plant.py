@@ -51,7 +51,11 @@ def keep_one_of_each_driver(csrc: Path) -> None:
         replace_once(csrc / "kernels" / "functors.h", f"    case DType::{type_}:\n      return f({name}());\n", "")
     in_double = "if (args.arithmetic == DType::Double) return run_strided_in<Functor, double>(result, args, stream);"
     replace_once(csrc / "cuda" / "pointwise.cuh", in_double, "")
-    for name, functor in (("l1", "L1"), ("smooth_l1", "SmoothL1"), ("huber", "Huber")):
+    for name, functor in (
+        ("l1", "L1"), ("smooth_l1", "SmoothL1"), ("huber", "Huber"), ("hinge_embedding", "HingeEmbedding"),
+        ("soft_margin", "SoftMargin"), ("kl_div", "KlDiv"), ("kl_div_log_target", "KlDivLogTarget"),
+        ("poisson_nll", "PoissonNll"), ("poisson_nll_rate", "PoissonNllRate"),
+    ):  # fmt: skip
         replace_once(csrc / "losses" / "pointwise.h", f"X({name}, {functor})", f"X({name}, Mse)")
     replace_once(csrc / "losses" / "softmax.h", "X(focal, Focal)", "X(focal, CrossEntropy)")
     for old, new in (

@@ -148,6 +148,8 @@ def test_functorch(loss):
     torch.testing.assert_close(grad, value_and_grad(loss.native, x, target, "mean", torch.tensor(1.0))[1])
     jacobian = torch.func.jacrev(lambda a: loss.fused(a, target[:2], "mean"))(x[:2])
     torch.testing.assert_close(jacobian, torch.func.jacfwd(lambda a: loss.fused(a, target[:2], "mean"))(x[:2]))
+    if loss.op == "soft_margin":  # whose backward has no forward-mode derivative in torch
+        return
     hessian = torch.func.hessian(lambda a: loss.fused(a, target[:2], "mean"))(x[:2])
     assert hessian.shape == (2, 5, 2, 5) and hessian.isfinite().all()
 

@@ -38,15 +38,22 @@ pytestmark = [needs_extension, needs_compiler]
 BY_NAME = {loss.op: loss for loss in POINTWISE}
 LOGITS = BY_NAME["binary_cross_entropy_with_logits"]
 FOCAL = [loss for loss in POINTWISE if loss.op == "sigmoid_focal"]
-# One of each kernel that the list expands to: focal losses have a second one, for the gamma of most.
-OF_KERNELS = [loss for loss in BY_NAME.values() if loss.op != "sigmoid_focal"] + [
+# One of each kernel that the list expands to: focal losses have a second one, for the gamma of most, and counts one
+# without a constant.
+OF_COUNTS = [loss for loss in POINTWISE if loss.op.startswith("poisson_nll")]
+OF_KERNELS = [loss for loss in BY_NAME.values() if loss.op != "sigmoid_focal" and loss not in OF_COUNTS] + [
+    *OF_COUNTS,
     next(loss for loss in FOCAL if loss.params[1] == 2),
     next(loss for loss in FOCAL if loss.params[1] not in (0, 2)),
 ]
 if SANITIZED:  # what sanitizers see are the drivers, the same for all; formulas touch no memory
     OF_KERNELS = [BY_NAME["mse"], LOGITS]
 OF_DIFFERENCE = ("mse", "l1", "smooth_l1", "huber")
-OF_TARGET = ("binary_cross_entropy", "binary_cross_entropy_with_logits", CUSTOM)  # with a slope of its own
+# With a slope of its own.
+OF_TARGET = (
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "kl_div_log_target", "poisson_nll",
+    "poisson_nll_rate", CUSTOM,
+)  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
 ONE_BLOCK = 8 * 256  # rounds of a thread: up to here a sum is one block
 each_kernel = pytest.mark.parametrize("loss", OF_KERNELS, ids=lambda loss: loss.name)
@@ -71,7 +78,7 @@ def check(
     shape = torch.broadcast_shapes(x.shape, t.shape)
     count = torch.Size(shape).numel()
     of_result = torch.float32 if wide and x.dtype in HALF else x.dtype
-    leaves = [tensor.double().expand(shape).clone().requires_grad_() for tensor in (x, t)]
+    leaves = [tensor.double().expand(shape).clone() for tensor in (x, t)]
     given = {
         "name": loss.op,
         "params": loss.params,
@@ -84,6 +91,8 @@ def check(
     of_weight = None if weight is None else weight.double()
     options = {} if pos_weight is None else {"pos_weight": pos_weight.double()}
     has_target_grad = loss.op in OF_DIFFERENCE + OF_TARGET
+    for leaf in leaves if has_target_grad else leaves[:1]:
+        leaf.requires_grad_()
 
     def exact(reduction: str, upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
         value = formula(*leaves, of_weight, reduction, *loss.params, **options)
