@@ -72,6 +72,15 @@ CPU_POINTWISE = {
     "bce_with_logits_and_weights": 4.0,
     "sigmoid_focal": 12.0,
 }
+CPU_OF_MARGINS = {
+    "hinge_embedding": 15.0,
+    "soft_margin": 6.0,
+    "kl_div": 5.0,
+    "kl_div_log_target": 5.0,
+    "poisson_nll": 6.0,
+    "poisson_nll_full": 10.0,
+    "multilabel_soft_margin": 10.0,
+}
 LARGE = 1 << 22  # 50.3 MB of float32, 25.2 MB of bfloat16: input and target read, gradient written
 SMALL = (1, 64, 1000, 10_000)  # 12 bytes to 120 kB: the cost of a call
 
@@ -114,9 +123,11 @@ def custom(name: str, value: str, params: dict[str, float], eager: Loss) -> Case
 def cpu_pointwise() -> Iterator[Case]:
     for name, speedup in CPU_POINTWISE.items():
         yield pointwise(name, LARGE, torch.float32, cpu_timed(speedup, over_compile=1.2, memory=1.05))
-    for name in CPU_POINTWISE:
+    for name, speedup in CPU_OF_MARGINS.items():
+        yield pointwise(name, LARGE, torch.float32, cpu_timed(speedup, over_compile=1.3, memory=1.05))
+    for name in (*CPU_POINTWISE, *CPU_OF_MARGINS):
         yield pointwise(name, LARGE, torch.bfloat16, cpu_timed(2.0, over_compile=1.2, memory=1.05))
-    for name in CPU_POINTWISE:
+    for name in (*CPU_POINTWISE, *CPU_OF_MARGINS):
         for elements in SMALL:
             yield pointwise(name, elements, torch.float32, cpu_timed(0.95), compiled=False)
     yield custom("pseudo_huber", PSEUDO_HUBER, {"delta": 1.0}, lambda x, t: (torch.sqrt(1 + (x - t) ** 2) - 1).mean())

@@ -27,6 +27,19 @@ def zeros_and_ones(input: Tensor, generator: torch.Generator) -> Tensor:
     return bits.to(input.dtype)
 
 
+def labels(input: Tensor, generator: torch.Generator) -> Tensor:
+    """1 and -1."""
+    return 2 * zeros_and_ones(input, generator) - 1
+
+
+def probabilities(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(input.shape, generator=generator, device=input.device).to(input.dtype)
+
+
+def counts(input: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(6, input.shape, generator=generator, device=input.device).to(input.dtype)
+
+
 def class_indices(input: Tensor, generator: torch.Generator) -> Tensor:
     shape = input.shape[:1] + input.shape[2:]
     return torch.randint(input.shape[1], shape, generator=generator, device=input.device)
@@ -133,6 +146,12 @@ def sigmoid_focal(f: Any, x: Tensor, t: Tensor) -> Tensor:
     return (alpha_t * (ce * ((1 - p_t) ** GAMMA))).mean()
 
 
+def multilabel_soft_margin(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    columns = math.gcd(x.numel(), 1024)
+    loss: Tensor = f.multilabel_soft_margin_loss(x.view(-1, columns), t.view(-1, columns))
+    return loss
+
+
 POINTWISE: dict[str, tuple[Call, Target]] = {
     "huber": (lambda f, x, t: f.huber_loss(x, t), values),
     "smooth_l1": (lambda f, x, t: f.smooth_l1_loss(x, t), values),
@@ -143,6 +162,13 @@ POINTWISE: dict[str, tuple[Call, Target]] = {
     "bce_with_logits_and_weights": (with_both_weights, zeros_and_ones),
     "bce_with_logits_and_pos_weight": (with_pos_weight, zeros_and_ones),
     "sigmoid_focal": (sigmoid_focal, zeros_and_ones),
+    "hinge_embedding": (lambda f, x, t: f.hinge_embedding_loss(x, t), labels),
+    "soft_margin": (lambda f, x, t: f.soft_margin_loss(x, t), labels),
+    "kl_div": (lambda f, x, t: f.kl_div(x, t, reduction="batchmean"), probabilities),
+    "kl_div_log_target": (lambda f, x, t: f.kl_div(x, t, reduction="batchmean", log_target=True), values),
+    "poisson_nll": (lambda f, x, t: f.poisson_nll_loss(x, t), counts),
+    "poisson_nll_full": (lambda f, x, t: f.poisson_nll_loss(x, t, full=True), counts),
+    "multilabel_soft_margin": (multilabel_soft_margin, zeros_and_ones),
 }
 
 
