@@ -1,6 +1,7 @@
 """The losses of distributions as modules."""
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from . import functional
 from ._scripted import as_native
@@ -13,7 +14,7 @@ class KLDivLoss(nn.KLDivLoss):
     tensor(0.3681)
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -27,7 +28,7 @@ class PoissonNLLLoss(nn.PoissonNLLLoss):
     tensor(0.3591)
     """
 
-    def forward(self, log_input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, log_input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.poisson_nll_loss(
             log_input,
             target,

@@ -1,6 +1,7 @@
 """The losses of labels and margins as modules."""
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from . import functional
 from ._scripted import as_native
@@ -13,7 +14,7 @@ class HingeEmbeddingLoss(nn.HingeEmbeddingLoss):
     tensor(1.)
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.hinge_embedding_loss(input, target, margin=self.margin, reduction=self.reduction)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -27,7 +28,7 @@ class SoftMarginLoss(nn.SoftMarginLoss):
     tensor(1.1269)
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.soft_margin_loss(input, target, reduction=self.reduction)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -41,7 +42,7 @@ class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
     tensor(0.4566)
     """
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.multilabel_soft_margin_loss(input, target, weight=self.weight, reduction=self.reduction)
 
     def __prepare_scriptable__(self) -> nn.Module:
