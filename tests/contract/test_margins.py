@@ -436,7 +436,7 @@ def test_a_module_is_torchs(name):
 
 
 @needs_extension
-@pytest.mark.thinned(1)
+@pytest.mark.deep("every form of these losses compiled; compiled/ compiled one of each")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @ALL
 def test_compile_gives_eagers_results_and_keeps_the_op(call, reduction):
