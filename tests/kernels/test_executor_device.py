@@ -24,6 +24,7 @@ CONTRACT = (
     "changed_inputs",
     "deterministic",
     "log_probs",
+    "margin_edges",
     "options",
     "pointwise_dtypes",
     "sample_weight",
