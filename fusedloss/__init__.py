@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import functional
 from ._library import check
+from ._linear_module import LinearCrossEntropyLoss
 from ._route import explain
 from .custom import PointwiseLoss, pointwise_loss
 from .modules import (
@@ -36,6 +37,7 @@ __all__ = [
     "HuberLoss",
     "KLDivLoss",
     "L1Loss",
+    "LinearCrossEntropyLoss",
     "MSELoss",
     "MultiLabelSoftMarginLoss",
     "NLLLoss",

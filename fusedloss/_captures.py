@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.float64, *HALVES)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 # What was built, not what runs on this GPU: asking that would break the graph, and the op itself says so.
-_DEVICES: dict[str, Any] = {} if extension is None else extension.devices
+DEVICES: dict[str, Any] = {} if extension is None else extension.devices
 
 DIFFERENT_DEVICES = "tensors on different devices"
 DIFFERENT_DTYPES = "inputs of different dtypes"
@@ -58,7 +58,7 @@ def pointwise(
     traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, params: Sequence[Any],
     pos_weight: Tensor | None = None, ignore_index: int | None = None,
 ) -> str | None:  # fmt: skip
-    if why := _call((input, target, weight), reduction, params) or _tensor(pos_weight):
+    if why := _call((input, target, weight), reduction, params) or unfit(pos_weight):
         return why
     if ignore_index is not None and (why := _integer(ignore_index)):
         return why
@@ -113,7 +113,7 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
     if half and torch.is_autocast_enabled(input.device.type):
         if torch.float64 in (target.dtype, result if traits.result == "of target" else of_weight):
             return DIFFERENT_DTYPES
-        if traits.of_probabilities and _DEVICES[input.device.type].autocast_refuses_probabilities:
+        if traits.of_probabilities and DEVICES[input.device.type].autocast_refuses_probabilities:
             return "probabilities under autocast, which torch refuses"
         return torch.float32
     if traits.result == "promoted":
@@ -133,7 +133,7 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
 def _class_indices(
     traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
 ) -> str | None:
-    device = _DEVICES[input.device.type]
+    device = DEVICES[input.device.type]
     if not traits.takes_class_indices:
         return "class indices, which the loss does not take"
     if target.dtype != torch.int64:
@@ -155,7 +155,7 @@ def softmax(
     traits: Any, logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
     params: Sequence[Any], wide: bool, second: bool, sample_weight: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    if why := _call((logits, target, weight), reduction, params) or _integer(ignore_index) or _tensor(sample_weight):
+    if why := _call((logits, target, weight), reduction, params) or _integer(ignore_index) or unfit(sample_weight):
         return why
     if target.device != logits.device:
         return DIFFERENT_DEVICES
@@ -166,7 +166,7 @@ def softmax(
     if second and not traits.reads_row:
         return "no second result of a loss of the target's logit alone"
     classes = logits.shape[min(logits.dim() - 1, 1)]
-    if exceeds(classes, _DEVICES[logits.device.type].most_classes):
+    if exceeds(classes, DEVICES[logits.device.type].most_classes):
         return "more classes than a kernel counts"
     if not _in_range(params, traits.params):
         return "a parameter is out of range"
@@ -223,13 +223,13 @@ def is_wide(traits: Any, logits: Tensor, target: Tensor, wide: bool) -> bool:
 def _call(tensors: Sequence[Tensor | None], reduction: Any, params: Sequence[Any]) -> str | None:
     """What the reading of the arguments refuses, in csrc/torch/python_call.h."""
     for tensor in tensors[:2]:
-        if why := _tensor(tensor):
+        if why := unfit(tensor):
             return why
     # As the compiler answers it while it traces; the op itself sees to dual tensors of forward-mode AD.
     if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "a transform of torch.func, or tracing"
     for tensor in tensors[2:]:
-        if why := _tensor(tensor):
+        if why := unfit(tensor):
             return why
     if reduction not in REDUCTIONS:
         return "an unusual reduction"
@@ -252,12 +252,13 @@ def _integer(ignore_index: Any) -> str | None:
     return None
 
 
-def _tensor(tensor: Any) -> str | None:
+def unfit(tensor: Any) -> str | None:
+    """Why no kernel takes a tensor."""
     if tensor is None:
         return None
     if (tensor.type_name if isinstance(tensor, Described) else type(tensor).__name__) not in _PLAIN:
         return "a subclass of torch.Tensor, or no tensor"
-    if tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
+    if tensor.device.type not in DEVICES or tensor.layout != torch.strided:
         return "a device, layout or view without kernels"
     return None
 

@@ -156,10 +156,15 @@ def _is_compiled(loss: Any) -> bool:
     )
 
 
+def tell(path: str) -> None:
+    """For a public function that knows its path without one of the ops above."""
+    if not is_compiling() and _asking.get():
+        raise Path(path)
+
+
 def tell_native(reason: str) -> None:
     """For a public function that goes straight to plain PyTorch."""
-    if not is_compiling() and _asking.get():
-        raise Path(f"native: {reason}")
+    tell(f"native: {reason}")
 
 
 def overrides_apply() -> bool:

@@ -11,6 +11,8 @@ from .losses.divergence import *  # noqa: F403
 from .losses.divergence import __all__ as _divergence
 from .losses.focal import *  # noqa: F403
 from .losses.focal import __all__ as _focal
+from .losses.linear import *  # noqa: F403
+from .losses.linear import __all__ as _linear
 from .losses.log_probs import *  # noqa: F403
 from .losses.log_probs import __all__ as _log_probs
 from .losses.margin import *  # noqa: F403
@@ -26,6 +28,7 @@ __all__ = [
     *_difference,
     *_divergence,
     *_focal,
+    *_linear,
     *_log_probs,
     *_margin,
     *_nll,

@@ -31,7 +31,7 @@ struct SoftmaxCall {
 
 // What a loss is whatever its parameters.
 struct SoftmaxTraits {
-  bool mean_by_weight, soft, reads_row;
+  bool mean_by_weight, soft, reads_row, second_of_ignored;
   const Range* params;
   int param_count;
 };

@@ -20,7 +20,11 @@ int64_t saved_by(const double* params) {
 
 template <class Functor>
 constexpr SoftmaxTraits traits_of() {
-  return {Functor::mean_by_weight, Functor::soft, Functor::reads_row, baseline::Params<Functor>::ranges,
+  return {Functor::mean_by_weight,
+          Functor::soft,
+          Functor::reads_row,
+          Functor::second_of_ignored,
+          baseline::Params<Functor>::ranges,
           baseline::Params<Functor>::count};
 }
 

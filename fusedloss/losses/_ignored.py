@@ -22,9 +22,12 @@ def is_one(ignore_index: Any) -> bool:
 
 
 def with_one_index(
-    function: str, input: Tensor, target: Tensor, ignore_index: Any, sample_weight: Tensor | None
+    function: str, input: Tensor | torch.Size, target: Tensor, ignore_index: Any, sample_weight: Tensor | None
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """The target, the one index and the weights of the rows that stand for several indices or a mask."""
+    """The target, the one index and the weights of the rows that stand for several indices or a mask.
+
+    ``input``: the logits, or the shape of their rows.
+    """
     if isinstance(ignore_index, Tensor):
         return _masked(input, target, ignore_index, sample_weight)
     for index in ignore_index:
@@ -43,12 +46,12 @@ def with_one_index(
 
 
 def _masked(
-    input: Tensor, target: Tensor, mask: Tensor, sample_weight: Tensor | None
+    input: Tensor | torch.Size, target: Tensor, mask: Tensor, sample_weight: Tensor | None
 ) -> tuple[Tensor, int, Tensor | None]:
     if not isinstance(target, Tensor):
         return target, _MASKED, sample_weight
     soft = target.is_floating_point()
-    rows = rows_of(input) if soft else target.shape
+    rows = target.shape if not soft else input if isinstance(input, torch.Size) else rows_of(input)
     if not same_shape(mask.shape, rows):
         raise ValueError(f"a mask of ignored rows must be of their shape {tuple(rows)}, got shape {tuple(mask.shape)}")
     if not soft:

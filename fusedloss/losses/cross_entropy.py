@@ -78,6 +78,19 @@ def _soft_cross_entropy(
     return (loss.to(dtype), lse.to(dtype)) if second else loss.to(dtype)
 
 
+def checked_options(function: str, z_loss: Any, softcap: Any, all_ignored: str) -> Any:
+    """The softcap as the formula takes it, 0 for none."""
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+    if softcap is not None and not isinstance(softcap, NUMBERS):
+        softcap = checked(function, "softcap", softcap)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if all_ignored not in ("nan", "zero"):
+        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    return 0.0 if softcap is None or softcap == math.inf else softcap
+
+
 # fmt: off
 @overload
 def cross_entropy(
@@ -221,15 +234,7 @@ def cross_entropy(
             grad_in_forward=grad_in_forward, inplace=inplace, sample_weight=sample_weight,
         )  # fmt: skip
 
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
-    if softcap is not None and not isinstance(softcap, NUMBERS):
-        softcap = checked("cross_entropy", "softcap", softcap)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if all_ignored not in ("nan", "zero"):
-        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
-    cap = 0.0 if softcap is None or softcap == math.inf else softcap
+    cap = checked_options("cross_entropy", z_loss, softcap, all_ignored)
     dtype = input.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating point type, got {dtype}")

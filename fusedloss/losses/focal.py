@@ -87,13 +87,30 @@ def _soft_focal(
 _OF_CLASSES = (Tensor, list, tuple)
 
 
-def _weight(alpha: Tensor | Sequence[float], input: Tensor) -> Tensor:
+def checked_alpha(
+    function: str,
+    alpha: float | Sequence[float] | Tensor | None,
+    gamma: Any,
+    reduction: str,
+    input: Tensor,
+    classes: int,
+) -> tuple[Any, Tensor | None, Any]:
+    """alpha as one factor, as a weight for each class, and gamma."""
+    if not isinstance(gamma, NUMBERS):
+        gamma = checked(function, "gamma", gamma)
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    if reduction not in _route.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if alpha is None or isinstance(alpha, NUMBERS):
+        return 1.0 if alpha is None else alpha, None, gamma
+    if not isinstance(alpha, _OF_CLASSES):
+        return checked(function, "alpha", alpha), None, gamma
     if not isinstance(alpha, Tensor):
-        alpha = factors_of_classes("focal_loss", "alpha", alpha, dtype=input.dtype, device=input.device)
-    classes = input.shape[class_dim(input)] if input.dim() else 0
+        alpha = factors_of_classes(function, "alpha", alpha, dtype=input.dtype, device=input.device)
     if alpha.shape != (classes,):
         raise ValueError(f"alpha must hold a weight for each of {classes} classes, got shape {tuple(alpha.shape)}")
-    return alpha
+    return 1.0, alpha, gamma
 
 
 def focal_loss(
@@ -143,20 +160,9 @@ def focal_loss(
             focal_loss, (input, target, alpha, sample_weight), input, target, alpha=alpha, gamma=gamma,
             ignore_index=ignore_index, reduction=reduction, sample_weight=sample_weight,
         )  # fmt: skip
-    if not isinstance(gamma, NUMBERS):
-        gamma = checked("focal_loss", "gamma", gamma)
-    if not gamma >= 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
-    if reduction not in _route.REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    factor: Any = 1.0
-    weight = None
-    if isinstance(alpha, NUMBERS):
-        factor = alpha
-    elif isinstance(alpha, _OF_CLASSES):
-        weight = _weight(alpha, input)
-    elif alpha is not None:
-        factor = checked("focal_loss", "alpha", alpha)
+    factor, weight, gamma = checked_alpha(
+        "focal_loss", alpha, gamma, reduction, input, input.shape[class_dim(input)] if input.dim() else 0
+    )
     index: Any = ignore_index
     if type(index) is not int and not is_one(index):
         target, index, sample_weight = with_one_index("focal_loss", input, target, index, sample_weight)

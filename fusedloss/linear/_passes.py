@@ -1,0 +1,149 @@
+"""The three passes over the chunks: forward, forward with the gradients, and backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _by_classes
+from ._call import MEAN, MEAN_OR_ZERO, NONE, SUM, Call
+from ._gradients import Gradients, Scale
+from ._kept import Kept, size
+from ._rows import Chunk, Rows, hits
+
+# A float16 gradient of the logits is made this many times as large, so that small probabilities do not underflow.
+_HALF_SCALE = 2.0**8
+
+
+def _op(call: Call, suffix: str = "") -> Any:
+    return getattr(torch.ops.fusedloss, call.loss + suffix)
+
+
+class _Logits:
+    """The logits of one chunk after the other, in the same memory."""
+
+    def __init__(self, call: Call, rows: Rows) -> None:
+        self.call = call
+        most = max((end - start for start, end in rows.bounds()), default=0)
+        self.memory = call.input.new_empty(most, call.linear_weight.shape[0])
+
+    def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """As (rows, C * K) and as the kernels read them: (rows, C) or (rows, C, K)."""
+        flat = self.memory[: chunk.size]
+        self.call.logits_of(chunk.input, slice(0, flat.shape[1]), flat)
+        return flat, flat.view(self.call.logits_shape(chunk.size))
+
+
+def _reduced(call: Call, rows: Rows, total: Tensor) -> Tensor:
+    return (total if call.reduction == SUM else total / rows.divisor()).to(call.result)
+
+
+def forward(
+    call: Call, second: bool, correct: bool, keep: bool, grad_input: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the second result, which rows are right, what backward needs of the rows, and, for an upstream gradient
+    of 1, the gradient of the input."""
+    rows = Rows(call, second)
+    new = call.input.new_zeros
+    losses = new(call.row_shape, dtype=call.arithmetic)
+    of_second = new(call.row_shape if second else 0, dtype=call.arithmetic)
+    right = new(call.row_shape if correct else 0, dtype=call.arithmetic)
+    memory = new(size(call) if keep else 0, dtype=call.arithmetic)
+    kept = Kept(call, memory) if keep else None
+    gradients = Gradients(call, [True, False, False], 1, _scale(call, rows, None)) if grad_input else None
+    logits = _Logits(call, rows)
+    for chunk in rows.chunks():
+        flat, seen = logits.of(chunk)
+        value, value_of_second, statistics = _op(call)(
+            seen, chunk.target, call.weight, NONE, call.ignore_index, call.params, True, second or call.by_classes,
+            chunk.sample_weight,
+        )  # fmt: skip
+        chunk.put(losses, value)
+        if second:
+            chunk.put(of_second, value_of_second)
+        if correct:
+            chunk.put(right, hits(seen, chunk.target).to(right.dtype))
+        if kept is not None:
+            kept.put(chunk.start, chunk.end, statistics, value_of_second)
+        if gradients is not None:
+            _gradient_in_place(call, chunk, seen, losses.new_ones(()), None, statistics)
+            gradients.add(chunk, flat)
+    if correct and rows.kept is not None:
+        right = torch.where(rows.kept, right, 0)
+    # In float64, so that no number of threads changes the sum in float32.
+    loss = losses.to(call.result) if call.reduction == NONE else _reduced(call, rows, losses.sum(dtype=torch.float64))
+    made = call.input.new_empty(0) if gradients is None else gradients.finish()[0]
+    return loss, of_second.to(call.result), right, memory, made
+
+
+def _gradient_in_place(
+    call: Call, chunk: Chunk, logits: Tensor, upstream: Tensor, upstream_second: Tensor | None, statistics: Tensor
+) -> None:
+    """``upstream``: of the sum of the losses, or one number for each."""
+    _op(call, "_backward_")(
+        upstream, upstream_second, logits, chunk.target, call.weight, statistics, SUM if upstream.dim() == 0 else NONE,
+        call.ignore_index, call.params, chunk.sample_weight,
+    )  # fmt: skip
+
+
+def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tuple[Tensor, ...]:
+    """The loss, which rows are right, and the gradients for an upstream gradient of 1."""
+    rows = Rows(call)
+    right = call.input.new_zeros(call.row_shape if correct else 0, dtype=call.arithmetic)
+    total = call.input.new_zeros((), dtype=torch.float64)
+    logits = _Logits(call, rows)
+    gradients = Gradients(call, wanted, len(rows.bounds()), _scale(call, rows, None))
+    for chunk in rows.chunks():
+        flat, seen = logits.of(chunk)
+        if correct:
+            chunk.put(right, hits(seen, chunk.target).to(right.dtype))
+        value, _ = _op(call, "_with_grad_")(
+            seen, chunk.target, call.weight, SUM, call.ignore_index, call.params, True, chunk.sample_weight
+        )
+        total += value
+        gradients.add(chunk, flat)
+    if correct and rows.kept is not None:
+        right = torch.where(rows.kept, right, 0)
+    return _reduced(call, rows, total), right, *gradients.finish()
+
+
+def _scale(call: Call, rows: Rows, upstream: Tensor | None, kernel_scale: float = 1.0) -> Scale:
+    """For gradients of the logits that are those of the sum of the losses, ``kernel_scale`` times as large.
+
+    There the target's term is -1 but for a small number, which half types hold exactly. What the losses are divided by
+    and the upstream gradient come in when the products with these gradients are rounded.
+    """
+    factor: Tensor | None = None if upstream is None else upstream.double()
+    if call.reduction in (MEAN, MEAN_OR_ZERO):
+        factor = rows.divisor().reciprocal() if factor is None else factor / rows.divisor()
+    alpha = call.logit_scale / kernel_scale
+    if factor is None:
+        return Scale(alpha)
+    return Scale(alpha * float(factor)) if call.on_host else Scale(alpha, factor.to(call.arithmetic))
+
+
+def backward(
+    upstream: Tensor, upstream_second: Tensor | None, call: Call, second: bool, memory: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes the logits once more, and their gradient from what forward kept of the rows."""
+    rows = Rows(call, second)
+    upstream = upstream.to(call.arithmetic)
+    scale = Scale(call.logit_scale)
+    if call.reduction != NONE and upstream_second is None:
+        kernel_scale = _HALF_SCALE if call.input.dtype == torch.float16 else 1.0
+        scale = _scale(call, rows, upstream, kernel_scale)
+        upstream = upstream.new_full((), kernel_scale)
+    elif call.reduction in (MEAN, MEAN_OR_ZERO):
+        upstream = (upstream / rows.divisor()).to(call.arithmetic)
+    kept = Kept(call, memory)
+    if call.by_classes and wanted[1]:
+        return _by_classes.backward(call, rows, upstream, upstream_second, kept, scale, wanted)
+    gradients = Gradients(call, wanted, len(rows.bounds()), scale)
+    logits = _Logits(call, rows)
+    for chunk in rows.chunks():
+        flat, seen = logits.of(chunk)
+        of_losses = upstream if upstream.dim() == 0 else upstream[chunk.index]
+        of_second = None if upstream_second is None else upstream_second[chunk.index].to(call.arithmetic)
+        _gradient_in_place(call, chunk, seen, of_losses, of_second, kept.statistics(chunk.start, chunk.end))
+        gradients.add(chunk, flat)
+    return gradients.finish()

@@ -1,0 +1,273 @@
+"""When a call takes the ops: everything else runs through its logits, by torch's matrix product and the fused loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
+from torch.nn.functional import linear
+
+from .. import _captures, _route
+from .._dtypes import HALVES, in_float
+from .._library import extension, why_native
+from .._sizes import at_most
+from .._traced import Described
+from . import _by_classes, _ops
+from ._call import MEAN_OR_ZERO, Call
+from ._chunks import count
+from ._rows import hits, rows_kept
+
+# With fewer logits, or fewer numbers in the head, the chunks' bookkeeping costs more than it saves.
+_FEW_LOGITS = 2**16
+_SMALL_HEAD = 2**18
+
+
+Results = tuple[Tensor, Tensor | None, Tensor | None]  # the loss, the second result, which rows are right
+
+
+class Head(NamedTuple):
+    """The matrix product before a loss, with its sizes flattened: see :class:`Call`."""
+
+    input: Tensor  # (N, D)
+    linear_weight: Tensor  # (C * K, D)
+    linear_bias: Tensor | None
+    logits_shape: tuple[int, ...]  # (N, C) or (N, C, K)
+    logit_scale: Any
+
+    def logits(self) -> Tensor:
+        made = linear(self.input, self.linear_weight, self.linear_bias)
+        if not (isinstance(self.logit_scale, float | int) and self.logit_scale == 1):
+            made = made * self.logit_scale
+        return made.reshape(self.logits_shape)
+
+
+class Options(NamedTuple):
+    """Of :func:`fusedloss._route.softmax`, and what the linear form has beside them."""
+
+    sample_weight: Tensor | None = None
+    wide: bool = False
+    second: bool = False
+    zero: bool = False
+    correct: bool = False
+    normalizer: Any = None
+    chunk_rows: int | None = None
+    torchs_rows: int | None = None  # of torch's options: for calls that have chunks at all
+    grad_in_forward: bool | None = None
+
+
+def softmax(
+    name: str, head: Head, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    params: Sequence[Any], options: Options,
+) -> Results:  # fmt: skip
+    """The loss, its second result, and which rows are right, the latter two where they are asked for."""
+    head = _under_autocast(head)
+    why = _declines(name, head, target, weight, reduction, ignore_index, params, options)
+    if why is not None:
+        _route.tell_native(why)
+        return _through_logits(name, head, target, weight, reduction, ignore_index, params, options)
+    if options.chunk_rows is None and _is_small(head):
+        rounds = head.input.dtype in HALVES and head.input.device.type == "cpu"
+        through = _through_float_logits if rounds else _through_logits
+        return through(name, head, target, weight, reduction, ignore_index, params, options)
+    zero = options.zero and reduction == "mean"
+    soft = target.is_floating_point()
+    wide = options.wide or _widened(head.input) or (soft and target.dtype != head.input.dtype)
+    normalizer = options.normalizer
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=torch.float64, device=head.input.device)
+    call = Call(
+        head.input, head.linear_weight, head.linear_bias, target, weight, options.sample_weight, normalizer, name,
+        MEAN_OR_ZERO if zero else _captures.REDUCTIONS[reduction], ignore_index, [float(each) for each in params],
+        float(head.logit_scale), options.chunk_rows or options.torchs_rows or 0, wide, False,
+    )  # fmt: skip
+    needs = _needs_gradients(call)
+    if needs and call.linear_weight.requires_grad and _by_classes.pays(call):
+        call = call._replace(by_classes=True)
+    if not is_compiling():
+        _route.tell(_path(call))
+    in_forward = _makes_gradients(call, options)
+    if in_forward and not call.by_classes:
+        wanted = [each is not None and each.requires_grad for each in call[:3]]
+        loss, right, *_ = torch.ops.fusedloss.linear_with_grad(*call, wanted, options.correct)
+        return loss, None, right.detach() if options.correct else None
+    grad_input = in_forward and call.input.requires_grad
+    loss, second, right, *_ = torch.ops.fusedloss.linear(*call, options.second, options.correct, needs, grad_input)
+    return loss, second if options.second else None, right.detach() if options.correct else None
+
+
+def _is_small(head: Head) -> bool:
+    (rows, features), columns = head.input.shape, head.linear_weight.shape[0]
+    return at_most(rows * columns, _FEW_LOGITS) and at_most(columns * features, _SMALL_HEAD)
+
+
+def _needs_gradients(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in call[:3])
+
+
+def _makes_gradients(call: Call, options: Options) -> bool:
+    """Whether forward makes the gradients: where one factor is all that backward has to add.
+
+    Not in float16, whose gradients need the upstream gradient of a GradScaler before they are rounded.
+    """
+    if options.second or options.grad_in_forward is False or call.reduction == _captures.REDUCTIONS["none"]:
+        return False
+    if call.input.dtype == torch.float16 or not _needs_gradients(call):
+        return False
+    if is_compiling():
+        return not is_exporting()
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """Whether make_fx records ops, whose graph may be run many times."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _widened(input: Tensor) -> bool:
+    return input.dtype in HALVES and torch.is_autocast_enabled(input.device.type)
+
+
+def _under_autocast(head: Head) -> Head:
+    """The operands in the dtype of autocast, as torch's matrix product takes them."""
+    device = head.input.device.type
+    if device not in _captures.DEVICES or not torch.is_autocast_enabled(device):
+        return head
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    bias = head.linear_bias
+    return head._replace(
+        input=cast(head.input),
+        linear_weight=cast(head.linear_weight),
+        linear_bias=bias if bias is None else cast(bias),
+    )
+
+
+def _declines(
+    name: str, head: Head, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    params: Sequence[Any], options: Options,
+) -> str | None:  # fmt: skip
+    """Why the ops do not own a call, or None where they do."""
+    if extension is None:
+        return why_native
+    for tensor in (*head[:3], options.normalizer):
+        if isinstance(tensor, Tensor) and (why := _captures.unfit(tensor)):
+            return why
+    given = [*head[:3], target, weight, options.sample_weight, options.normalizer]
+    if why := _is_transformed([each for each in given if isinstance(each, Tensor)]):
+        return why
+    if any(each is not None and each.dtype != head.input.dtype for each in head[1:3]):
+        return "an input and a head of different dtypes"
+    if any(each is not None and each.device != head.input.device for each in head[1:3]):
+        return _captures.DIFFERENT_DEVICES
+    if isinstance(head.logit_scale, Tensor):
+        return "a logit_scale that is a tensor"
+    if isinstance(options.normalizer, Tensor) and options.normalizer.requires_grad:
+        return "a normalizer that requires a gradient"
+    logits = Described(
+        "Tensor", head.input.dtype, head.input.device, torch.strided, torch.Size(head.logits_shape), False
+    )
+    wide = options.wide or _widened(head.input)
+    return _captures.softmax(
+        extension.losses[name].traits, logits, target, weight, reduction, ignore_index, params, wide,  # type: ignore[arg-type]
+        options.second, options.sample_weight,
+    )  # fmt: skip
+
+
+def _is_transformed(tensors: list[Tensor]) -> str | None:
+    if is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+        return "a transform of torch.func, or tracing"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+        return "forward-mode AD"
+    return None
+
+
+def _path(call: Call) -> str:
+    """In words, for ``explain``: the chunks, and what a call takes beside its gradients and some numbers a row."""
+    rows, columns = call.input.shape[0], call.linear_weight.shape[0]
+    chunk_rows = min(rows, call.rows_of_chunk)
+    chunks = count(rows, chunk_rows)
+    extra = chunk_rows * columns * call.input.dtype.itemsize
+    if call.input.dtype in HALVES and chunks > 1 and _needs_gradients(call) and call.linear_weight.requires_grad:
+        extra += 0 if call.by_classes else call.linear_weight.numel() * call.arithmetic.itemsize
+    device = call.input.device.type
+    where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]
+    plural = "s" if chunks > 1 else ""
+    return f"fused: {where}, {chunks} chunk{plural} of {chunk_rows} rows, {extra / 2**20:.1f} MiB beside the gradients"
+
+
+def _through_logits(
+    name: str, head: Head, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    params: Sequence[Any], options: Options,
+) -> Results:  # fmt: skip
+    """By torch's matrix product and the fused loss. It has every derivative, and torch's errors."""
+    logits = head.logits()
+    divided = options.normalizer is not None
+    given: dict[str, Any] = {"wide": options.wide or divided, "second": options.second, "zero": options.zero}
+    if options.sample_weight is not None:
+        given["sample_weight"] = options.sample_weight
+    results = _route.LOSSES[name].routed(
+        logits, target, weight, "sum" if divided else reduction, ignore_index, *params, **given
+    )
+    loss, second = results if options.second else (results, None)
+    if divided:
+        loss = (loss / options.normalizer).to(_result_dtype(logits, target, options))
+    right = None
+    if options.correct:
+        right = hits(logits.detach(), target)
+        if (kept := rows_kept(target, ignore_index, options.sample_weight)) is not None:
+            right = right & kept
+        right = right.to(torch.float32 if logits.dtype in HALVES else logits.dtype)
+    return loss, second, right
+
+
+def _through_float_logits(
+    name: str, head: Head, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int,
+    params: Sequence[Any], options: Options,
+) -> Results:  # fmt: skip
+    """Of half-precision inputs, rounding only the results and the gradients."""
+    dtype = _result_dtype(head.input, target, options)
+    bias = head.linear_bias
+    loss, second, right = _through_logits(
+        name,
+        head._replace(
+            input=head.input.float(),
+            linear_weight=head.linear_weight.float(),
+            linear_bias=bias if bias is None else bias.float(),
+        ),
+        in_float(target), weight if weight is None else weight.float(), reduction, ignore_index, params, options,
+    )  # fmt: skip
+    return loss.to(dtype), second if second is None else second.to(dtype), right
+
+
+def _result_dtype(input: Tensor, target: Tensor, options: Options) -> torch.dtype:
+    if options.wide or _widened(input):
+        return torch.float32 if input.dtype in HALVES else input.dtype
+    return torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+
+
+def _formula(call: Call, second: bool, correct: bool) -> Callable[..., Results]:
+    """The results of a call as a function of its input and head: for derivatives of backward, and for decompositions."""
+    zero = call.reduction == MEAN_OR_ZERO
+    reduction = "mean" if zero else _NAMES[call.reduction]
+    options = Options(call.sample_weight, call.wide, second, zero, correct, call.normalizer)
+
+    def results(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Results:
+        head = Head(input, linear_weight, linear_bias, call.logits_shape(input.shape[0]), call.logit_scale)
+        return _through_logits(
+            call.loss, head, call.target, call.weight, reduction, call.ignore_index, call.params, options
+        )
+
+    return results
+
+
+_NAMES = {number: name for name, number in _captures.REDUCTIONS.items()}
+
+if extension is not None:
+    _ops.register(_formula)

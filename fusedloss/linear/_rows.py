@@ -1,0 +1,113 @@
+"""Which rows count, in chunks, and what a mean divides by."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._call import MEAN_OR_ZERO, Call
+from ._chunks import bounds
+
+
+def rows_kept(target: Tensor, ignore_index: int, sample_weight: Tensor | None) -> Tensor | None:
+    """Which losses count, or None where all do."""
+    kept = None if target.is_floating_point() else target != ignore_index
+    if sample_weight is None:
+        return kept
+    weighed = sample_weight != 0
+    return weighed if kept is None else kept & weighed
+
+
+def hits(logits: Tensor, target: Tensor) -> Tensor:
+    """Where the largest logit is that of the target."""
+    return logits.argmax(1) == (target.argmax(1) if target.is_floating_point() else target)
+
+
+class Chunk:
+    """Some of the rows: the inputs, the targets and the weights, and where they belong."""
+
+    def __init__(self, rows: "Rows", start: int, end: int) -> None:
+        self.start, self.end, self.size = start, end, end - start
+        self.index = slice(start, end) if rows.index is None else rows.index[start:end]
+        call = rows.call
+        self.input = call.input[self.index]
+        if rows.ignored is not None:
+            # Its gradient of 0 times a NaN would be NaN in the head's gradient.
+            self.input = self.input.masked_fill(rows.ignored[self.index].unsqueeze(1), 0)
+        self.target = call.target[self.index]
+        self.sample_weight = None if call.sample_weight is None else call.sample_weight[self.index]
+
+    def put(self, rows: Tensor, values: Tensor) -> None:
+        rows[self.index] = values
+
+
+class Rows:
+    """The rows that a call computes.
+
+    On a CPU those that are ignored are left out, and so cost nothing. Elsewhere their number is not known without
+    waiting for the device, so that all are computed.
+    """
+
+    def __init__(self, call: Call, second: bool = False) -> None:
+        self.call = call
+        every_row = second and call.known.traits.second_of_ignored
+        self.index: Tensor | None = None  # of the rows that count; None: all
+        self.ignored: Tensor | None = None
+        if call.on_host and not call.soft:
+            _check_targets(call)
+        self.kept = rows_kept(call.target, call.ignore_index, call.sample_weight)
+        if self.kept is None or every_row:
+            return
+        rows = self.kept if self.kept.dim() == 1 else self.kept.any(1)
+        if not call.on_host:
+            self.ignored = ~rows
+        elif not bool(rows.all()):
+            self.index = rows.nonzero().squeeze(1)
+
+    def __len__(self) -> int:
+        return self.call.input.shape[0] if self.index is None else self.index.shape[0]
+
+    def bounds(self) -> list[tuple[int, int]]:
+        return bounds(len(self), self.call.rows_of_chunk)
+
+    def chunks(self) -> Iterator[Chunk]:
+        for start, end in self.bounds():
+            yield Chunk(self, start, end)
+
+    def spread(self, values: Tensor | None) -> Tensor:
+        """A gradient of the rows that count as one of all rows, in the dtype of the input."""
+        like = self.call.input
+        if values is None:
+            return like.new_empty(0)
+        if self.index is None:
+            return values.to(like.dtype)
+        result = like.new_zeros(like.shape)
+        result[self.index] = values.to(like.dtype)
+        return result
+
+    def divisor(self) -> Tensor:
+        """What a mean divides the sum of the losses by, in float64; infinity for a mean over nothing that is 0."""
+        call = self.call
+        kept = self.kept
+        if call.normalizer is not None:
+            return call.normalizer.double()
+        if kept is None:
+            counted = torch.tensor(call.row_shape.numel(), dtype=torch.float64, device=call.input.device)
+        else:
+            of_rows = kept.double()
+            if call.known.traits.mean_by_weight and call.weight is not None:
+                of_rows = call.weight.double()[torch.where(kept, call.target, 0).long()].where(kept, 0.0)
+            if call.sample_weight is not None:
+                of_rows = torch.where(kept, of_rows * call.sample_weight.double(), 0.0)
+            counted = of_rows.sum()
+        return torch.where(counted == 0, torch.inf, counted) if call.reduction == MEAN_OR_ZERO else counted
+
+
+def _check_targets(call: Call) -> None:
+    """Before anything is computed; elsewhere than on a CPU the kernels report it later."""
+    target = call.target
+    bad = (target != call.ignore_index) & (target >= call.logits_shape(1)[1])
+    if target.dtype != torch.uint8:
+        bad |= (target != call.ignore_index) & (target < 0)
+    if bool(bad.any()):
+        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
