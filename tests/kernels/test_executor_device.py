@@ -23,6 +23,7 @@ pytestmark = [
 CONTRACT = (
     "changed_inputs",
     "deterministic",
+    "hostile_calls",
     "log_probs",
     "margin_edges",
     "options",
