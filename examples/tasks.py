@@ -50,7 +50,12 @@ def next_token(ids: np.ndarray) -> Task:
         "next token, V=32000",
         "perplexity",
         model,
-        {"torch": nn.CrossEntropyLoss, "fusedloss": fusedloss.CrossEntropyLoss},
+        {
+            "torch": nn.CrossEntropyLoss,
+            "fusedloss": fusedloss.CrossEntropyLoss,
+            # Takes the last layer with it: its inputs are the hidden states, and no logits are made.
+            "linear": lambda: fusedloss.LinearCrossEntropyLoss.from_linear(model[-1]),
+        },
         inputs[:cut],
         targets[:cut],
         (inputs[cut:], targets[cut:]),

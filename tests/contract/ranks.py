@@ -92,6 +92,43 @@ def sharded(kind: str, loss: nn.Module) -> list[Tensor]:
     return trained(model, fully_shard(model), kind)
 
 
+class Tied(nn.Module):
+    """A language model of one layer, whose head is its embedding, with the loss inside."""
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(CLASSES, CLASSES)
+        self.layer = nn.Linear(CLASSES, CLASSES)
+        head = nn.Linear(CLASSES, CLASSES, bias=False)
+        head.weight = self.embedding.weight
+        linear = fusedloss.LinearCrossEntropyLoss.from_linear(head, chunk_rows=3)
+        self.loss = linear if of is fusedloss else nn.Sequential(head)
+        self.linear = of is fusedloss
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        hidden = self.layer(self.embedding(tokens))
+        return self.loss(hidden, target) if self.linear else nn.functional.cross_entropy(self.loss(hidden), target)
+
+
+def tied_head(wrap: Callable[[Tied], Callable[..., Tensor]]) -> None:
+    """The linear loss of a tied head trains as torch's head and loss."""
+    runs = []
+    for of in (nn, fusedloss):
+        model = Tied(of)
+        wrapped = wrap(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            optimizer.zero_grad()
+            _, target = data("indices", dist.get_rank() + 2 * step, 8)
+            value = wrapped(target.roll(1), target)
+            value.backward()
+            optimizer.step()
+        named = dict(model.named_parameters())
+        runs.append([value.detach(), *[whole(named[name].detach()) for name in ("embedding.weight", "layer.weight")]])
+    torch.testing.assert_close(runs[1], runs[0], msg=lambda text: f"a tied head: {text}")
+
+
 def of_dtensors(of_input: Any, of_target: Any, parallel: bool = False) -> Callable[[str, nn.Module], list[Tensor]]:
     def run(kind: str, loss: nn.Module) -> list[Tensor]:
         from torch.distributed.device_mesh import init_device_mesh
@@ -205,6 +242,10 @@ def main(rank: int, folder: Path) -> None:
 
     check("DistributedDataParallel", data_parallel, list(LOSSES))
     check("fully_shard", sharded, list(LOSSES))
+    from torch.distributed.fsdp import fully_shard
+
+    tied_head(nn.parallel.DistributedDataParallel)
+    tied_head(fully_shard)
     rows, columns, all_of_it = [Shard(0)], [Shard(1)], [Replicate()]
     by_elements = [name for name, (kind, _) in LOSSES.items() if kind != "indices"]
     by_rows = [name for name in LOSSES if name not in by_elements]
