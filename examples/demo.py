@@ -67,7 +67,7 @@ def print_table(results: list[dict[str, Run]]) -> None:
                 )
             )
     print(
-        "\nstep and loss (its forward and backward): medians, and the speed-up; peak: memory above that before training;"
+        "\nstep and loss (its forward and backward): medians, and the speed-up; peak: memory above that before training"
         "\nlinear: fusedloss.LinearCrossEntropyLoss, whose loss ms are those of the model's last layer too"
     )
 

@@ -253,7 +253,7 @@ def _result_dtype(input: Tensor, target: Tensor, options: Options) -> torch.dtyp
 
 
 def _formula(call: Call, second: bool, correct: bool) -> Callable[..., Results]:
-    """The results of a call as a function of its input and head: for derivatives of backward, and for decompositions."""
+    """A call's results as a function of its input and head: for derivatives of backward, and for decompositions."""
     zero = call.reduction == MEAN_OR_ZERO
     reduction = "mean" if zero else _NAMES[call.reduction]
     options = Options(call.sample_weight, call.wide, second, zero, correct, call.normalizer)
