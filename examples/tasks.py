@@ -42,9 +42,8 @@ def next_token(ids: np.ndarray) -> Task:
     tokens = torch.from_numpy(ids)
     windows = tokens.unfold(0, CONTEXT + 1, 1)
     inputs, targets = windows[:, :CONTEXT], windows[:, CONTEXT]
-    model = nn.Sequential(
-        nn.Embedding(VOCABULARY, 16), nn.Flatten(), nn.Linear(16 * CONTEXT, 32), nn.Tanh(), nn.Linear(32, VOCABULARY)
-    )
+    head = nn.Linear(32, VOCABULARY)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Flatten(), nn.Linear(16 * CONTEXT, 32), nn.Tanh(), head)
     cut = len(inputs) - 2048
     return Task(
         "next token, V=32000",
@@ -54,7 +53,7 @@ def next_token(ids: np.ndarray) -> Task:
             "torch": nn.CrossEntropyLoss,
             "fusedloss": fusedloss.CrossEntropyLoss,
             # Takes the last layer with it: its inputs are the hidden states, and no logits are made.
-            "linear": lambda: fusedloss.LinearCrossEntropyLoss.from_linear(model[-1]),
+            "linear": lambda: fusedloss.LinearCrossEntropyLoss.from_linear(head),
         },
         inputs[:cut],
         targets[:cut],

@@ -18,7 +18,7 @@ from ._call import NONE, Call
 from ._chunks import BUFFER_BYTES
 from ._gradients import Scale, scaled
 from ._kept import Kept, for_kernel
-from ._rows import Chunk, Rows
+from ._rows import Chunk, Rows, in_range, weights_of
 
 _ELSEWHERE = -1
 
@@ -48,23 +48,26 @@ class _OfRows:
         self.of_whole = self.statistics.clone()
         self.of_whole[0] = self.lse
         self.of_whole[1] = 1
-        counts = self.target != call.ignore_index
+        counts = (call.target != call.ignore_index) & in_range(call)
+        weight: float | Tensor = 1.0
+        if call.weight is not None:
+            weight = weights_of(call, counts)[whole.index].to(call.arithmetic)
+        counts = counts[whole.index]
         self.upstream = upstream.expand_as(self.lse) if upstream.dim() == 0 else upstream[whole.index]
         _, z_loss, _ = call.params
-        weight = 1.0 if call.weight is None else call.weight.to(call.arithmetic)[torch.where(counts, self.target, 0)]
         of_others = self.upstream * (weight + 2 * z_loss * self.lse)
         if self.sample_weight is not None:
             of_others = of_others * self.sample_weight
-        self.of_others = torch.where(counts, of_others, 0)
+        self.of_others = of_others.masked_fill(~counts, 0)
         self.of_lse = None if upstream_second is None else upstream_second[whole.index].to(call.arithmetic)
-        self.target = torch.where(counts, self.target, _ELSEWHERE)
+        self.target = self.target.masked_fill(~counts, _ELSEWHERE)
 
     def local(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """For classes from start to end: the targets, the statistics and the upstream gradient of the lse."""
         here = (self.target >= start) & (self.target < end)
-        of_lse = torch.where(here, 0, self.of_others)
+        of_lse = self.of_others.masked_fill(here, 0)
         return (
-            torch.where(here, self.target - start, _ELSEWHERE),
+            (self.target - start).masked_fill(~here, _ELSEWHERE),
             for_kernel(torch.where(here, self.statistics, self.of_whole)),
             of_lse if self.of_lse is None else of_lse + self.of_lse,
         )

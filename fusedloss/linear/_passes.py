@@ -69,7 +69,7 @@ def forward(
             _gradient_in_place(call, chunk, seen, losses.new_ones(()), None, statistics)
             gradients.add(chunk, flat)
     if correct and rows.kept is not None:
-        right = torch.where(rows.kept, right, 0)
+        right.masked_fill_(~rows.kept, 0)
     # In float64, so that no number of threads changes the sum in float32.
     loss = losses.to(call.result) if call.reduction == NONE else _reduced(call, rows, losses.sum(dtype=torch.float64))
     made = call.input.new_empty(0) if gradients is None else gradients.finish()[0]
@@ -103,7 +103,7 @@ def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tup
         total += value
         gradients.add(chunk, flat)
     if correct and rows.kept is not None:
-        right = torch.where(rows.kept, right, 0)
+        right.masked_fill_(~rows.kept, 0)
     return _reduced(call, rows, total), right, *gradients.finish()
 
 

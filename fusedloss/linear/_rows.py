@@ -1,5 +1,6 @@
 """Which rows count, in chunks, and what a mean divides by."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,17 @@ def rows_kept(target: Tensor, ignore_index: int, sample_weight: Tensor | None) -
         return kept
     weighed = sample_weight != 0
     return weighed if kept is None else kept & weighed
+
+
+def in_range(call: Call) -> Tensor:
+    """Which class indices name a class. On a CPU those that count all do, and elsewhere the kernels report the rest."""
+    return (call.target >= 0) & (call.target < call.logits_shape(1)[1])
+
+
+def weights_of(call: Call, kept: Tensor) -> Tensor:
+    """The class weight of each target, and any for a row that does not count."""
+    assert call.weight is not None
+    return call.weight[call.target.long().masked_fill(~(kept & in_range(call)), 0)]
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:
@@ -92,22 +104,19 @@ class Rows:
         if call.normalizer is not None:
             return call.normalizer.double()
         if kept is None:
-            counted = torch.tensor(call.row_shape.numel(), dtype=torch.float64, device=call.input.device)
+            counted = call.input.new_full((), math.prod(call.row_shape), dtype=torch.float64)
         else:
-            of_rows = kept.double()
+            of_rows = torch.ones_like(kept, dtype=torch.float64)
             if call.known.traits.mean_by_weight and call.weight is not None:
-                of_rows = call.weight.double()[torch.where(kept, call.target, 0).long()].where(kept, 0.0)
+                of_rows = weights_of(call, kept).double()
             if call.sample_weight is not None:
-                of_rows = torch.where(kept, of_rows * call.sample_weight.double(), 0.0)
-            counted = of_rows.sum()
-        return torch.where(counted == 0, torch.inf, counted) if call.reduction == MEAN_OR_ZERO else counted
+                of_rows = of_rows * call.sample_weight.double()
+            counted = of_rows.masked_fill(~kept, 0).sum()
+        return counted.masked_fill(counted == 0, torch.inf) if call.reduction == MEAN_OR_ZERO else counted
 
 
 def _check_targets(call: Call) -> None:
     """Before anything is computed; elsewhere than on a CPU the kernels report it later."""
-    target = call.target
-    bad = (target != call.ignore_index) & (target >= call.logits_shape(1)[1])
-    if target.dtype != torch.uint8:
-        bad |= (target != call.ignore_index) & (target < 0)
+    bad = (call.target != call.ignore_index) & ~in_range(call)
     if bool(bad.any()):
-        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
+        raise IndexError(f"Target {int(call.target[bad][0])} is out of bounds.")
