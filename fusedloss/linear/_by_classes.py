@@ -78,6 +78,10 @@ def backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the input, the head and its bias. ``upstream``: one number, or one for each loss."""
+    if not len(rows):
+        head = call.linear_weight
+        of_input = torch.zeros_like(call.input) if wanted[0] else rows.spread(None)
+        return of_input, torch.zeros_like(head), head.new_zeros(head.shape[0] if wanted[2] else 0)
     of_rows = _OfRows(call, rows, upstream, upstream_second, kept)
     alpha = scale.alpha
     _, classes, *positions = call.logits_shape(1)
@@ -86,7 +90,7 @@ def backward(
     of_weight = torch.empty_like(weight)
     of_bias = weight.new_empty(weight.shape[0] if wanted[2] else 0)
     sums = torch.zeros_like(of_rows.input, dtype=call.arithmetic) if wanted[0] else None
-    step = max(1, call.rows_of_chunk * classes // max(1, len(rows)))  # a buffer of a chunk's size
+    step = max(1, call.rows_of_chunk * classes // len(rows))  # a buffer of a chunk's size
     buffer = weight.new_empty(len(rows) * min(step, classes) * each)
     ones = weight.new_ones(1, len(rows))
     for start in range(0, classes, step):

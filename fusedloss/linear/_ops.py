@@ -160,6 +160,8 @@ def register(formula: Formula) -> None:
     def backward(ctx: Any, upstream: Tensor | None, upstream_second: Tensor | None, *_: Any) -> Any:
         call, (kept,) = _saved(ctx)
         arguments, wanted = _FIELDS + 4, _wanted(call)
+        if not ctx.second:
+            upstream_second = None
         if upstream is None and upstream_second is None:
             return _none_for(arguments, ())
         if _needs_formula(upstream, upstream_second):
@@ -191,6 +193,10 @@ def register(formula: Formula) -> None:
         del left
         return _none_for(arguments, tuple(each if each is None else _scaled(each, upstream) for each in made))
 
+    def refuse(ctx: Any, *upstreams: Any) -> Any:
+        raise RuntimeError("derivative for fusedloss::linear_backward is not implemented")
+
+    torch.library.register_autograd("fusedloss::linear_backward", refuse, lib=library)
     torch.library.register_autograd("fusedloss::linear", backward, setup_context=keep, lib=library)
     torch.library.register_autograd("fusedloss::linear_with_grad", scale, setup_context=leave, lib=library)
     _decompositions.register(torch.ops.fusedloss.linear.default, _decomposed(formula))

@@ -43,6 +43,9 @@ CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "huber_loss": (("x", "t"), {"weight": "like_x", "delta": 0.3}),
     "kl_div": (("x", "t"), {"reduction": "batchmean"}),
     "l1_loss": (("x", "t"), {"weight": "like_x"}),
+    "linear_cross_entropy": (("x", "x", "y"), {"shift": 1, "return_lse": True}),
+    "linear_focal_loss": (("x", "x", "y"), {"gamma": 1.0, "chunk_rows": 2}),
+    "linear_log_probs": (("x", "x", "y"), {"temperature": 2.0, "return_entropy": True}),
     "log_probs": (("x", "y"), {"temperature": 2.0, "return_entropy": True}),
     "mse_loss": (("x", "t"), {"weight": "like_x"}),
     "multilabel_soft_margin_loss": (("x", "t"), {"weight": "of_classes"}),
@@ -210,6 +213,10 @@ def test_torch_fx_holds_a_module_as_one_call(name):
 @EVERY_FUNCTION
 def test_torch_fx_holds_a_function_as_one_call(name):
     function, tensors, options = called(name)
-    traced = torch.fx.symbolic_trace(lambda x, target: function(x, target, **options))
+    traced = torch.fx.symbolic_trace(
+        (lambda x, head, target: function(x, head, target, **options))
+        if len(tensors) == 3
+        else (lambda x, target: function(x, target, **options))
+    )
     assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [function]
     torch.testing.assert_close(parts(traced(*tensors)), parts(function(*tensors, **options)), rtol=0, atol=0)
