@@ -312,8 +312,8 @@ def test_memory_beside_the_gradients_is_one_chunk():
 
 @needs_extension
 @on_cpu_alone("about threads of the CPU")
-def test_results_do_not_depend_on_the_number_of_threads(threads):
-    """But for the input's gradient: MKL cuts that product's sum over classes between threads."""
+def test_the_loss_does_not_depend_on_the_number_of_threads(threads):
+    """The gradients do in their last digits: MKL cuts the sums of those products between threads."""
     input, head = torch.randn(1000, 16, requires_grad=True), torch.randn(900, 16, requires_grad=True)
     target = torch.randint(900, (1000,))
     runs = []
@@ -321,8 +321,8 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         threads(number)
         value = L.linear_cross_entropy(input, head, target, chunk_rows=300)
         runs.append([value.detach(), *torch.autograd.grad(value, (input, head))])
-    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][2], runs[1][2])
-    torch.testing.assert_close(runs[0][1], runs[1][1])
+    assert torch.equal(runs[0][0], runs[1][0])
+    torch.testing.assert_close(runs[0][1:], runs[1][1:])
 
 
 # ---- errors
