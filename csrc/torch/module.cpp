@@ -110,8 +110,9 @@ BoundLoss bind(SoftmaxLoss& loss) {
   bound.explain = function("explain", explain);
   bound.saved_by =
       py::cpp_function([&loss](const std::vector<double>& params) { return loss.saved_statistics(params); });
-  bound.traits = namespace_of("soft"_a = of.soft, "reads_row"_a = of.reads_row, "mean_by_weight"_a = of.mean_by_weight,
-                              "second_of_ignored"_a = of.second_of_ignored, "params"_a = ranges(of.params, of.param_count));
+  bound.traits =
+      namespace_of("soft"_a = of.soft, "reads_row"_a = of.reads_row, "mean_by_weight"_a = of.mean_by_weight,
+                   "second_of_ignored"_a = of.second_of_ignored, "params"_a = ranges(of.params, of.param_count));
   bound.set_native = [&loss](PyObject* formula) {
     loss.formula = [formula](const Tensor& logits, const SoftmaxCall& call) {
       py::gil_scoped_acquire gil;
