@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from ._scripted import as_native
 from .losses._ignored import IgnoreIndex
 
 _Base: type[nn.Module] = getattr(nn, "LinearCrossEntropyLoss", nn.Module)  # torch has it from 2.13 on
@@ -118,8 +119,8 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc, valid-type]
     def __prepare_scriptable__(self) -> nn.Module:
         if _Base is nn.Module or self.more or not isinstance(self.ignore_index, int | None):
             raise RuntimeError("TorchScript runs torch's LinearCrossEntropyLoss, which knows none of our keywords")
-        native = _Base.__new__(_Base)
-        native.__dict__.update({name: value for name, value in self.__dict__.items() if name != "more"})
+        native = as_native(self, _Base)
+        del native.more
         return native
 
     def extra_repr(self) -> str:

@@ -6,10 +6,12 @@ and multiplied into the gradients of the input and the head. Whatever loss :mod:
 softmax family has this form.
 
 - ``_call``: what the ops are given
-- ``_chunks``: how many rows a chunk has, and the bytes that a call takes
-- ``_rows``: which rows count, and what a mean divides by
+- ``_chunks``: how many rows a chunk has
+- ``_rows``: which rows count, which are right, and what a mean divides by
+- ``_kept``: what forward keeps of them for backward
 - ``_gradients``: the sums over chunks
 - ``_passes``: forward, forward with gradients, backward
+- ``_by_classes``: backward over blocks of classes
 - ``_ops``: these three as ops of torch, with their derivatives
 - ``_route``: when a call takes the ops
 """

@@ -41,6 +41,11 @@ class Call(NamedTuple):
         return extension.losses[self.loss]  # type: ignore[union-attr]
 
     @property
+    def wanted(self) -> list[bool]:
+        """Which of the input, the head and its bias require a gradient."""
+        return [each is not None and each.requires_grad for each in self[:3]]
+
+    @property
     def soft(self) -> bool:
         return self.target.is_floating_point()
 

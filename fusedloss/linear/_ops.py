@@ -89,10 +89,6 @@ def _none_for(op_arguments: int, gradients: tuple[Tensor | None, ...]) -> tuple[
     return (*gradients, *[None] * (op_arguments - len(gradients)))
 
 
-def _wanted(call: Call) -> list[bool]:
-    return [each is not None and each.requires_grad for each in call[:3]]
-
-
 def _save(ctx: Any, given: tuple[Any, ...], *made: Tensor) -> None:
     ctx.save_for_backward(*(each for each in given[:_TENSORS] if each is not None), *made)
     ctx.present = [each is not None for each in given[:_TENSORS]]
@@ -108,16 +104,15 @@ def _saved(ctx: Any) -> tuple[Call, list[Tensor]]:
 
 def _by_formula(formula: Formula, call: Call, second: bool, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
     """By native autograd. Of views, so that a target which was computed from the input does not count twice."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         tensors = [each if each is None else each.view_as(each) for each in call[:3]]
         results = formula(call, second, False)(*tensors)
-        inputs = [each for each, want in zip(tensors, _wanted(call), strict=True) if want and each is not None]
+        inputs = [each for each, want in zip(tensors, call.wanted, strict=True) if want and each is not None]
         pairs = [(r, u) for r, u in zip(results, upstreams, strict=False) if r is not None and u is not None]
-        made = torch.autograd.grad(
-            [r for r, _ in pairs], inputs, [u for _, u in pairs], create_graph=torch.is_grad_enabled()
-        )
+        made = torch.autograd.grad([r for r, _ in pairs], inputs, [u for _, u in pairs], create_graph=create_graph)
     grads = iter(made)
-    return tuple(next(grads) if want else None for want in _wanted(call))
+    return tuple(next(grads) if want else None for want in call.wanted)
 
 
 def _needs_formula(*upstreams: Tensor | None) -> bool:
@@ -159,7 +154,7 @@ def register(formula: Formula) -> None:
 
     def backward(ctx: Any, upstream: Tensor | None, upstream_second: Tensor | None, *_: Any) -> Any:
         call, (kept,) = _saved(ctx)
-        arguments, wanted = _FIELDS + 4, _wanted(call)
+        arguments, wanted = _FIELDS + 4, call.wanted
         if not ctx.second:
             upstream_second = None
         if upstream is None and upstream_second is None:
@@ -183,7 +178,7 @@ def register(formula: Formula) -> None:
 
     def scale(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
         call, _nothing = _saved(ctx)
-        arguments, wanted = _FIELDS + 2, _wanted(call)
+        arguments, wanted = _FIELDS + 2, call.wanted
         if upstream is None:
             return _none_for(arguments, ())
         if _needs_formula(upstream):

@@ -9,7 +9,7 @@ from . import _by_classes
 from ._call import MEAN, MEAN_OR_ZERO, NONE, SUM, Call
 from ._gradients import Gradients, Scale
 from ._kept import Kept, size
-from ._rows import Chunk, Rows, hits
+from ._rows import Chunk, Right, Rows
 
 # A float16 gradient of the logits is made this many times as large, so that small probabilities do not underflow.
 _HALF_SCALE = 2.0**8
@@ -35,7 +35,7 @@ class _Logits:
 
 
 def _reduced(call: Call, rows: Rows, total: Tensor) -> Tensor:
-    return (total if call.reduction == SUM else total / rows.divisor()).to(call.result)
+    return (total if call.reduction == SUM else total / rows.divisor).to(call.result)
 
 
 def forward(
@@ -47,7 +47,7 @@ def forward(
     new = call.input.new_zeros
     losses = new(call.row_shape, dtype=call.arithmetic)
     of_second = new(call.row_shape if second else 0, dtype=call.arithmetic)
-    right = new(call.row_shape if correct else 0, dtype=call.arithmetic)
+    right = Right(rows, correct)
     memory = new(size(call) if keep else 0, dtype=call.arithmetic)
     kept = Kept(call, memory) if keep else None
     gradients = Gradients(call, [True, False, False], 1, _scale(call, rows, None)) if grad_input else None
@@ -61,19 +61,16 @@ def forward(
         chunk.put(losses, value)
         if second:
             chunk.put(of_second, value_of_second)
-        if correct:
-            chunk.put(right, hits(seen, chunk.target).to(right.dtype))
+        right.add(chunk, seen)
         if kept is not None:
             kept.put(chunk.start, chunk.end, statistics, value_of_second)
         if gradients is not None:
             _gradient_in_place(call, chunk, seen, losses.new_ones(()), None, statistics)
             gradients.add(chunk, flat)
-    if correct and rows.kept is not None:
-        right.masked_fill_(~rows.kept, 0)
     # In float64, so that no number of threads changes the sum in float32.
     loss = losses.to(call.result) if call.reduction == NONE else _reduced(call, rows, losses.sum(dtype=torch.float64))
     made = call.input.new_empty(0) if gradients is None else gradients.finish()[0]
-    return loss, of_second.to(call.result), right, memory, made
+    return loss, of_second.to(call.result), right.finish(), memory, made
 
 
 def _gradient_in_place(
@@ -89,22 +86,19 @@ def _gradient_in_place(
 def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tuple[Tensor, ...]:
     """The loss, which rows are right, and the gradients for an upstream gradient of 1."""
     rows = Rows(call)
-    right = call.input.new_zeros(call.row_shape if correct else 0, dtype=call.arithmetic)
+    right = Right(rows, correct)
     total = call.input.new_zeros((), dtype=torch.float64)
     logits = _Logits(call, rows)
     gradients = Gradients(call, wanted, len(rows.bounds()), _scale(call, rows, None))
     for chunk in rows.chunks():
         flat, seen = logits.of(chunk)
-        if correct:
-            chunk.put(right, hits(seen, chunk.target).to(right.dtype))
+        right.add(chunk, seen)
         value, _ = _op(call, "_with_grad_")(
             seen, chunk.target, call.weight, SUM, call.ignore_index, call.params, True, chunk.sample_weight
         )
         total += value
         gradients.add(chunk, flat)
-    if correct and rows.kept is not None:
-        right.masked_fill_(~rows.kept, 0)
-    return _reduced(call, rows, total), right, *gradients.finish()
+    return _reduced(call, rows, total), right.finish(), *gradients.finish()
 
 
 def _scale(call: Call, rows: Rows, upstream: Tensor | None, kernel_scale: float = 1.0) -> Scale:
@@ -115,7 +109,7 @@ def _scale(call: Call, rows: Rows, upstream: Tensor | None, kernel_scale: float 
     """
     factor: Tensor | None = None if upstream is None else upstream.double()
     if call.reduction in (MEAN, MEAN_OR_ZERO):
-        factor = rows.divisor().reciprocal() if factor is None else factor / rows.divisor()
+        factor = rows.divisor.reciprocal() if factor is None else factor / rows.divisor
     alpha = call.logit_scale / kernel_scale
     if factor is None:
         return Scale(alpha)
@@ -134,7 +128,7 @@ def backward(
         scale = _scale(call, rows, upstream, kernel_scale)
         upstream = upstream.new_full((), kernel_scale)
     elif call.reduction in (MEAN, MEAN_OR_ZERO):
-        upstream = (upstream / rows.divisor()).to(call.arithmetic)
+        upstream = (upstream / rows.divisor).to(call.arithmetic)
     kept = Kept(call, memory)
     if call.by_classes and wanted[1]:
         return _by_classes.backward(call, rows, upstream, upstream_second, kept, scale, wanted)

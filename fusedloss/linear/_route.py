@@ -10,7 +10,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from .. import _captures, _route
-from .._dtypes import HALVES, in_float
+from .._dtypes import HALVES, in_float, widened
 from .._library import extension, why_native
 from .._sizes import at_most
 from .._traced import Described
@@ -42,6 +42,14 @@ class Head(NamedTuple):
             made = made * self.logit_scale
         return made.reshape(self.logits_shape)
 
+    def cast(self, convert: Callable[[Tensor], Tensor]) -> "Head":
+        bias = self.linear_bias
+        return self._replace(
+            input=convert(self.input),
+            linear_weight=convert(self.linear_weight),
+            linear_bias=bias if bias is None else convert(bias),
+        )
+
 
 class Options(NamedTuple):
     """Of :func:`fusedloss._route.softmax`, and what the linear form has beside them."""
@@ -72,8 +80,7 @@ def softmax(
         through = _through_float_logits if rounds else _through_logits
         return through(name, head, target, weight, reduction, ignore_index, params, options)
     zero = options.zero and reduction == "mean"
-    soft = target.is_floating_point()
-    wide = options.wide or _widened(head.input) or (soft and target.dtype != head.input.dtype)
+    wide = _captures.is_wide(extension.losses[name].traits, head.input, target, options.wide)  # type: ignore[union-attr]
     normalizer = options.normalizer
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=torch.float64, device=head.input.device)
@@ -89,8 +96,7 @@ def softmax(
         _route.tell(_path(call))
     in_forward = _makes_gradients(call, options)
     if in_forward and not call.by_classes:
-        wanted = [each is not None and each.requires_grad for each in call[:3]]
-        loss, right, *_ = torch.ops.fusedloss.linear_with_grad(*call, wanted, options.correct)
+        loss, right, *_ = torch.ops.fusedloss.linear_with_grad(*call, call.wanted, options.correct)
         return loss, None, right.detach() if options.correct else None
     grad_input = in_forward and call.input.requires_grad
     loss, second, right, *_ = torch.ops.fusedloss.linear(*call, options.second, options.correct, needs, grad_input)
@@ -103,7 +109,7 @@ def _is_small(head: Head) -> bool:
 
 
 def _needs_gradients(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in call[:3])
+    return torch.is_grad_enabled() and any(call.wanted)
 
 
 def _makes_gradients(call: Call, options: Options) -> bool:
@@ -125,10 +131,6 @@ def _is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-def _widened(input: Tensor) -> bool:
-    return input.dtype in HALVES and torch.is_autocast_enabled(input.device.type)
-
-
 def _under_autocast(head: Head) -> Head:
     """The operands in the dtype of autocast, as torch's matrix product takes them."""
     device = head.input.device.type
@@ -139,12 +141,7 @@ def _under_autocast(head: Head) -> Head:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
-    bias = head.linear_bias
-    return head._replace(
-        input=cast(head.input),
-        linear_weight=cast(head.linear_weight),
-        linear_bias=bias if bias is None else cast(bias),
-    )
+    return head.cast(cast)
 
 
 def _declines(
@@ -171,9 +168,8 @@ def _declines(
     logits = Described(
         "Tensor", head.input.dtype, head.input.device, torch.strided, torch.Size(head.logits_shape), False
     )
-    wide = options.wide or _widened(head.input)
     return _captures.softmax(
-        extension.losses[name].traits, logits, target, weight, reduction, ignore_index, params, wide,  # type: ignore[arg-type]
+        extension.losses[name].traits, logits, target, weight, reduction, ignore_index, params, options.wide,  # type: ignore[arg-type]
         options.second, options.sample_weight,
     )  # fmt: skip
 
@@ -233,22 +229,16 @@ def _through_float_logits(
 ) -> Results:  # fmt: skip
     """Of half-precision inputs, rounding only the results and the gradients."""
     dtype = _result_dtype(head.input, target, options)
-    bias = head.linear_bias
     loss, second, right = _through_logits(
-        name,
-        head._replace(
-            input=head.input.float(),
-            linear_weight=head.linear_weight.float(),
-            linear_bias=bias if bias is None else bias.float(),
-        ),
-        in_float(target), weight if weight is None else weight.float(), reduction, ignore_index, params, options,
+        name, head.cast(in_float), in_float(target), weight if weight is None else weight.float(), reduction,
+        ignore_index, params, options,
     )  # fmt: skip
     return loss.to(dtype), second if second is None else second.to(dtype), right
 
 
 def _result_dtype(input: Tensor, target: Tensor, options: Options) -> torch.dtype:
-    if options.wide or _widened(input):
-        return torch.float32 if input.dtype in HALVES else input.dtype
+    if input.dtype in HALVES and widened(input, options.wide):
+        return torch.float32
     return torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
 
 

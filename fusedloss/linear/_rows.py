@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class Rows:
         result[self.index] = values.to(like.dtype)
         return result
 
+    @cached_property
     def divisor(self) -> Tensor:
         """What a mean divides the sum of the losses by, in float64; infinity for a mean over nothing that is 0."""
         call = self.call
@@ -113,6 +115,24 @@ class Rows:
                 of_rows = of_rows * call.sample_weight.double()
             counted = of_rows.masked_fill(~kept, 0).sum()
         return counted.masked_fill(counted == 0, torch.inf) if call.reduction == MEAN_OR_ZERO else counted
+
+
+class Right:
+    """1 for each loss whose largest logit is that of its target, where that is wanted, and otherwise nothing."""
+
+    def __init__(self, rows: Rows, wanted: bool) -> None:
+        self.rows, self.wanted = rows, wanted
+        call = rows.call
+        self.numbers = call.input.new_zeros(call.row_shape if wanted else 0, dtype=call.arithmetic)
+
+    def add(self, chunk: Chunk, logits: Tensor) -> None:
+        if self.wanted:
+            chunk.put(self.numbers, hits(logits, chunk.target).to(self.numbers.dtype))
+
+    def finish(self) -> Tensor:
+        if self.wanted and self.rows.kept is not None:
+            self.numbers.masked_fill_(~self.rows.kept, 0)
+        return self.numbers
 
 
 def _check_targets(call: Call) -> None:
