@@ -1,14 +1,16 @@
 """The calls that the tests of the pointwise contract run over."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import same, warned
 from losses import DTYPES, HALVES, REDUCTIONS
 from marks import on_cpu_alone
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedloss
 import fusedloss.functional as L
@@ -146,3 +148,20 @@ RAISES = on_cpu_alone("on a GPU torch's device assert ends the process, and the 
 AUTOCAST = [pytest.param(call, marks=on_cpu_alone("torch refuses it")) if "bce" in call else call for call in OF_TORCH]
 # Beside a weight autocast takes torch's mse and l1 step by step, and so do ours, natively.
 FUSED_UNDER_AUTOCAST = [call for call in AUTOCAST if call not in ("mse, weight", "l1, weight")]
+
+
+def assert_reduction_as_in_torch(
+    function: str, module: str, tensors: list[Tensor], options: dict[str, Any], reduction: Any
+) -> None:
+    """The value, or the error, and the warnings; no constructor looks at a reduction."""
+    results = []
+    for functions, modules in ((L, fusedloss), (F, nn)):
+        run = partial(getattr(functions, function), *tensors, **options, reduction=reduction)
+        value, caught = warned(run)
+        results.append((value, [warning[:2] for warning in caught]))
+        getattr(modules, module)(reduction=reduction)
+    if isinstance(results[1][0], Tensor):
+        same(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+    else:
+        assert results[0] == results[1]

@@ -27,7 +27,7 @@ from margin_calls import (
 )
 from marks import needs_extension, not_under_a_default_device, on_cpu_alone
 from observe import Recorder, compiled_with_ops
-from pointwise_calls import IMAGE_LAYOUTS, PAIRS
+from pointwise_calls import IMAGE_LAYOUTS, PAIRS, assert_reduction_as_in_torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -322,17 +322,8 @@ def test_size_average_and_reduce(function, size_average, reduce, reduction):
 @ALL
 @not_under_a_default_device
 def test_unusual_reductions(call, reduction):
-    function, (x, t), options = made(call, (3, 2), torch.float32)
-    results = []
-    for functions, modules in ((L, fusedloss), (F, nn)):
-        value, caught = warned(lambda: getattr(functions, function)(x, t, **options, reduction=reduction))  # noqa: B023
-        results.append((value, [warning[:2] for warning in caught]))
-        getattr(modules, MODULES[function])(reduction=reduction)  # which no constructor looks at
-    if isinstance(results[1][0], Tensor):
-        same(results[0][0], results[1][0])
-        assert results[0][1] == results[1][1]
-    else:
-        assert results[0] == results[1]
+    function, tensors, options = made(call, (3, 2), torch.float32)
+    assert_reduction_as_in_torch(function, MODULES[function], tensors, options, reduction)
 
 
 def test_the_mean_of_divergences_is_warned_of_once_and_where_it_is_called():
