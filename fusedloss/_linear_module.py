@@ -62,12 +62,13 @@ class LinearCrossEntropyLoss(_Base):  # type: ignore[misc, valid-type]
         >>> LinearCrossEntropyLoss.from_linear(head).linear.weight is head.weight
         True
         """
-        classes, rest = divmod(linear.out_features, math.prod(out_features))
-        if rest:
+        positions = math.prod(out_features)
+        if positions == 0 or linear.out_features % positions:
             raise ValueError(
                 f"expected a head whose {linear.out_features} outputs are classes for each of {out_features} positions"
             )
         loss = cls.__new__(cls)
+        classes = linear.out_features // positions
         loss._set(linear, classes, out_features, weight, reduction, ignore_index, label_smoothing, options, more)
         return loss
 

@@ -9,7 +9,9 @@ softmax family has this form.
 - ``_chunks``: how many rows a chunk has
 - ``_rows``: which rows count, which are right, and what a mean divides by
 - ``_kept``: what forward keeps of them for backward
-- ``_gradients``: the sums over chunks
+- ``_scale``: what all gradients are multiplied by, and what keeps those of float16 in range
+- ``_products``: the matrix products with the gradient of the logits
+- ``_gradients``: their sums over chunks
 - ``_passes``: forward, forward with gradients, backward
 - ``_by_classes``: backward over blocks of classes
 - ``_ops``: these three as ops of torch, with their derivatives

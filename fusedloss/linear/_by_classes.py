@@ -15,12 +15,15 @@ from torch import Tensor
 from .._dtypes import HALVES
 from .._sizes import at_most
 from ._call import NONE, Call
-from ._chunks import BUFFER_BYTES
-from ._gradients import Scale, scaled
+from ._chunks import buffer_bytes, in_tiles
 from ._kept import Kept, for_kernel
+from ._products import add_column_sums, add_product, scaled, write_product
 from ._rows import Chunk, Rows, in_range, weights_of
+from ._scale import Scale
 
 _ELSEWHERE = -1
+# On CUDA, chunks of so many rows take longer for their products than for the float32 sum's bytes.
+_ENOUGH_ROWS = 1024
 
 
 def pays(call: Call) -> bool:
@@ -32,9 +35,13 @@ def pays(call: Call) -> bool:
     if call.loss != "cross_entropy" or smoothing != 0 or call.input.dtype not in HALVES:
         return False
     rows, columns = call.input.shape[0], call.linear_weight.shape[0]
+    device = call.input.device.type
     if call.chunk_rows:
-        return not at_most(rows, call.chunk_rows)
-    return not at_most(rows * columns * call.input.dtype.itemsize, BUFFER_BYTES)
+        few = device != "cuda" or call.chunk_rows < _ENOUGH_ROWS
+        return few and not at_most(rows, call.chunk_rows)
+    row_bytes, buffer = columns * call.input.dtype.itemsize, buffer_bytes(device)
+    few = device != "cuda" or not at_most(_ENOUGH_ROWS * row_bytes, buffer)
+    return few and not at_most(rows * row_bytes, buffer)
 
 
 class _OfRows:
@@ -81,18 +88,16 @@ def backward(
     if not len(rows):
         head = call.linear_weight
         of_input = torch.zeros_like(call.input) if wanted[0] else rows.spread(None)
-        return of_input, torch.zeros_like(head), head.new_zeros(head.shape[0] if wanted[2] else 0)
+        return of_input, head.new_zeros(head.shape), head.new_zeros(head.shape[0] if wanted[2] else 0)
     of_rows = _OfRows(call, rows, upstream, upstream_second, kept)
-    alpha = scale.alpha
     _, classes, *positions = call.logits_shape(1)
     each = positions[0] if positions else 1
     weight = call.linear_weight.detach()
-    of_weight = torch.empty_like(weight)
-    of_bias = weight.new_empty(weight.shape[0] if wanted[2] else 0)
+    of_weight = weight.new_empty(weight.shape)
+    of_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=call.arithmetic)
     sums = torch.zeros_like(of_rows.input, dtype=call.arithmetic) if wanted[0] else None
-    step = max(1, call.rows_of_chunk * classes // len(rows))  # a buffer of a chunk's size
+    step = in_tiles(call.rows_of_chunk * classes // len(rows))  # a buffer of a chunk's size
     buffer = weight.new_empty(len(rows) * min(step, classes) * each)
-    ones = weight.new_ones(1, len(rows))
     for start in range(0, classes, step):
         end = min(start + step, classes)
         part = slice(start * each, end * each)
@@ -104,12 +109,12 @@ def backward(
             None if call.weight is None else call.weight[start:end], statistics, NONE, _ELSEWHERE, call.params,
             of_rows.sample_weight,
         )  # fmt: skip
-        torch.addmm(of_weight[part], flat.t(), of_rows.input, beta=0, alpha=alpha, out=of_weight[part])
+        write_product(of_weight[part], flat.t(), of_rows.input, scale)
         if wanted[2]:
-            torch.addmm(of_bias[None, part], ones, flat, beta=0, alpha=alpha, out=of_bias[None, part])
+            add_column_sums(of_bias[part], flat, scale.alpha)
         if sums is not None:
-            sums.add_(torch.mm(flat, weight[part]), alpha=alpha)
-    for made in (of_weight, of_bias, sums):
+            add_product(sums, flat, weight[part], scale.alpha)
+    for made in (of_bias, sums):
         if made is not None:
             scaled(made, scale.factor)
-    return rows.spread(sums), of_weight, of_bias
+    return rows.spread(sums), of_weight, of_bias.to(weight.dtype)

@@ -59,11 +59,15 @@ class Call(NamedTuple):
         return (rows, self.linear_weight.shape[0] // positions.numel(), *positions)
 
     def logits_of(self, input: Tensor, part: slice, result: Tensor) -> None:
-        """The logits of some rows and some of the C * K columns. In blocks, because MKL copies a flat product whole."""
+        """The logits of some rows and some of the C * K columns.
+
+        On a CPU in blocks, because MKL copies a flat product whole.
+        """
         transposed = self.linear_weight.detach().t()
         bias, scale = self.linear_bias, self.logit_scale
-        for start in range(part.start, part.stop, PRODUCT_COLUMNS):
-            columns = slice(start, min(start + PRODUCT_COLUMNS, part.stop))
+        step = PRODUCT_COLUMNS if self.on_host else part.stop
+        for start in range(part.start, part.stop, step):
+            columns = slice(start, min(start + step, part.stop))
             block = result[:, columns.start - part.start : columns.stop - part.start]
             if bias is not None:
                 torch.addmm(bias.detach()[columns], input, transposed[:, columns], beta=scale, alpha=scale, out=block)
@@ -72,7 +76,9 @@ class Call(NamedTuple):
 
     @property
     def rows_of_chunk(self) -> int:
-        return self.chunk_rows or rule(self.input.shape[0], self.linear_weight.shape[0], self.input.dtype)
+        return self.chunk_rows or rule(
+            self.input.shape[0], self.linear_weight.shape[0], self.input.dtype, self.input.device.type
+        )
 
     @property
     def arithmetic(self) -> torch.dtype:

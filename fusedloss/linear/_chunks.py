@@ -1,6 +1,6 @@
 """How many rows a chunk has.
 
-It follows from the sizes alone, so that results do not depend on the number of threads.
+It follows from the sizes and the device alone, so that results do not depend on the number of threads.
 """
 
 import torch
@@ -10,18 +10,30 @@ from .._dtypes import HALVES
 # Fewer rows than this make matrix products slow, and each chunk reads and writes the head's gradient once more.
 _ROWS = 512
 _MOST_CHUNKS = 8
-BUFFER_BYTES = 2**26
 PRODUCT_COLUMNS = 2**14
-# A block of the head's gradient, in classes times features: what a chunk adds to a float32 sum.
-BLOCK_ELEMENTS = 2**21
+# The rows and the columns of a GPU's products are cut into tiles of this many.
+_TILE = 128
 
 
-def rule(rows: int, columns: int, dtype: torch.dtype) -> int:
+def buffer_bytes(device: str) -> int:
+    """Of a chunk's logits."""
+    return 2**27 if device == "cuda" else 2**26
+
+
+def block_elements(device: str) -> int:
+    """Of the head's gradient that is held in float32 beside its half-precision sum: 8 MB, and 64 MB on CUDA."""
+    return 2**24 if device == "cuda" else 2**21
+
+
+def rule(rows: int, columns: int, dtype: torch.dtype, device: str) -> int:
     """The rows of a chunk for logits of ``rows`` x ``columns``.
 
-    As many as fit in half precision, whose sums over chunks cost more.
+    As many as fit on CUDA, and in half precision, whose sums over chunks cost more.
     """
-    most = max(1, BUFFER_BYTES // (columns * dtype.itemsize))
+    most = max(1, buffer_bytes(device) // (columns * dtype.itemsize))
+    if device == "cuda":
+        most = in_tiles(most)
+        return min(most, _tiled(-(-rows // count(rows, most))))
     wanted = most if dtype in HALVES else min(most, max(_ROWS, -(-rows // _MOST_CHUNKS)))
     return max(1, -(-rows // count(rows, wanted)))
 
@@ -31,7 +43,25 @@ def count(rows: int, chunk_rows: int) -> int:
 
 
 def bounds(rows: int, chunk_rows: int) -> list[tuple[int, int]]:
-    """Where the chunks begin and end: of equal size, to a row."""
-    chunks = count(rows, chunk_rows)
-    ends = [rows * i // chunks for i in range(chunks + 1)]
-    return [pair for pair in zip(ends, ends[1:], strict=False) if pair[0] < pair[1]]
+    """Where the chunks begin and end: of about equal size, in whole tiles where ``chunk_rows`` are."""
+    step = max(1, -(-rows // count(rows, chunk_rows)))
+    if chunk_rows % _TILE == 0:
+        step = _tiled(step)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def blocks(weight_shape: tuple[int, ...], device: str) -> list[slice]:
+    """Of the head's rows."""
+    columns, features = weight_shape
+    step = max(1, block_elements(device) // max(1, features))
+    return [slice(i, min(i + step, columns)) for i in range(0, columns, step)]
+
+
+def in_tiles(size: int) -> int:
+    """The size without what is left beside whole tiles."""
+    return size - size % _TILE if size > _TILE else max(1, size)
+
+
+def _tiled(size: int) -> int:
+    """The next whole number of tiles."""
+    return -(-size // _TILE) * _TILE

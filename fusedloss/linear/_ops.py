@@ -1,6 +1,7 @@
 """The passes as ops of torch, which graphs hold as they are, and their derivatives."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,15 +33,27 @@ Formula = Callable[[Call, bool, bool], Callable[..., tuple[Tensor, Tensor | None
 
 
 def _linear(*given: Any) -> tuple[Tensor, ...]:
-    return _passes.forward(Call(*given[:_FIELDS]), *given[_FIELDS:])
+    call = Call(*given[:_FIELDS])
+    with _no_autocast(call):
+        return _passes.forward(call, *given[_FIELDS:])
 
 
 def _linear_with_grad(*given: Any) -> tuple[Tensor, ...]:
-    return _passes.forward_with_gradients(Call(*given[:_FIELDS]), *given[_FIELDS:])
+    call = Call(*given[:_FIELDS])
+    with _no_autocast(call):
+        return _passes.forward_with_gradients(call, *given[_FIELDS:])
 
 
 def _linear_backward(upstream: Tensor, upstream_second: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
-    return _passes.backward(upstream, upstream_second, Call(*given[:_FIELDS]), *given[_FIELDS:])
+    call = Call(*given[:_FIELDS])
+    with _no_autocast(call):
+        return _passes.backward(upstream, upstream_second, call, *given[_FIELDS:])
+
+
+def _no_autocast(call: Call) -> AbstractContextManager[Any]:
+    """The operands have their dtypes by now. A backward may run under autocast, which would round its products."""
+    device = call.input.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 # ---- without data, for tracing

@@ -5,14 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _by_classes
+from . import _by_classes, _scale
 from ._call import MEAN, MEAN_OR_ZERO, NONE, SUM, Call
-from ._gradients import Gradients, Scale
+from ._gradients import Gradients
 from ._kept import Kept, size
 from ._rows import Chunk, Right, Rows
-
-# A float16 gradient of the logits is made this many times as large, so that small probabilities do not underflow.
-_HALF_SCALE = 2.0**8
 
 
 def _op(call: Call, suffix: str = "") -> Any:
@@ -50,7 +47,7 @@ def forward(
     right = Right(rows, correct)
     memory = new(size(call) if keep else 0, dtype=call.arithmetic)
     kept = Kept(call, memory) if keep else None
-    gradients = Gradients(call, [True, False, False], 1, _scale(call, rows, None)) if grad_input else None
+    gradients = Gradients(call, [True, False, False], 1, _scale.of_reduction(call, rows, None)) if grad_input else None
     logits = _Logits(call, rows)
     for chunk in rows.chunks():
         flat, seen = logits.of(chunk)
@@ -89,7 +86,7 @@ def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tup
     right = Right(rows, correct)
     total = call.input.new_zeros((), dtype=torch.float64)
     logits = _Logits(call, rows)
-    gradients = Gradients(call, wanted, len(rows.bounds()), _scale(call, rows, None))
+    gradients = Gradients(call, wanted, len(rows.bounds()), _scale.of_reduction(call, rows, None))
     for chunk in rows.chunks():
         flat, seen = logits.of(chunk)
         right.add(chunk, seen)
@@ -101,34 +98,19 @@ def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tup
     return _reduced(call, rows, total), right.finish(), *gradients.finish()
 
 
-def _scale(call: Call, rows: Rows, upstream: Tensor | None, kernel_scale: float = 1.0) -> Scale:
-    """For gradients of the logits that are those of the sum of the losses, ``kernel_scale`` times as large.
-
-    There the target's term is -1 but for a small number, which half types hold exactly. What the losses are divided by
-    and the upstream gradient come in when the products with these gradients are rounded.
-    """
-    factor: Tensor | None = None if upstream is None else upstream.double()
-    if call.reduction in (MEAN, MEAN_OR_ZERO):
-        factor = rows.divisor.reciprocal() if factor is None else factor / rows.divisor
-    alpha = call.logit_scale / kernel_scale
-    if factor is None:
-        return Scale(alpha)
-    return Scale(alpha * float(factor)) if call.on_host else Scale(alpha, factor.to(call.arithmetic))
-
-
 def backward(
     upstream: Tensor, upstream_second: Tensor | None, call: Call, second: bool, memory: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Makes the logits once more, and their gradient from what forward kept of the rows."""
     rows = Rows(call, second)
     upstream = upstream.to(call.arithmetic)
-    scale = Scale(call.logit_scale)
+    scale = _scale.Scale(call.logit_scale)
     if call.reduction != NONE and upstream_second is None:
-        kernel_scale = _HALF_SCALE if call.input.dtype == torch.float16 else 1.0
-        scale = _scale(call, rows, upstream, kernel_scale)
-        upstream = upstream.new_full((), kernel_scale)
+        kernel = _scale.of_kernel(call)
+        scale = _scale.of_reduction(call, rows, upstream, kernel)
+        upstream = upstream.new_ones(()) if kernel is None else kernel.to(call.arithmetic)
     elif call.reduction in (MEAN, MEAN_OR_ZERO):
-        upstream = (upstream / rows.divisor).to(call.arithmetic)
+        upstream = rows.share(upstream).to(call.arithmetic)
     kept = Kept(call, memory)
     if call.by_classes and wanted[1]:
         return _by_classes.backward(call, rows, upstream, upstream_second, kept, scale, wanted)

@@ -16,7 +16,7 @@ from .._sizes import at_most
 from .._traced import Described
 from . import _by_classes, _ops
 from ._call import MEAN_OR_ZERO, Call
-from ._chunks import count
+from ._chunks import block_elements, count
 from ._rows import hits, rows_kept
 
 # With fewer logits, or fewer numbers in the head, the chunks' bookkeeping costs more than it saves.
@@ -190,9 +190,12 @@ def _path(call: Call) -> str:
     chunk_rows = min(rows, call.rows_of_chunk)
     chunks = count(rows, chunk_rows)
     extra = chunk_rows * columns * call.input.dtype.itemsize
-    if call.input.dtype in HALVES and chunks > 1 and _needs_gradients(call) and call.linear_weight.requires_grad:
-        extra += 0 if call.by_classes else call.linear_weight.numel() * call.arithmetic.itemsize
     device = call.input.device.type
+    if call.input.dtype in HALVES and _needs_gradients(call) and call.linear_weight.requires_grad:
+        in_float = call.linear_weight.numel()
+        if call.by_classes or chunks == 1:  # a product is scaled in float32 before it is rounded
+            in_float = min(in_float, block_elements(device)) if device == "cuda" else 0
+        extra += in_float * call.arithmetic.itemsize
     where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]
     plural = "s" if chunks > 1 else ""
     return f"fused: {where}, {chunks} chunk{plural} of {chunk_rows} rows, {extra / 2**20:.1f} MiB beside the gradients"

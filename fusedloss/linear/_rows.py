@@ -116,6 +116,14 @@ class Rows:
             counted = of_rows.masked_fill(~kept, 0).sum()
         return counted.masked_fill(counted == 0, torch.inf) if call.reduction == MEAN_OR_ZERO else counted
 
+    def share(self, upstream: Tensor | None) -> Tensor:
+        """The upstream gradient of each loss of a mean, in float64.
+
+        0 where no row counts: the gradients are 0 then, and infinity times 0 would be NaN.
+        """
+        share = self.divisor.reciprocal() if upstream is None else upstream.double() / self.divisor
+        return share if self.kept is None else share.masked_fill(~self.kept.any(), 0)
+
 
 class Right:
     """1 for each loss whose largest logit is that of its target, where that is wanted, and otherwise nothing."""

@@ -102,7 +102,8 @@ def linear_cross_entropy(
         )  # fmt: skip
     given = Given(input, linear_weight, linear_bias, target, ignore_index, sample_weight)
     check_head("linear_cross_entropy", given)
-    if ignore_index is not None and target.shape == given.logits:
+    is_mask = isinstance(ignore_index, Tensor) and ignore_index.dtype == torch.bool
+    if ignore_index is not None and not is_mask and target.shape == given.logits:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     given = with_index(
         "linear_cross_entropy", given._replace(ignore_index=-100 if ignore_index is None else ignore_index)
