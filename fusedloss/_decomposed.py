@@ -14,6 +14,7 @@ from torch import Tensor
 from ._captures import REDUCTIONS
 from ._fake import statistics
 from ._library import extension
+from ._traced import is_exporting
 
 _NAMES = {number: name for name, number in REDUCTIONS.items()}
 
@@ -66,7 +67,7 @@ def _under_autograd(op: Any) -> Callable[..., Any]:
 def _is_decomposing() -> bool:
     """Whether an exported program is being decomposed; torch.export itself and torch.compile keep the op."""
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
-    return torch.compiler.is_exporting() and mode is not None and not mode.pre_dispatch
+    return is_exporting() and mode is not None and not mode.pre_dispatch
 
 
 def pointwise(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:

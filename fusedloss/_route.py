@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, compiler
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting, set_stance
+from torch.compiler import is_compiling, is_dynamo_compiling, set_stance
 from torch.overrides import handle_torch_function
 
 from . import _captures, _decomposed, _fake
@@ -33,7 +33,7 @@ from ._library import extension, why_native
 from ._one_hot import over_class_indices
 from ._sizes import broadcasts_to as broadcasts_to
 from ._sizes import same_shape
-from ._traced import asked_once
+from ._traced import asked_once, is_exporting
 from ._weighted import over_weighted_rows
 
 Formula = Callable[..., Tensor]
@@ -129,6 +129,7 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
         ValueError: the callable is no loss of this package.
         Whatever the call raises before it comes to a path.
 
+    >>> import fusedloss
     >>> explain(fusedloss.CrossEntropyLoss(), torch.zeros(2, 4), torch.tensor([0, 3]))  # doctest: +ELLIPSIS
     'fused: cpu ..., rows of 4'
     >>> explain(fusedloss.functional.sigmoid_focal_loss, torch.zeros(3, 1), torch.zeros(3))

@@ -14,6 +14,11 @@ import torch
 from ._sizes import pinned
 
 
+def is_exporting() -> bool:
+    """As torch.compiler's, which torch.compile of torch 2.11 takes for True."""
+    return torch.compiler._is_exporting_flag
+
+
 class Described(NamedTuple):
     """All that is known of a tensor but its numbers."""
 

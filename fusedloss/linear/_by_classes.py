@@ -15,7 +15,7 @@ from torch import Tensor
 from .._dtypes import HALVES
 from .._sizes import at_most
 from ._call import NONE, Call
-from ._chunks import buffer_bytes, in_tiles
+from ._chunks import buffer_bytes, in_tiles, row_length
 from ._kept import Kept, for_kernel
 from ._products import add_column_sums, add_product, scaled, write_product
 from ._rows import Chunk, Rows, in_range, weights_of
@@ -97,11 +97,13 @@ def backward(
     of_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=call.arithmetic)
     sums = torch.zeros_like(of_rows.input, dtype=call.arithmetic) if wanted[0] else None
     step = in_tiles(call.rows_of_chunk * classes // len(rows))  # a buffer of a chunk's size
-    buffer = weight.new_empty(len(rows) * min(step, classes) * each)
+    dtype, device = weight.dtype, weight.device.type
+    buffer = weight.new_empty(len(rows) * row_length(min(step, classes) * each, dtype, device))
     for start in range(0, classes, step):
         end = min(start + step, classes)
         part = slice(start * each, end * each)
-        flat = buffer[: len(rows) * (end - start) * each].view(len(rows), -1)
+        length = row_length((end - start) * each, dtype, device)
+        flat = buffer[: len(rows) * length].view(len(rows), length)[:, : (end - start) * each]
         call.logits_of(of_rows.input, part, flat)
         target, statistics, of_lse = of_rows.local(start, end)
         torch.ops.fusedloss.cross_entropy_backward_(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._dtypes import HALVES
 from ._call import Call
-from ._chunks import blocks
+from ._chunks import blocks, sum_elements
 from ._products import add_column_sums, add_product, product, scaled, write_product
 from ._rows import Chunk
 from ._scale import Scale
@@ -29,7 +29,7 @@ class Gradients:
         self.blocks: list[slice] = []
         if wanted[1]:
             if like.dtype in HALVES and chunks > 1:
-                self.blocks = blocks(self.weight.shape, like.device.type)
+                self.blocks = blocks(self.weight.shape, sum_elements(like.device.type))
                 self.sums = [
                     like.new_zeros((each.stop - each.start, like.shape[1]), dtype=call.arithmetic)
                     for each in self.blocks

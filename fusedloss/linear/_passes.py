@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _by_classes, _scale
 from ._call import MEAN, MEAN_OR_ZERO, NONE, SUM, Call
+from ._chunks import row_length
 from ._gradients import Gradients
 from ._kept import Kept, size
 from ._rows import Chunk, Right, Rows
@@ -22,12 +23,14 @@ class _Logits:
     def __init__(self, call: Call, rows: Rows) -> None:
         self.call = call
         most = max((end - start for start, end in rows.bounds()), default=0)
-        self.memory = call.input.new_empty(most, call.linear_weight.shape[0])
+        self.columns = call.linear_weight.shape[0]
+        length = row_length(self.columns, call.input.dtype, call.input.device.type)
+        self.memory = call.input.new_empty(most, length)[:, : self.columns]
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """As (rows, C * K) and as the kernels read them: (rows, C) or (rows, C, K)."""
         flat = self.memory[: chunk.size]
-        self.call.logits_of(chunk.input, slice(0, flat.shape[1]), flat)
+        self.call.logits_of(chunk.input, slice(0, self.columns), flat)
         return flat, flat.view(self.call.logits_shape(chunk.size))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import HALVES
-from ._chunks import blocks
+from ._chunks import PRODUCT_ELEMENTS, blocks
 from ._scale import Scale
 
 
@@ -46,7 +46,7 @@ def write_product(result: Tensor, left: Tensor, right: Tensor, scale: Scale) -> 
     if scale.factor is None:
         torch.addmm(result, left, right, beta=0, alpha=scale.alpha, out=result)
     elif _in_float(left):
-        for part in blocks(result.shape, left.device.type):
+        for part in blocks(result.shape, PRODUCT_ELEMENTS):
             torch.mul(product(left[part], right, scale.alpha), scale.factor, out=result[part])
     else:
         torch.addmm(result, left, right, beta=0, alpha=scale.alpha, out=result)

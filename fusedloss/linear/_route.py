@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from .. import _captures, _route
 from .._dtypes import HALVES, in_float, widened
 from .._library import extension, why_native
 from .._sizes import at_most
-from .._traced import Described
+from .._traced import Described, is_exporting
 from . import _by_classes, _ops
 from ._call import MEAN_OR_ZERO, Call
-from ._chunks import block_elements, count
+from ._chunks import PRODUCT_ELEMENTS, count
 from ._rows import hits, rows_kept
 
 # With fewer logits, or fewer numbers in the head, the chunks' bookkeeping costs more than it saves.
@@ -194,7 +194,7 @@ def _path(call: Call) -> str:
     if call.input.dtype in HALVES and _needs_gradients(call) and call.linear_weight.requires_grad:
         in_float = call.linear_weight.numel()
         if call.by_classes or chunks == 1:  # a product is scaled in float32 before it is rounded
-            in_float = min(in_float, block_elements(device)) if device == "cuda" else 0
+            in_float = min(in_float, PRODUCT_ELEMENTS) if device == "cuda" else 0
         extra += in_float * call.arithmetic.itemsize
     where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]
     plural = "s" if chunks > 1 else ""

@@ -23,7 +23,7 @@ of_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def data(name: str) -> tuple[Tensor, Tensor]:
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(6, 5, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(torch.get_default_device())
     if name == "cross_entropy":
         return x, torch.tensor([0, 4, 2, 2, -100, 1])
     if name == "nll_loss":

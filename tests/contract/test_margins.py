@@ -326,6 +326,7 @@ def test_unusual_reductions(call, reduction):
     assert_reduction_as_in_torch(function, MODULES[function], tensors, options, reduction)
 
 
+@not_under_a_default_device
 def test_the_mean_of_divergences_is_warned_of_once_and_where_it_is_called():
     x, t = numbers("divergence", (3, 2), (3, 2))
     for tensors in ((x, t), (x[:0], t[:0])):  # fused and native
