@@ -27,6 +27,7 @@ def _tensors() -> dict[str, Tensor]:
         "of_classes": torch.rand(5),
         "like_x": t + 1,
         "of_rows": t[:, 0],
+        "head": t[:5] - 0.5,
     }
 
 
@@ -43,9 +44,21 @@ CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "huber_loss": (("x", "t"), {"weight": "like_x", "delta": 0.3}),
     "kl_div": (("x", "t"), {"reduction": "batchmean"}),
     "l1_loss": (("x", "t"), {"weight": "like_x"}),
-    "linear_cross_entropy": (("x", "x", "y"), {"shift": 1, "return_lse": True}),
-    "linear_focal_loss": (("x", "x", "y"), {"gamma": 1.0, "chunk_rows": 2}),
-    "linear_log_probs": (("x", "x", "y"), {"temperature": 2.0, "return_entropy": True}),
+    "linear_cross_entropy": (
+        ("x", "head", "y"),
+        {
+            "linear_bias": "of_classes",
+            "weight": "of_classes",
+            "sample_weight": "of_rows",
+            "shift": 1,
+            "return_lse": True,
+        },
+    ),
+    "linear_focal_loss": (("x", "head", "y"), {"alpha": "of_classes", "gamma": 1.0, "chunk_rows": 2}),
+    "linear_log_probs": (
+        ("x", "head", "y"),
+        {"linear_bias": "of_classes", "temperature": 2.0, "return_entropy": True},
+    ),
     "log_probs": (("x", "y"), {"temperature": 2.0, "return_entropy": True}),
     "mse_loss": (("x", "t"), {"weight": "like_x"}),
     "multilabel_soft_margin_loss": (("x", "t"), {"weight": "of_classes"}),
