@@ -201,6 +201,7 @@ def test_a_traced_step_may_run_many_times(route, dtype):
 
 
 @needs_extension
+@pytest.mark.hardware(reason="opcheck knows the CPU, CUDA and XPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(each, marks=MANY) for each in HALVES)], ids=str)
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=MANY)])
 def test_opcheck(bias, dtype):

@@ -138,7 +138,7 @@ def module(library: ctypes.CDLL) -> ModuleType:
         device_count=lambda: 2,  # kDevices
         current_device=torch._C._accelerator_getDeviceIndex,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
-        device=lambda number: torch.accelerator.device_index(int(number)),
+        device=lambda device: torch.accelerator.device_index(getattr(device, "index", device)),
         _is_in_bad_fork=lambda: False,
         manual_seed_all=lambda seed: None,  # the CPU's generator serves it
     )

@@ -20,18 +20,26 @@ pytestmark = [
     pytest.mark.deep("the torch side of CUDA on the executor's device; a GPU runs the same tests", minutes=3),
 ]
 
-CONTRACT = (
-    "changed_inputs",
-    "deterministic",
-    "hostile_calls",
-    "log_probs",
-    "margin_edges",
-    "options",
-    "pointwise_dtypes",
-    "sample_weight",
-    "weighted_dtypes",
+FILES = (
+    "accuracy/test_linear_accuracy.py",
+    "compiled/test_linear_compiled.py",
+    "contract/test_changed_inputs.py",
+    "contract/test_deterministic.py",
+    "contract/test_hostile_calls.py",
+    "contract/test_linear.py",
+    "contract/test_linear_errors.py",
+    "contract/test_linear_gradients.py",
+    "contract/test_linear_halves.py",
+    "contract/test_linear_module.py",
+    "contract/test_linear_options.py",
+    "contract/test_log_probs.py",
+    "contract/test_margin_edges.py",
+    "contract/test_options.py",
+    "contract/test_pointwise_dtypes.py",
+    "contract/test_sample_weight.py",
+    "contract/test_weighted_dtypes.py",
 )
-TESTS = ["tests/gpu", *(f"tests/contract/test_{name}.py" for name in CONTRACT), "-k", "not gradcheck and not sparse"]
+TESTS = ["tests/gpu", *(f"tests/{file}" for file in FILES), "-k", "not gradcheck and not sparse"]
 # What is told from the result of a call: some losses of each family, reductions, layouts and dtypes.
 FEW = ["tests/gpu/test_gpu.py", "-k", "float32 and (every_path or strided_views) and not focal"]
 
