@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusedloss.functional as L
 from fusedloss import explain
-from fusedloss.linear._chunks import bounds, rule
+from fusedloss.linear._chunks import bounds, buffer_bytes, rule
 
 EACH_CHUNK = pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
 EACH_REDUCTION = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -260,18 +260,21 @@ def test_equal_logits_are_right_where_the_target_is_the_first():
 # ---- chunks
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_chunks_follow_from_the_sizes(dtype):
+def test_chunks_follow_from_the_sizes(dtype, device):
     for rows in (1, 2, 511, 512, 513, 4096, 100_000):
         for columns in (1, 1000, 128_256, 10**9):
-            chunk_rows = rule(rows, columns, dtype)
+            chunk_rows = rule(rows, columns, dtype, device)
             made = bounds(rows, chunk_rows)
-            assert [start for start, _ in made[1:]] == [end for _, end in made[:-1]]  # each row once
-            assert made[0][0] == 0 and made[-1][1] == rows
-            sizes = {end - start for start, end in made}
-            assert max(sizes) - min(sizes) <= 1 and max(sizes) <= chunk_rows
-            assert max(sizes) * columns * dtype.itemsize <= 2**26 or max(sizes) == 1
-            if dtype not in HALVES and max(sizes) * columns * dtype.itemsize < 2**25:
+            assert [start for start, _ in made] == [0, *(end for _, end in made[:-1])]  # each row once
+            assert made[-1][1] == rows
+            largest, *others = (end - start for start, end in made)
+            assert set(others[:-1]) <= {largest} and made[-1][1] - made[-1][0] <= largest <= chunk_rows
+            assert largest * columns * dtype.itemsize <= buffer_bytes(device) or largest == 1
+            if device == "cuda":
+                assert largest % 128 == 0 or largest < 128 or len(made) == 1
+            elif dtype not in HALVES and largest * columns * dtype.itemsize < buffer_bytes(device) / 2:
                 assert len(made) <= 8
     assert bounds(0, 5) == []
 
