@@ -160,6 +160,7 @@ def test_each_row_has_its_own_upstream_gradient(chunk_rows, route):
     torch.testing.assert_close(got, torch.autograd.grad(exact, leaves, upstream))
 
 
+@needs_extension
 @pytest.mark.thinned
 @EACH_ROUTE
 @pytest.mark.parametrize("chunk_rows", [None, 1, 2, 8])

@@ -99,6 +99,7 @@ def test_a_second_backward_gives_the_same_bits_and_scales_once(route, dtype):
         torch.testing.assert_close(twice, 2 * one)
 
 
+@needs_extension
 @EACH_ROUTE
 @pytest.mark.parametrize("changed", range(4))
 def test_an_operand_that_was_changed_is_told(changed, route):

@@ -38,6 +38,7 @@ def test_under_autocast_products_are_in_half_precision_and_losses_in_float32(opt
         assert 1e-6 < norm_error(got, exact) < calls.WITHIN[dtype]  # not made in float32
 
 
+@needs_extension
 @EACH_ROUTE
 def test_a_backward_under_autocast_keeps_its_digits(route):
     leaves, target = operands(), indices()

@@ -189,6 +189,7 @@ def test_a_shift_copies_no_hidden_states():
 # ---- divisors, dtypes, accuracy
 
 
+@needs_extension
 @pytest.mark.thinned
 @EACH_CHUNK
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
