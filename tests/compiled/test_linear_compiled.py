@@ -78,6 +78,7 @@ def test_frozen_parts_and_heads_of_any_layout(frozen):
 
 
 @needs_extension
+@pytest.mark.hardware(reason="Inductor knows no such device")
 @pytest.mark.deep("linear losses by Inductor; AOTAutograd made the same graphs")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_default_compiler(frozen):

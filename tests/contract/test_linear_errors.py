@@ -54,7 +54,7 @@ def outcome(function: Callable[..., Any], operands: tuple[Any, ...], **more: Any
 
 
 @needs_torchs
-@on_cpu_alone("a GPU's words for labels and dtypes are its own; test_gpu.py has them")
+@on_cpu_alone("a GPU's words for labels and dtypes are its own; gpu/test_linear_gpu.py has those for labels")
 @CHUNKS
 @pytest.mark.parametrize("call", TORCHS)
 def test_torchs_errors(call, chunk_rows):
@@ -86,7 +86,7 @@ def test_inputs_of_more_dimensions_whose_target_does_not_fit(chunk_rows):
 
 
 @needs_extension
-@on_cpu_alone("a GPU tells it later")
+@on_cpu_alone("a GPU tells it later: gpu/test_linear_gpu.py")
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"return_lse": True}], ids=str)
 @pytest.mark.parametrize("label", [11, -1, 2**40])
 def test_a_label_in_the_last_chunk_is_found_before_the_first_is_computed(label, options):

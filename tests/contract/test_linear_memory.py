@@ -22,7 +22,7 @@ def data(dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
 
 @pytest.mark.thinned(1)
 @needs_extension
-@on_cpu_alone("counts the CPU's memory; test_gpu.py counts a GPU's")
+@on_cpu_alone("counts the CPU's memory")
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"return_lse": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_beside_the_gradients_a_step_takes_one_chunk(dtype, options):
@@ -45,7 +45,7 @@ def test_beside_the_gradients_a_step_takes_one_chunk(dtype, options):
 
 
 @needs_extension
-@on_cpu_alone("counts the CPU's memory; test_gpu.py counts a GPU's")
+@on_cpu_alone("counts the CPU's memory")
 def test_without_gradients_in_forward_some_numbers_a_row_are_kept():
     leaves, target = data(torch.float32)
     kept: list[Tensor] = []
