@@ -69,6 +69,8 @@ class Rows:
         if call.on_host and not call.soft:
             _check_targets(call)
         self.kept = rows_kept(call.target, call.ignore_index, call.sample_weight)
+        if self.kept is not None and not call.on_host and not call.soft:
+            self.kept &= in_range(call)  # the kernels leave such a row out of a mean
         if self.kept is None or every_row:
             return
         rows = self.kept if self.kept.dim() == 1 else self.kept.any(1)
