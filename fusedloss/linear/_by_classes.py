@@ -96,7 +96,7 @@ def backward(
     of_weight = weight.new_empty(weight.shape)
     of_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=call.arithmetic)
     sums = torch.zeros_like(of_rows.input, dtype=call.arithmetic) if wanted[0] else None
-    step = in_tiles(call.rows_of_chunk * classes // len(rows))  # a buffer of a chunk's size
+    step = in_tiles(call.rows_of_chunk(False) * classes // len(rows))  # a buffer of a chunk's size
     dtype, device = weight.dtype, weight.device.type
     buffer = weight.new_empty(len(rows) * row_length(min(step, classes) * each, dtype, device))
     for start in range(0, classes, step):

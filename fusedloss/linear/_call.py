@@ -8,7 +8,7 @@ from torch import Tensor
 from .._captures import REDUCTIONS
 from .._dtypes import HALVES
 from .._library import extension
-from ._chunks import PRODUCT_COLUMNS, rule
+from ._chunks import product_parts, rule
 
 NONE, MEAN, SUM = (REDUCTIONS[name] for name in ("none", "mean", "sum"))
 MEAN_OR_ZERO = 3 if extension is None else extension.mean_or_zero
@@ -59,26 +59,20 @@ class Call(NamedTuple):
         return (rows, self.linear_weight.shape[0] // positions.numel(), *positions)
 
     def logits_of(self, input: Tensor, part: slice, result: Tensor) -> None:
-        """The logits of some rows and some of the C * K columns.
-
-        On a CPU in blocks, because MKL copies a flat product whole.
-        """
+        """The logits of some rows and some of the C * K columns."""
         transposed = self.linear_weight.detach().t()
         bias, scale = self.linear_bias, self.logit_scale
-        step = PRODUCT_COLUMNS if self.on_host else part.stop
-        for start in range(part.start, part.stop, step):
-            columns = slice(start, min(start + step, part.stop))
-            block = result[:, columns.start - part.start : columns.stop - part.start]
+        for within in product_parts(part.stop - part.start, input.dtype, input.device.type):
+            columns, block = slice(part.start + within.start, part.start + within.stop), result[:, within]
             if bias is not None:
                 torch.addmm(bias.detach()[columns], input, transposed[:, columns], beta=scale, alpha=scale, out=block)
             else:
                 torch.addmm(block, input, transposed[:, columns], beta=0, alpha=scale, out=block)
 
-    @property
-    def rows_of_chunk(self) -> int:
-        return self.chunk_rows or rule(
-            self.input.shape[0], self.linear_weight.shape[0], self.input.dtype, self.input.device.type
-        )
+    def rows_of_chunk(self, sums: bool) -> int:
+        """``sums``: whether a gradient of the head is summed over the chunks."""
+        (rows, features), columns = self.input.shape, self.linear_weight.shape[0]
+        return self.chunk_rows or rule(rows, columns, features if sums else 0, self.input.dtype, self.input.device.type)
 
     @property
     def arithmetic(self) -> torch.dtype:

@@ -10,7 +10,7 @@ from .._dtypes import HALVES
 # Fewer rows than this make matrix products slow, and each chunk reads and writes the head's gradient once more.
 _ROWS = 512
 _MOST_CHUNKS = 8
-PRODUCT_COLUMNS = 2**14
+_PRODUCT_COLUMNS = 2**14
 # A float32 product that is rounded next, 16 MB, stays in a GPU's second-level cache.
 PRODUCT_ELEMENTS = 2**22
 # The rows and the columns of a GPU's products are cut into tiles of this many.
@@ -27,12 +27,16 @@ def sum_elements(device: str) -> int:
     return 2**24 if device == "cuda" else 2**21
 
 
-def rule(rows: int, columns: int, dtype: torch.dtype, device: str) -> int:
+def rule(rows: int, columns: int, sum_features: int, dtype: torch.dtype, device: str) -> int:
     """The rows of a chunk for logits of ``rows`` x ``columns``.
 
-    As many as fit on CUDA, and in half precision, whose sums over chunks cost more.
+    As many as fit on CUDA, and in half precision, whose sums over chunks cost more. ``sum_features``: those of a head
+    whose gradient is summed so, otherwise 0. Where all logits are no more than a chunk and that sum, all are one chunk.
     """
-    most = max(1, buffer_bytes(device) // (columns * dtype.itemsize))
+    row_bytes, buffer = columns * dtype.itemsize, buffer_bytes(device)
+    if dtype in HALVES and rows * row_bytes <= buffer + columns * sum_features * torch.float32.itemsize:
+        return max(1, rows)
+    most = max(1, buffer // row_bytes)
     if device == "cuda":
         most = in_tiles(most)
         return min(most, _tiled(-(-rows // count(rows, most))))
@@ -41,10 +45,21 @@ def rule(rows: int, columns: int, dtype: torch.dtype, device: str) -> int:
 
 
 def row_length(columns: int, dtype: torch.dtype, device: str) -> int:
-    """From one row of the logits to the next: on CUDA whole vectors of 16 bytes, without which products take six times
-    as long."""
+    """From one row of the logits to the next: on CUDA whole vectors of 16 bytes."""
     vector = 16 // dtype.itemsize
     return -(-columns // vector) * vector if device == "cuda" else columns
+
+
+def product_parts(size: int, dtype: torch.dtype, device: str) -> list[slice]:
+    """Of the columns of a product, or of what it sums over.
+
+    Blocks on a CPU, where MKL copies a flat product whole. On CUDA whole vectors and the rest: of 50257 at once a
+    product takes six times as long.
+    """
+    if device == "cuda":
+        whole = size - size % (16 // dtype.itemsize)
+        return [part for part in (slice(0, whole), slice(whole, size)) if part.start < part.stop]
+    return [slice(i, min(i + _PRODUCT_COLUMNS, size)) for i in range(0, size, _PRODUCT_COLUMNS)]
 
 
 def count(rows: int, chunk_rows: int) -> int:

@@ -85,7 +85,7 @@ def _gradient_in_place(
 
 def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tuple[Tensor, ...]:
     """The loss, which rows are right, and the gradients for an upstream gradient of 1."""
-    rows = Rows(call)
+    rows = Rows(call, sums=wanted[1])
     right = Right(rows, correct)
     total = call.input.new_zeros((), dtype=torch.float64)
     logits = _Logits(call, rows)
@@ -105,7 +105,8 @@ def backward(
     upstream: Tensor, upstream_second: Tensor | None, call: Call, second: bool, memory: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Makes the logits once more, and their gradient from what forward kept of the rows."""
-    rows = Rows(call, second)
+    by_classes = call.by_classes and wanted[1]
+    rows = Rows(call, second, wanted[1] and not by_classes)
     upstream = upstream.to(call.arithmetic)
     scale = _scale.Scale(call.logit_scale)
     if call.reduction != NONE and upstream_second is None:
@@ -115,7 +116,7 @@ def backward(
     elif call.reduction in (MEAN, MEAN_OR_ZERO):
         upstream = rows.share(upstream).to(call.arithmetic)
     kept = Kept(call, memory)
-    if call.by_classes and wanted[1]:
+    if by_classes:
         return _by_classes.backward(call, rows, upstream, upstream_second, kept, scale, wanted)
     gradients = Gradients(call, wanted, len(rows.bounds()), scale)
     logits = _Logits(call, rows)

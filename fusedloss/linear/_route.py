@@ -187,13 +187,14 @@ def _is_transformed(tensors: list[Tensor]) -> str | None:
 def _path(call: Call) -> str:
     """In words, for ``explain``: the chunks, and what a call takes beside its gradients and some numbers a row."""
     rows, columns = call.input.shape[0], call.linear_weight.shape[0]
-    chunk_rows = min(rows, call.rows_of_chunk)
+    of_head = _needs_gradients(call) and call.linear_weight.requires_grad
+    chunk_rows = min(rows, call.rows_of_chunk(of_head and not call.by_classes))
     chunks = count(rows, chunk_rows)
     extra = chunk_rows * columns * call.input.dtype.itemsize
     device = call.input.device.type
-    if call.input.dtype in HALVES and _needs_gradients(call) and call.linear_weight.requires_grad:
+    if call.input.dtype in HALVES and of_head:
         in_float = call.linear_weight.numel()
-        if call.by_classes or chunks == 1:  # a product is scaled in float32 before it is rounded
+        if call.by_classes or chunks == 1:  # on CUDA a product is scaled in float32 before it is rounded
             in_float = min(in_float, PRODUCT_ELEMENTS) if device == "cuda" else 0
         extra += in_float * call.arithmetic.itemsize
     where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]

@@ -61,8 +61,8 @@ class Rows:
     waiting for the device, so that all are computed.
     """
 
-    def __init__(self, call: Call, second: bool = False) -> None:
-        self.call = call
+    def __init__(self, call: Call, second: bool = False, sums: bool = False) -> None:
+        self.call, self.sums = call, sums
         every_row = second and call.known.traits.second_of_ignored
         self.index: Tensor | None = None  # of the rows that count; None: all
         self.ignored: Tensor | None = None
@@ -83,7 +83,7 @@ class Rows:
         return self.call.input.shape[0] if self.index is None else self.index.shape[0]
 
     def bounds(self) -> list[tuple[int, int]]:
-        return bounds(len(self), self.call.rows_of_chunk)
+        return bounds(len(self), self.call.rows_of_chunk(self.sums))
 
     def chunks(self) -> Iterator[Chunk]:
         for start, end in self.bounds():

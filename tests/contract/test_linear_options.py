@@ -266,7 +266,7 @@ def test_equal_logits_are_right_where_the_target_is_the_first():
 def test_chunks_follow_from_the_sizes(dtype, device):
     for rows in (1, 2, 511, 512, 513, 4096, 100_000):
         for columns in (1, 1000, 128_256, 10**9):
-            chunk_rows = rule(rows, columns, dtype, device)
+            chunk_rows = rule(rows, columns, 0, dtype, device)
             made = bounds(rows, chunk_rows)
             assert [start for start, _ in made] == [0, *(end for _, end in made[:-1])]  # each row once
             assert made[-1][1] == rows
@@ -278,6 +278,15 @@ def test_chunks_follow_from_the_sizes(dtype, device):
             elif dtype not in HALVES and largest * columns * dtype.itemsize < buffer_bytes(device) / 2:
                 assert len(made) <= 8
     assert bounds(0, 5) == []
+
+
+def test_all_rows_are_a_chunk_where_their_logits_are_no_more_than_the_float32_sum():
+    """2 * N bytes a class beside 4 * D."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for device in ("cpu", "cuda"):
+            assert rule(8192, 128_256, 4096, dtype, device) == 8192
+            assert rule(20_000, 128_256, 4096, dtype, device) < 1000
+    assert rule(8192, 128_256, 4096, torch.float32, "cuda") < 1000  # it sums into the gradient itself
 
 
 @needs_extension
