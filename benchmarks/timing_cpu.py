@@ -13,52 +13,58 @@ from .results import Times
 SAMPLE_SECONDS = 2e-3  # a shorter sample would measure the clock and the scheduler
 BLOCK_SECONDS = 0.25  # the operating system counts processor time in steps of 10 ms
 LEAST_ROUNDS = 9
+SLOW_ROUNDS = 3  # of rounds that take a second and longer, by which the scheduler does not matter so much
 
 
 def in_turn(calls: dict[str, Call], threads: int, seconds: float = 2.0, patience: float = 8.0) -> Times:
     """Run the functions one after another, again and again, until quiet rounds fill the seconds or patience ends.
 
     What the function before left in the caches would be counted here: 1.5 times a call's time after one that writes
-    many tensors. So a sample starts with a call that is not timed, and every round has an order of its own.
+    many tensors. So a sample starts with a call that is not timed, unless a call takes longer than a block, and every
+    round has an order of its own.
 
     Where another process holds a core, each parallel region waits for the scheduler (4 ms and more) and a ratio only
     counts regions. Such rounds are left out, unless there are hardly any others.
     """
-    loops = {name: _loops(call) for name, call in calls.items()}
+    plans = {name: _plan(call) for name, call in calls.items()}
+    round_seconds = sum(taken for _, taken in plans.values())
+    least = LEAST_ROUNDS if round_seconds < 1 else SLOW_ROUNDS
+    patience = max(patience, 2 * SLOW_ROUNDS * round_seconds)
     shuffle = random.Random(0)
     quiet: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
     quiet_seconds = 0.0
     start = perf_counter()
-    while (quiet_seconds < seconds or len(quiet) < LEAST_ROUNDS) and perf_counter() - start < patience:
+    while (quiet_seconds < seconds or len(quiet) < least) and perf_counter() - start < patience:
         load = Load()
         block = []
         while load.seconds() < BLOCK_SECONDS:
             order = shuffle.sample(list(calls), len(calls))
-            block.append({name: _sample(calls[name], loops[name]) for name in order})
+            block.append({name: _sample(calls[name], *plans[name]) for name in order})
         if load.cores_left() >= threads - 0.15:
             quiet += block
             quiet_seconds += load.seconds()
         else:
             disturbed += block
-    enough = len(quiet) >= LEAST_ROUNDS
+    enough = len(quiet) >= least
     rounds = quiet if enough else quiet + disturbed
     return Times({name: [times[name] for times in rounds] for name in calls}, enough)
 
 
-def _sample(call: Call, loops: int) -> float:
-    call()
+def _sample(call: Call, loops: int, expected: float) -> float:
+    if expected < BLOCK_SECONDS:
+        call()
     return Timer(call).timeit(loops) / loops
 
 
-def _loops(call: Call) -> int:
-    """How many calls make a sample; the calls spent on finding out warm the function up."""
+def _plan(call: Call) -> tuple[int, float]:
+    """How many calls make a sample, and its seconds; the calls spent on finding out warm the function up."""
     loops = 1
     timer = Timer(call)
     timer.timeit(1)
-    while timer.timeit(loops) < SAMPLE_SECONDS:
+    while (taken := timer.timeit(loops)) < SAMPLE_SECONDS:
         loops *= 2
-    return loops
+    return loops, taken
 
 
 def clock(calls: dict[str, Timed], timed: str) -> Times:
