@@ -15,7 +15,7 @@ from fusedloss._library import extension, why_native
 
 from . import machine, peers, table, timing_cpu
 from .case import Case
-from .cases import CPU_CASES, cuda_cases
+from .cases import cpu_cases, cuda_cases
 from .measure import Clock, measure
 from .results import OURS, Results, Row
 from .timing_cuda import ColdCache, CudaClock, copy_bandwidth
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nothing can be measured: {why}", file=sys.stderr)
         return 1
     on_gpu = options.device == "cuda"
-    cases = [case for case in (cuda_cases(options.quick) if on_gpu else CPU_CASES) if options.only in case.name]
+    cases = [case for case in (cuda_cases if on_gpu else cpu_cases)(options.quick) if options.only in case.name]
     if not cases:
         print(f"no case has {options.only!r} in its name", file=sys.stderr)
         return 1
@@ -71,7 +71,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--enforce", action="store_true", help="fail where a goal is not met")
     parser.add_argument("--output", type=Path, help="write the figures to this .json file; leaves the document alone")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU: threads torch may use (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="on a GPU: a few cases of each kind")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few cases of each kind on a GPU; on a CPU those of milliseconds"
+    )
     parser.add_argument("--rounds", type=int, default=25, help="on a GPU: timed calls of each provider (default: 25)")
     return parser.parse_args(arguments)
 
@@ -86,7 +88,7 @@ def why_not(device: str) -> str:
 
 def rows(case: Case, clock: Clock, options: argparse.Namespace, skipped: dict[str, str]) -> Iterator[Row]:
     """The rows of a case; where a GPU's memory is too small for it or for a part of it, why it is skipped."""
-    found, missing = peers.installed() if case.by_rows else ({}, {})
+    found, missing = peers.installed(case.peers)
     if case.device == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]

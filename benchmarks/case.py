@@ -1,6 +1,6 @@
 """What a benchmark is: one loss at one size, written by several providers, with the goals the kernels are held to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .results import EAGER, Goal
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (input, target) to the mean
+Inputs = tuple[Tensor, ...]  # what a gradient is taken of: the input, and for a linear loss the head
+Loss = Callable[..., Tensor]  # (*inputs, target) to the mean
 Target = Callable[[Tensor, torch.Generator], Tensor]  # makes the target for an input, on the input's device
 
 FORWARD, BACKWARD, BOTH, IN_FORWARD = "forward", "backward", "forward + backward", "forward + backward, grad_in_forward"
@@ -52,19 +53,35 @@ class Case:
     channels_last: bool = False
     probabilities: bool = False  # the input holds probabilities
     compiled: bool = True  # torch.compile is measured too
-    by_rows: bool = False  # (N, C) cross-entropy, which other packages have too
+    classes: int = 0  # of a linear loss: its shape is that of hidden states (N, D), beside a head (classes, D)
+    peers: str = ""  # which losses of other packages stand beside it: a key of peers.PEERS
     different: tuple[str, ...] = ()  # providers of another loss, whose gradient is not compared
-    tensors: int = 0  # of the input's size that the greediest provider holds, to know what fits
+    tensors: int = 0  # of the logits' or the input's size that the greediest provider holds, to know what fits
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        return (self.classes, self.shape[1]) if self.classes else ()
+
+    @property
+    def logits(self) -> tuple[int, ...]:
+        """What the loss itself is taken of."""
+        return (self.shape[0], self.classes) if self.classes else self.shape
 
     @property
     def elements(self) -> int:
-        return prod(self.shape)
+        """Of all inputs together."""
+        return prod(self.shape) + (prod(self.head) if self.head else 0)
+
+    @property
+    def flops(self) -> int:
+        """Of a linear loss: a multiplication and an addition for each number of three matrix products."""
+        return 6 * self.shape[0] * prod(self.head) if self.head else 0
 
     @property
     def most_bytes(self) -> int:
-        return self.tensors * self.elements * self.dtype.itemsize
+        return self.tensors * max(self.elements, prod(self.logits)) * self.dtype.itemsize
 
-    def data(self) -> tuple[Tensor, Tensor]:
+    def data(self) -> tuple[Inputs, Tensor]:
         generator = torch.Generator(self.device).manual_seed(0)
         input = torch.randn(self.shape, generator=generator, device=self.device)
         if self.probabilities:
@@ -72,13 +89,18 @@ class Case:
         input = input.to(self.dtype)
         if self.channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
-        return input.requires_grad_(), self.target(input, generator)
+        inputs = [input]
+        if self.head:
+            head = torch.randn(self.head, generator=generator, device=self.device)
+            inputs.append(head.div_(self.shape[1] ** 0.5).to(self.dtype))  # logits of about 1, as without a head
+        target = self.target(input.new_empty(()).expand(self.logits) if self.head else input, generator)
+        return tuple(each.requires_grad_() for each in inputs), target
 
     def providers(self, compile: bool) -> list[str]:
         rest = [name for name in self.losses if name != EAGER]
         return [EAGER, *(["compile"] if compile and self.compiled else []), *rest]
 
 
-def name_of(loss: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+def name_of(loss: str, shape: Iterable[int], dtype: torch.dtype) -> str:
     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     return f"{loss}-{kind}-{'x'.join(map(str, shape))}"

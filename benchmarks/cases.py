@@ -55,6 +55,55 @@ def focal(shape: tuple[int, ...], speedup: float) -> Case:
     return Case(name, shape, torch.float32, class_indices, losses.FOCAL_AND_NATIVE, cpu_timed(speedup, "native"))
 
 
+def linear_cross_entropy(
+    shape: tuple[int, ...],
+    classes: int,
+    dtype: torch.dtype,
+    goals: list[Goal],
+    providers: dict[str, Loss],
+    half_ignored: bool = False,
+    **options: Any,
+) -> Case:
+    """Its cost is that of three matrix products, so that its operations are counted and not its bytes."""
+    name = name_of("linear_cross_entropy" + "_half_ignored" * half_ignored, (*shape, classes), dtype)
+    return Case(
+        name,
+        shape,
+        dtype,
+        losses.half_ignored if half_ignored else class_indices,
+        providers,
+        {BOTH: Timing(0, goals)},
+        classes=classes,
+        different=("products", "none ignored"),
+        **options,
+    )
+
+
+# At most so many times the products' time; and how much faster than the others. Not beside torch's chunks in bfloat16:
+# one such call of the largest size was seen to take 100 s, where the others take seconds.
+CPU_LINEAR = {
+    torch.float32: (
+        [Goal("products", 1 / 1.25), Goal(EAGER, 1), Goal("torch's chunks", 4)],
+        losses.LINEAR_AND_CHUNKS,
+    ),
+    torch.bfloat16: ([Goal("products", 1 / 1.5), Goal(EAGER, 1)], losses.LINEAR),
+}
+HALF_IGNORED = [Goal("none ignored", 1 / 0.7)], losses.LINEAR_HALF_IGNORED
+
+
+def cpu_linear(quick: bool) -> Iterator[Case]:
+    """A call takes 0.2 to 4 seconds."""
+    sizes = [((1024, 512), 16000)]  # 50 GFLOP
+    if not quick:
+        # 201, 316 and 403 GFLOP; 262, 823 and 263 MB of float32 logits
+        sizes += [((2048, 512), 32000), ((4096, 256), 50257), ((512, 1024), 128256)]
+    for dtype, judged in CPU_LINEAR.items():
+        for shape, classes in sizes:
+            yield linear_cross_entropy(shape, classes, dtype, *judged)
+        shape, classes = sizes[0]
+        yield linear_cross_entropy(shape, classes, dtype, *HALF_IGNORED, half_ignored=True, compiled=False)
+
+
 def sigmoid_focal_indexed(shape: tuple[int, ...], speedup: float, memory: float | None = 1.05) -> Case:
     name = name_of("sigmoid_focal_indexed", shape, torch.float32)
     timed = cpu_timed(speedup, memory=memory)
@@ -135,7 +184,7 @@ def cpu_pointwise() -> Iterator[Case]:
 
 
 # Beside each case its minimum traffic. A few hundred bytes are no measure of memory, so the smallest have no such goal.
-CPU_CASES = [
+BY_BYTES = [
     cross_entropy((512, 32000), speedup=2.5),  # 131 MB
     cross_entropy((257, 50257), speedup=2.5),  # 103 MB; odd rows, none but the first on a cache line
     cross_entropy((64, 128256), speedup=2.5),  # 65.7 MB
@@ -159,6 +208,13 @@ CPU_CASES = [
     sigmoid_focal_indexed((100, 8), speedup=1.0, memory=None),  # 7.2 kB
     *cpu_pointwise(),
 ]
+
+
+def cpu_cases(quick: bool) -> Iterator[Case]:
+    """Quick leaves out what takes seconds a call."""
+    yield from BY_BYTES
+    yield from cpu_linear(quick)
+
 
 # The least speed-up over eager, and the tensors that eager or its compilation holds.
 CUDA_POINTWISE = {
@@ -196,17 +252,22 @@ ROWS = {
 }
 
 
-def cuda_cross_entropy(
-    shape: tuple[int, ...], dtype: torch.dtype, timed: dict[str, Timing], by_rows: bool = False
-) -> Case:
+def cuda_cross_entropy(shape: tuple[int, ...], dtype: torch.dtype, timed: dict[str, Timing], peers: str = "") -> Case:
     name = name_of("cross_entropy", shape, dtype)
-    return Case(
-        name, shape, dtype, class_indices, losses.CROSS_ENTROPY, timed, device="cuda", by_rows=by_rows, tensors=7
-    )
+    return Case(name, shape, dtype, class_indices, losses.CROSS_ENTROPY, timed, device="cuda", peers=peers, tensors=7)
 
 
 def cuda_pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, Timing]) -> Case:
     return pointwise(name, elements, dtype, timed, device="cuda", tensors=CUDA_POINTWISE[name][1])
+
+
+CUDA_LINEAR = [((8192, 4096), 128256), ((8192, 4096), 32000), ((4096, 2048), 151936), ((16384, 2048), 50257)]
+CUDA_LINEAR_GOALS = [Goal("products", 1 / 1.25), Goal("Liger", 1), Goal("QuACK", 1), Goal("CCE", 1)]
+
+
+def cuda_linear(shape: tuple[int, ...], classes: int) -> Case:
+    judged = CUDA_LINEAR_GOALS, losses.LINEAR_AND_CHUNKS
+    return linear_cross_entropy(shape, classes, torch.bfloat16, *judged, device="cuda", peers="linear", tensors=8)
 
 
 def cuda_cases(quick: bool) -> Iterator[Case]:
@@ -215,7 +276,7 @@ def cuda_cases(quick: bool) -> Iterator[Case]:
     long = ((32768, 32000), (32768, 50257)) if quick else tuple((32768, c) for c in (1024, 4096, 32000, 50257))
     for dtype in dtypes:
         for shape in (*long, (8192, 128256)):  # a pass is 67 MB to 6.6 GB
-            yield cuda_cross_entropy(shape, dtype, ROWS, by_rows=True)
+            yield cuda_cross_entropy(shape, dtype, ROWS, peers="rows")
     images = {BOTH: Timing(3, [Goal(COPY, 0.8), Goal(EAGER, 4)], row_bytes=2 * OF_ROW)}
     yield cuda_cross_entropy((8, 21, 1024, 1024), torch.bfloat16, images)  # a pass is 352 MB
     for dtype in dtypes:
@@ -226,6 +287,8 @@ def cuda_cases(quick: bool) -> Iterator[Case]:
         for name in QUICK if quick else CUDA_POINTWISE:  # a pass is 0.5 or 1 GB
             goals = [Goal(COPY, 0.9), Goal(EAGER, CUDA_POINTWISE[name][0])]
             yield cuda_pointwise(name, 1 << 28, dtype, {BOTH: Timing(3, goals)})
+    for (rows, features), classes in CUDA_LINEAR[:1] if quick else CUDA_LINEAR:  # 6.4 to 25.8 TFLOP
+        yield cuda_linear((rows, features), classes)
     # The cost of a call. tests/gpu/test_gpu.py counts the launches.
     call = {CALL: Timing(0, [Goal(EAGER, 1)])}
     for rows in (4, 32):

@@ -9,10 +9,10 @@ import torch
 from fusedloss._library import extension, why_native
 
 from .case import Case
-from .cases import CPU_CASES
+from .cases import cpu_cases
 from .measure import measure
 from .results import Row, Times
-from .table import BUSY, table
+from .table import BUSY, tables
 from .timing_cpu import clock
 
 Measured = tuple[Row, Times]
@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=2, help="threads torch may use (default: 2)")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
     group.addoption("--enforce", action="store_true", help="fail where a goal is not met")
+    group.addoption("--slow", action="store_true", help="also the linear losses that take seconds a call")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,7 +42,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "provider" in metafunc.fixturenames:
         compile = not metafunc.config.getoption("--no-compile")
-        pairs = [(case, provider) for case in CPU_CASES for provider in case.providers(compile)]
+        cases = cpu_cases(quick=not metafunc.config.getoption("--slow"))
+        pairs = [(case, provider) for case in cases for provider in case.providers(compile)]
         names = [f"{case.name}-{provider}" for case, provider in pairs]
         metafunc.parametrize(("case", "provider"), pairs, ids=names)
 
@@ -66,6 +68,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = [row for row, _ in config.stash[MEASURED].values()]
     if rows:
         terminalreporter.section(f"forward + backward, {config.getoption('--threads')} threads")
-        terminalreporter.write_line(table(rows, None))
+        terminalreporter.write_line(tables(rows, None))
         if not all(row.quiet for row in rows):
             terminalreporter.write_line(BUSY)

@@ -83,6 +83,49 @@ def class_weights(input: Tensor) -> Tensor:
     return _class_weights(input.shape[1])
 
 
+def half_ignored(input: Tensor, generator: torch.Generator) -> Tensor:
+    target = class_indices(input, generator)
+    rows = torch.randperm(len(target), generator=generator, device=target.device)
+    return target.index_fill_(0, rows[: len(target) // 2], -100)
+
+
+def eager_linear(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(input, head), target)
+
+
+def fused_linear(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return L.linear_cross_entropy(input, head, target)
+
+
+def chunked_linear(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+    return F.linear_cross_entropy(input, head, target, options=options)  # type: ignore[attr-defined, no-any-return]
+
+
+def fused_linear_of_all(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    return L.linear_cross_entropy(input, head, target.clamp(min=0))
+
+
+class _Products(torch.autograd.Function):
+    """The three matrix products of a linear loss and its gradients, with the whole logits in the place of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, head: Tensor) -> Tensor:
+        logits = input @ head.t()
+        ctx.save_for_backward(input, head, logits)
+        return logits[0, 0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        input, head, logits = ctx.saved_tensors
+        return logits @ head, logits.t() @ input
+
+
+def products(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    """No loss: what any of them takes at least."""
+    return _Products.apply(input, head)
+
+
 def eager_focal(input: Tensor, target: Tensor) -> Tensor:
     ce = F.cross_entropy(input, target, reduction="none")
     p = torch.exp(-ce)
@@ -178,6 +221,11 @@ def pointwise(name: str) -> dict[str, Loss]:
 
 
 CROSS_ENTROPY: dict[str, Loss] = {EAGER: eager_cross_entropy, OURS: fused_cross_entropy}
+LINEAR: dict[str, Loss] = {EAGER: eager_linear, OURS: fused_linear, "products": products}
+# Torch has chunks since 2.13.
+HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")
+LINEAR_AND_CHUNKS: dict[str, Loss] = {**LINEAR, **({"torch's chunks": chunked_linear} if HAS_CHUNKS else {})}
+LINEAR_HALF_IGNORED: dict[str, Loss] = {EAGER: eager_linear, OURS: fused_linear, "none ignored": fused_linear_of_all}
 SMOOTHED: dict[str, Loss] = {EAGER: eager_smoothed, OURS: fused_smoothed}
 FOCAL: dict[str, Loss] = {EAGER: eager_focal, OURS: fused_focal}
 # "native" is the formula that fusedloss falls back to, where it differs from what users write.

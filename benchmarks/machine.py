@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 
 QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-PACKAGES = {"Liger": "liger-kernel", "QuACK": "quack-kernels", "flash-attn": "flash-attn", "triton": "triton"}
+PACKAGES = {
+    "Liger": "liger-kernel",
+    "QuACK": "quack-kernels",
+    "CCE": "cut-cross-entropy",
+    "flash-attn": "flash-attn",
+    "triton": "triton",
+}
 UNKNOWN = "unknown"
 
 

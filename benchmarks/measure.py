@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from .case import BACKWARD, BOTH, FORWARD, Call, Case, Loss, Timed
+from .case import BACKWARD, BOTH, FORWARD, Call, Case, Inputs, Loss, Timed
 from .memory import peak_bytes
 from .peers import OVERWRITES, describe
 from .results import EAGER, OURS, Row, Times
@@ -28,7 +28,7 @@ def measure(
 ) -> Iterator[tuple[Row, Times]]:
     """Raises where fusedloss or torch itself is wrong or fails; what any other provider does is a note.
 
-    The peers, and why others are missing, are for cases by rows.
+    The peers, and why others are missing, are those of the case.
     """
     torch._dynamo.reset()  # shapes of the case before would make this one compile with dynamic shapes
     if case.device == "cuda":
@@ -37,13 +37,13 @@ def measure(
     if "compile" in (names := case.providers(compile)):
         losses["compile"] = torch.compile(case.losses[EAGER], dynamic=False)
     losses = {name: losses[name] for name in names}
-    input, target = case.data()
+    inputs, target = case.data()
     for timed, timing in case.timed.items():
         providers = {**losses, OURS: timing.fused or losses[OURS]}
         # Liger makes its gradient in forward, so that forward and backward compare only in sum.
-        compared = case.by_rows and timed == BOTH
-        calls, notes = checked(case, timed, {**providers, **(peers or {})} if compared else providers, input, target)
-        peak = {name: peak_bytes(one.call) for name, one in calls.items()} if case.device == "cpu" else {}
+        compared = bool(case.peers) and timed == BOTH
+        calls, notes = checked(case, timed, {**providers, **(peers or {})} if compared else providers, inputs, target)
+        peak = {name: peak_bytes(one.call, case.device) for name, one in calls.items()}
         times = clock(calls, timed)
         names = list(calls)
         del calls
@@ -61,25 +61,28 @@ def measure(
             {name: ratio for name in names if name != OURS and (ratio := times.speedup(OURS, name)) is not None},
             peak,
             times.quiet,
+            case.flops,
         )
         yield row, times
 
 
 def checked(
-    case: Case, timed: str, losses: dict[str, Loss], input: Tensor, target: Tensor
+    case: Case, timed: str, losses: dict[str, Loss], inputs: Inputs, target: Tensor
 ) -> tuple[dict[str, Timed], dict[str, str]]:
     """What is timed for the providers whose gradient is right; for the others, why not."""
     calls: dict[str, Timed] = {}
     notes: dict[str, str] = {}
-    expected = gradient(case.losses[EAGER], input, target)
+    expected = gradients(case.losses[EAGER], inputs, target)
     for name, loss in losses.items():
         try:
             # Liger writes its gradient over the logits: it gets its own, which are copied anew, untimed, before a call.
-            own = input.detach().clone().requires_grad_() if name in OVERWRITES else input
-            before = partial(restore, own, input) if name in OVERWRITES else None
-            off = error(gradient(loss, own, target), expected)
-            if name not in case.different and not off <= TOLERANCES[case.dtype]:
-                raise ArithmeticError(f"the gradient of {name} is off by {off:.2g} of its norm")
+            overwrites = name in OVERWRITES.get(case.peers, ())
+            own = tuple(each.detach().clone().requires_grad_() for each in inputs) if overwrites else inputs
+            before = partial(restore, own, inputs) if overwrites else None
+            off = [error(*pair) for pair in zip(gradients(loss, own, target), expected, strict=True)]
+            if name not in case.different and not all(each <= TOLERANCES[case.dtype] for each in off):
+                parts = ", ".join(f"{each:.2g}" for each in off)
+                raise ArithmeticError(f"the gradient of {name} is off by {parts} of its norm")
             calls[name] = Timed(call_of(timed, loss, own, target), before)
         except Exception as failure:
             if name in (OURS, EAGER):
@@ -88,23 +91,24 @@ def checked(
     return calls, notes
 
 
-def gradient(loss: Loss, input: Tensor, target: Tensor) -> Tensor:
-    return torch.autograd.grad(loss(input, target), input)[0]
+def gradients(loss: Loss, inputs: Inputs, target: Tensor) -> Inputs:
+    return torch.autograd.grad(loss(*inputs, target), inputs)
 
 
-def restore(logits: Tensor, original: Tensor) -> None:
+def restore(inputs: Inputs, originals: Inputs) -> None:
     with torch.no_grad():
-        logits.copy_(original)
+        for input, original in zip(inputs, originals, strict=True):
+            input.copy_(original)
 
 
-def call_of(timed: str, loss: Loss, input: Tensor, target: Tensor) -> Call:
+def call_of(timed: str, loss: Loss, inputs: Inputs, target: Tensor) -> Call:
     if timed == FORWARD:
-        return lambda: loss(input, target)
+        return lambda: loss(*inputs, target)
     if timed == BACKWARD:
-        value = loss(input, target)
+        value = loss(*inputs, target)
         upstream = torch.ones_like(value)
-        return lambda: torch.autograd.grad(value, input, upstream, retain_graph=True)
-    return lambda: gradient(loss, input, target)
+        return lambda: torch.autograd.grad(value, inputs, upstream, retain_graph=True)
+    return lambda: gradients(loss, inputs, target)
 
 
 def error(got: Tensor, expected: Tensor) -> float:

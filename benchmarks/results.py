@@ -70,14 +70,18 @@ class Row:
     speedups: dict[str, float] = field(default_factory=dict)  # ours over each provider, round by round
     peak: dict[str, int] = field(default_factory=dict)  # bytes that a provider allocates, where that is measured
     quiet: bool = True
+    flops: int = 0  # of a linear loss, whose cost is its matrix products
 
     @property
     def bytes(self) -> int:
-        return self.passes * self.elements * self.element_bytes + self.other_bytes
+        return self.passes * self.input_bytes + self.other_bytes
 
     def bandwidth(self, provider: str = OURS) -> float:
         """Bytes a second."""
         return self.bytes / self.seconds[provider]
+
+    def flops_per_second(self, provider: str = OURS) -> float:
+        return self.flops / self.seconds[provider]
 
     def speedup(self, over: str) -> float | None:
         """Over a provider without ratios by round, the ratio of the medians."""
@@ -85,9 +89,18 @@ class Row:
             return self.speedups[over]
         return self.seconds[over] / self.seconds[OURS] if over in self.seconds else None
 
+    @property
+    def input_bytes(self) -> int:
+        """Of what a gradient is taken of, and so of the gradients too."""
+        return self.elements * self.element_bytes
+
     def memory(self) -> float | None:
         """Our peak in multiples of the input's bytes."""
-        return self.peak[OURS] / (self.elements * self.element_bytes) if self.peak else None
+        return self.peak[OURS] / self.input_bytes if self.peak else None
+
+    def beside_gradients(self, provider: str) -> int:
+        """Bytes of a provider's peak beyond the inputs and the gradients of them."""
+        return self.peak[provider] - self.input_bytes
 
     def reached(self, goal: Goal, copy_bandwidth: float | None) -> float | None:
         if goal.over == COPY:
@@ -136,6 +149,9 @@ class Results:
                 derived["GB/s"] = row.bandwidth() / 1e9
                 if self.copy_bandwidth:
                     derived["share of B"] = row.bandwidth() / self.copy_bandwidth
+            if row.flops:
+                derived["TFLOP/s"] = row.flops_per_second() / 1e12
+                derived["bytes beside gradients"] = {name: row.beside_gradients(name) for name in row.peak}
             rows.append({**asdict(row), "derived": derived})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**asdict(self), "rows": rows}, indent=1) + "\n")

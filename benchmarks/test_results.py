@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from .results import EAGER, INPUT, OURS, Goal, Row, Times
+from .table import tables
 
 ROW = Row(
     "mse-fp32-10",
@@ -34,6 +35,15 @@ def test_a_busy_machine_is_not_judged_by_times() -> None:
     busy = replace(ROW, quiet=False)
     assert [verdict for _, verdict in busy.verdicts(None)] == ["not judged", "met", "not measured"]
     assert len(busy.unmet(None)) == 1
+
+
+def test_operations_and_memory_of_a_linear_loss() -> None:
+    linear = replace(ROW, passes=0, other_bytes=0, flops=6_000_000_000_000, peak={EAGER: 3_000_080, OURS: 1_000_040})
+    assert linear.bytes == 0 and linear.flops_per_second() == 2 * linear.flops_per_second(EAGER) == 6e12
+    assert linear.beside_gradients(EAGER) == 3_000_040 and linear.beside_gradients(OURS) == 1_000_000
+    by_bytes, by_operations = tables([linear, ROW], None).split("\n\n")
+    assert "bytes counted" in by_bytes and "TFLOP" not in by_bytes
+    assert "6 TFLOP" in by_operations and "fused 1, eager 3 MB" in by_operations and "bytes" not in by_operations
 
 
 def test_bytes_count_the_target() -> None:

@@ -25,7 +25,8 @@ def test_speed(
         {
             "speedup_vs_eager": times.speedup(provider, EAGER),
             "speedup_vs_compile": times.speedup(provider, "compile"),
-            "GB/s": row.bandwidth(provider) / 1e9,
+            **({"TFLOP/s": row.flops_per_second(provider) / 1e12} if row.flops else {}),
+            **({"GB/s": row.bandwidth(provider) / 1e9} if row.bytes else {}),
             "peak MB": row.peak[provider] / 1e6,
         }
     )
