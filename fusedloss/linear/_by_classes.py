@@ -39,7 +39,7 @@ def pays(call: Call) -> bool:
     if call.chunk_rows:
         few = device != "cuda" or call.chunk_rows < _ENOUGH_ROWS
         return few and not at_most(rows, call.chunk_rows)
-    row_bytes, buffer = columns * call.input.dtype.itemsize, buffer_bytes(device)
+    row_bytes, buffer = columns * call.input.dtype.itemsize, buffer_bytes(call.input.dtype, device)
     few = device != "cuda" or not at_most(_ENOUGH_ROWS * row_bytes, buffer)
     return few and not at_most(rows * row_bytes, buffer)
 

@@ -17,9 +17,9 @@ PRODUCT_ELEMENTS = 2**22
 _TILE = 128
 
 
-def buffer_bytes(device: str) -> int:
-    """Of a chunk's logits."""
-    return 2**27 if device == "cuda" else 2**26
+def buffer_bytes(dtype: torch.dtype, device: str) -> int:
+    """Of a chunk's logits: 134 MB, and half of that where a sum over chunks costs little."""
+    return 2**27 if device == "cuda" or dtype in HALVES else 2**26
 
 
 def sum_elements(device: str) -> int:
@@ -33,7 +33,7 @@ def rule(rows: int, columns: int, sum_features: int, dtype: torch.dtype, device:
     As many as fit on CUDA, and in half precision, whose sums over chunks cost more. ``sum_features``: those of a head
     whose gradient is summed so, otherwise 0. Where all logits are no more than a chunk and that sum, all are one chunk.
     """
-    row_bytes, buffer = columns * dtype.itemsize, buffer_bytes(device)
+    row_bytes, buffer = columns * dtype.itemsize, buffer_bytes(dtype, device)
     if dtype in HALVES and rows * row_bytes <= buffer + columns * sum_features * torch.float32.itemsize:
         return max(1, rows)
     most = max(1, buffer // row_bytes)

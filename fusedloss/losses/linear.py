@@ -69,8 +69,8 @@ def linear_cross_entropy(
         normalizer: a mean divides by this number or tensor of one number, such as the tokens of all micro-batches.
         return_accuracy: returns also the share of the rows that count whose largest logit is the target's, or without a
             reduction 1 and 0 for each row.
-        chunk_rows: rows of a chunk. None: 512 or an eighth of all, as far as their logits fit into 64 MiB; in half
-            precision as many as fit.
+        chunk_rows: rows of a chunk. None: in float32 on a CPU 512 or an eighth of all, as far as their logits fit into
+            67 MB; in half precision and on CUDA as many as fit into 134 MB.
         grad_in_forward: None makes the gradients while the logits are there, False makes the logits again in backward,
             which is done in float16, under saved-tensor hooks, with ``return_lse`` and without a reduction too.
 

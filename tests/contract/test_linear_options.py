@@ -272,10 +272,10 @@ def test_chunks_follow_from_the_sizes(dtype, device):
             assert made[-1][1] == rows
             largest, *others = (end - start for start, end in made)
             assert set(others[:-1]) <= {largest} and made[-1][1] - made[-1][0] <= largest <= chunk_rows
-            assert largest * columns * dtype.itemsize <= buffer_bytes(device) or largest == 1
+            assert largest * columns * dtype.itemsize <= buffer_bytes(dtype, device) or largest == 1
             if device == "cuda":
                 assert largest % 128 == 0 or largest < 128 or len(made) == 1
-            elif dtype not in HALVES and largest * columns * dtype.itemsize < buffer_bytes(device) / 2:
+            elif dtype not in HALVES and largest * columns * dtype.itemsize < buffer_bytes(dtype, device) / 2:
                 assert len(made) <= 8
     assert bounds(0, 5) == []
 
