@@ -1,5 +1,6 @@
 """The losses of other packages, where they are installed."""
 
+import re
 from functools import cache
 from importlib import import_module
 
@@ -75,5 +76,6 @@ def installed(kind: str) -> tuple[dict[str, Loss], dict[str, str]]:
 
 
 def describe(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without a terminal's colours
+    first = (plain.strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}"[:200].replace("|", "/")

@@ -30,7 +30,8 @@ def render(all_results: Iterable[Results]) -> str:
 
 def lines(results: Results) -> Iterator[str]:
     machine = results.machine
-    yield f"### {machine['device']}"
+    of_products = results.rows and all(row.flops for row in results.rows)
+    yield f"### {machine['device']}" + ", linear losses" * bool(of_products)
     yield ""
     bandwidth = f"B = {results.copy_bandwidth / 1e9:.0f} GB/s. " if results.copy_bandwidth else ""
     yield bandwidth + ", ".join(f"{name} {value}" for name, value in machine.items() if name != "device")
