@@ -148,9 +148,8 @@ def results(
     rows, positions = math.prod(given.leading), math.prod(given.positions)
     classes = given.linear_weight.shape[0]
     flat_rows = (rows, positions) if given.positions else (rows,)
-    fits = isinstance(given.target, Tensor) and same_shape(
-        given.target.shape, given.logits if given.soft else given.rows
-    )
+    wanted = given.logits if given.soft else given.rows
+    fits = isinstance(given.target, Tensor) and same_shape(given.target.shape, wanted)
     sample_weight = given.sample_weight
     if isinstance(sample_weight, Tensor) and same_shape(sample_weight.shape, given.rows):
         sample_weight = _flat(sample_weight, flat_rows)
@@ -163,9 +162,11 @@ def results(
         logit_scale,
     )
     if not fits:
-        if given.input.dim() > 2:  # torch's words for every such input
+        if given.input.dim() <= 2:
+            misfit(head.logits().reshape(given.logits))
+        elif not isinstance(given.target, Tensor) or given.target.dim() != len(wanted):
+            # torch's words for every such input
             raise RuntimeError(f"expected input with dimensionality 1 or 2, got {given.input.dim()}")
-        misfit(head.logits().reshape(given.logits))
         raise ValueError(
             f"expected a target of class indices of shape {tuple(given.rows)} or of probabilities of shape "
             f"{tuple(given.logits)}, got {tuple(given.target.shape)}"

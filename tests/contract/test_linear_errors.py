@@ -80,9 +80,13 @@ def test_the_others_have_the_errors_of_the_head(function, chunk_rows):
 @CHUNKS
 def test_inputs_of_more_dimensions_whose_target_does_not_fit(chunk_rows):
     input = INPUT.reshape(2, 3, 4)
-    for target in (TARGET, TARGET.reshape(3, 2), torch.rand(6, 5, device="cpu")):
+    for target in (TARGET, torch.rand(6, 5, device="cpu"), 3):
         got = outcome(L.linear_cross_entropy, (input, HEAD, target), chunk_rows=chunk_rows)
         assert got == (RuntimeError, "expected input with dimensionality 1 or 2, got 3")
+    wanted = "expected a target of class indices of shape (2, 3) or of probabilities of shape (2, 3, 5), got "
+    for target in (TARGET.reshape(3, 2), torch.rand(2, 4, 5, device="cpu")):
+        got = outcome(L.linear_cross_entropy, (input, HEAD, target), chunk_rows=chunk_rows)
+        assert got == (ValueError, wanted + str(tuple(target.shape)))
 
 
 @needs_extension

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusedloss.functional as L
 from fusedloss import explain
-from fusedloss.linear._chunks import bounds, buffer_bytes, rule
+from fusedloss.linear._chunks import blocks, bounds, buffer_bytes, product_parts, row_length, rule
 
 EACH_CHUNK = pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
 EACH_REDUCTION = pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -278,6 +278,21 @@ def test_chunks_follow_from_the_sizes(dtype, device):
             elif dtype not in HALVES and largest * columns * dtype.itemsize < buffer_bytes(dtype, device) / 2:
                 assert len(made) <= 8
     assert bounds(0, 5) == []
+
+
+def test_products_and_blocks_take_each_column_once():
+    for size in (1, 7, 8, 50257, 128_256):
+        for dtype in DTYPES:
+            for device in ("cpu", "cuda"):
+                for parts in (product_parts(size, dtype, device), blocks((size, 300), 2**16)):
+                    ends = [0, *(part.stop for part in parts)]
+                    assert [part.start for part in parts] == ends[:-1] and ends[-1] == size
+            first, *rest = product_parts(size, dtype, "cuda")
+            vector = 16 // dtype.itemsize
+            assert size < vector or first.stop % vector == 0 and sum(part.stop - part.start for part in rest) < vector
+            assert (
+                0 <= row_length(size, dtype, "cuda") - size < vector and row_length(size, dtype, "cuda") % vector == 0
+            )
 
 
 def test_all_rows_are_a_chunk_where_their_logits_are_no_more_than_the_float32_sum():
