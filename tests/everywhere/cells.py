@@ -6,7 +6,8 @@ from typing import Any
 
 import ecosystem  # noqa: F401  (adds its situations)
 import torch
-from losses import ONE_OF_EACH, REDUCTIONS, Loss, loss_named
+import torch.nn.functional as F
+from losses import ONE_OF_EACH, REDUCTIONS, Loss
 from situations import PLAIN, SITUATIONS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -15,8 +16,22 @@ import fusedloss.functional as L
 
 PATHS = ("fused", "native", "refused")
 Cell = tuple[str, str, str]  # situation, loss, reduction
+
+
+def _head(input: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, 40, dtype=input.dtype).sin().view(8, 5)
+
+
+LINEAR = Loss(
+    "linear cross entropy",
+    "softmax",
+    lambda x, t, reduction: L.linear_cross_entropy(x, _head(x), t, reduction=reduction, chunk_rows=2),
+    lambda x, t, reduction: F.cross_entropy(F.linear(x, _head(x)), t, reduction=reduction),
+    "linear",
+)
+LOSSES = [*ONE_OF_EACH, LINEAR]
 CELLS: list[Cell] = [
-    (situation, loss.name, reduction) for situation in SITUATIONS for loss in ONE_OF_EACH for reduction in REDUCTIONS
+    (situation, loss.name, reduction) for situation in SITUATIONS for loss in LOSSES for reduction in REDUCTIONS
 ]
 _WITH_DEFAULTS = [loss for loss in ONE_OF_EACH if loss.name == loss.op]
 
@@ -24,7 +39,7 @@ _WITH_DEFAULTS = [loss for loss in ONE_OF_EACH if loss.name == loss.op]
 def path_of(cell: Cell) -> str:
     """Which path the call takes; compares what it gives or raises with what plain PyTorch does."""
     situation, name, reduction = cell
-    loss = loss_named(name)
+    loss = next(each for each in LOSSES if each.name == name)
     input, target = loss.data((6, 5), torch.float32, seed=2)
 
     def run(function: Callable[..., Tensor], where: dict[str, Any] = SITUATIONS) -> Any:

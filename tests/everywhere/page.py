@@ -12,9 +12,9 @@ from pathlib import Path
 if __name__ == "__main__":  # pytest puts these folders on the path by itself
     sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from cells import CELLS, PATHS, Cell, path_of
+from cells import CELLS, LOSSES, PATHS, Cell, path_of
 from compiler import ROOT
-from losses import ONE_OF_EACH, REDUCTIONS
+from losses import REDUCTIONS
 from situations import SITUATIONS
 
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -44,7 +44,7 @@ def _words(cells: Iterable[Cell]) -> str:
         by_reductions.setdefault(tuple(reductions), []).append(loss)
     parts = []
     for reductions, losses in by_reductions.items():
-        others = [loss.name for loss in ONE_OF_EACH if loss.name not in losses]
+        others = [loss.name for loss in LOSSES if loss.name not in losses]
         of = "; ".join(losses) if len(losses) < len(others) else "; ".join(others)
         if len(losses) >= len(others):
             of = f"all but {of}" if others else "all"
@@ -54,10 +54,8 @@ def _words(cells: Iterable[Cell]) -> str:
 
 def text(paths: dict[Cell, str]) -> str:
     counts = ", ".join(f"{list(paths.values()).count(path)} {path}" for path in PATHS)
-    names = "; ".join(loss.name for loss in ONE_OF_EACH)
-    head = _HEAD.format(
-        losses=len(ONE_OF_EACH), reductions=len(REDUCTIONS), cells=len(paths), counts=counts, names=names
-    )
+    names = "; ".join(loss.name for loss in LOSSES)
+    head = _HEAD.format(losses=len(LOSSES), reductions=len(REDUCTIONS), cells=len(paths), counts=counts, names=names)
     rows = []
     for situation in SITUATIONS:
         of = [_words(cell for cell in CELLS if cell[0] == situation and paths[cell] == path) for path in PATHS]
@@ -77,7 +75,7 @@ def read() -> dict[Cell, str]:
                 limited = re.fullmatch(r"(.*) \(([a-z, ]+)\)", part)
                 losses, reductions = (limited[1], limited[2].split(", ")) if limited else (part, REDUCTIONS)
                 named = losses.removeprefix("all but ").split("; ")
-                for loss in ONE_OF_EACH:
+                for loss in LOSSES:
                     if losses == "all" or (loss.name in named) != losses.startswith("all but "):
                         said.update({(columns[0], loss.name, reduction): path for reduction in reductions})
     return said

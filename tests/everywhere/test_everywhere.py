@@ -2,8 +2,8 @@
 
 import page
 import pytest
-from cells import path_of
-from losses import ONE_OF_EACH, REDUCTIONS
+from cells import LOSSES, path_of
+from losses import REDUCTIONS
 from marks import needs_extension, on_cpu_alone
 from situations import SITUATIONS
 
@@ -17,7 +17,7 @@ pytestmark = [
 OF_COMPILERS = [
     name for name in SITUATIONS if any(word in name for word in ("compile", "export", "decompositions", "make_fx"))
 ]
-each_loss = pytest.mark.parametrize("loss", [loss.name for loss in ONE_OF_EACH])
+each_loss = pytest.mark.parametrize("loss", [loss.name for loss in LOSSES])
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
