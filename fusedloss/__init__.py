@@ -6,6 +6,7 @@ from . import functional
 from ._library import check
 from ._linear_module import LinearCrossEntropyLoss
 from ._route import explain
+from .adoption import patch, scope
 from .custom import PointwiseLoss, pointwise_loss
 from .modules import (
     BCELoss,
@@ -50,7 +51,9 @@ __all__ = [
     "check",
     "explain",
     "functional",
+    "patch",
     "pointwise_loss",
+    "scope",
 ]
 
 if not TYPE_CHECKING:  # which would take every name for one that exists

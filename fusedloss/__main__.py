@@ -1,4 +1,7 @@
-"""``python -m fusedloss``: what is installed, which path runs here, and every loss checked against native PyTorch."""
+"""``python -m fusedloss``: what is installed, which path runs here, and every loss checked against native PyTorch.
+
+``python -m fusedloss run script.py`` runs a script with its losses fused: see :mod:`.adoption`.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ import fusedloss
 
 from ._library import extension, why_native
 from ._route import LOSSES, Formula, Loss
+from .adoption._script import run
 
 # Relative to the largest value or gradient; a few rounding steps of each dtype. Natively, torch rounds as it adds up.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -91,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(sys.argv[2:]) if sys.argv[1:2] == ["run"] else main())

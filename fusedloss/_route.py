@@ -166,6 +166,17 @@ def tell(path: str) -> None:
 def tell_native(reason: str) -> None:
     """For a public function that goes straight to plain PyTorch."""
     tell(f"native: {reason}")
+    if not is_compiling() and heard_native:
+        _hear(lambda: reason)
+
+
+# Called with a function that says why, whenever an eager call runs natively.
+heard_native: list[Callable[[Callable[[], str]], None]] = []
+
+
+def _hear(why: Callable[[], str]) -> None:
+    for listener in heard_native:
+        listener(why)
 
 
 def overrides_apply() -> bool:
@@ -229,6 +240,8 @@ def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
             raise Path(f"native: {reason}" if reason and not path.startswith("native") else path)
         else:
             value = kernel(*call, **options)
+            if value is None and heard_native:
+                _hear(lambda: explained(*call, **options).removeprefix("native: "))
         return formula(*call, **_without_hints(options)) if value is None else value
 
     return loss

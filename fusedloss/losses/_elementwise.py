@@ -1,12 +1,11 @@
 """What the pointwise losses share: broadcasting with torch's warning, and the reduction."""
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _route
+from .._warnings import warn
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -28,7 +27,7 @@ def broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def warn_of_broadcasting(input: Tensor, target: Tensor, stacklevel: int = 3) -> None:
     """Warns as torch does where the sizes differ; the default stacklevel names the caller of a public loss."""
     if not is_compiling() and target.size() != input.size():  # a warning would break the graph
-        warnings.warn(
+        warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",

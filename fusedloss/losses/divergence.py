@@ -1,7 +1,5 @@
 """Losses of distributions: the Kullback-Leibler divergence, and the negative log-likelihood of counts."""
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -9,6 +7,7 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
+from .._warnings import warn
 from ._elementwise import reduced
 
 __all__ = ["kl_div", "poisson_nll_loss"]
@@ -72,7 +71,7 @@ def kl_div(
     if size_average is not None or reduce is not None:
         kind = _Reduction.legacy_get_string(size_average, reduce)
     elif reduction == "mean" and not is_compiling():  # a warning would break the graph
-        warnings.warn(
+        warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
