@@ -1,4 +1,4 @@
-"""Linear losses on a GPU: bad targets, of which the host hears later."""
+"""Linear losses on a GPU: bad targets, of which the host hears later, and graphs."""
 
 from collections.abc import Callable
 
@@ -14,6 +14,7 @@ import fusedloss
 import fusedloss.functional as L
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="no GPU, or no CUDA kernels in the extension")
+hardware = pytest.mark.hardware(reason="needs a GPU: its streams and graphs")
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EACH_ROUTE = pytest.mark.parametrize("route", ROUTES)
 
@@ -70,3 +71,44 @@ def test_a_bad_target_harms_no_other_row(route, dtype):
     for got, each in zip(ours, expected, strict=True):
         assert torch.equal(got.isnan(), each.isnan())
         assert norm_error(got.nan_to_num(), each.nan_to_num().double()) < 2 * calls.WITHIN[dtype]
+
+
+@hardware
+@EACH_DTYPE
+@EACH_ROUTE
+def test_nothing_waits_for_the_device(route, dtype):
+    leaves, target = operands(dtype=dtype), indices()
+    grads(call(leaves, target, **ROUTES[route]), leaves)  # modules are loaded at their first use, which may wait
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(1_000_000_000)  # half a second
+        grads(call(leaves, target, **ROUTES[route]), leaves)
+        done.record()
+        assert not done.query()  # torch's mode sees torch's own calls alone
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@hardware
+@EACH_DTYPE
+@EACH_ROUTE
+def test_a_captured_step_follows_its_inputs(route, dtype):
+    leaves, target = operands(dtype=dtype), indices()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            grads(call(leaves, target, **ROUTES[route]), leaves)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = grads(call(leaves, target, **ROUTES[route]), leaves)
+    with torch.no_grad():
+        for each in leaves:
+            each.copy_(each.flip(0))
+        target.copy_(target.roll(1))
+    graph.replay()
+    for each, exact in zip(got, exact_grads(leaves, target, **ROUTES[route]), strict=True):
+        assert norm_error(each, exact) < calls.WITHIN[dtype]
