@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _decomposed as _decompositions
+from .._derivatives import needs_formula
 from . import _passes
 from ._call import NONE, Call
 from ._kept import size
@@ -128,13 +129,6 @@ def _by_formula(formula: Formula, call: Call, second: bool, upstreams: list[Tens
     return tuple(next(grads) if want else None for want in call.wanted)
 
 
-def _needs_formula(*upstreams: Tensor | None) -> bool:
-    """A graph of the backward is wanted, or it is over a batch of upstream gradients, of either of torch's vmaps."""
-    if torch.is_grad_enabled():
-        return True
-    return any(each is not None and "Batched" in str(torch._C._dispatch_keys(each)) for each in upstreams)
-
-
 def _decomposed(formula: Formula) -> Callable[..., tuple[Tensor, ...]]:
     """The op in PyTorch's own operators. What only its own backward reads is zeros."""
 
@@ -172,7 +166,7 @@ def register(formula: Formula) -> None:
             upstream_second = None
         if upstream is None and upstream_second is None:
             return _none_for(arguments, ())
-        if _needs_formula(upstream, upstream_second):
+        if needs_formula(upstream, upstream_second):
             return _none_for(arguments, _by_formula(formula, call, ctx.second, [upstream, upstream_second]))
         if upstream is None:
             upstream = call.input.new_zeros(call.row_shape if call.reduction == NONE else (), dtype=call.result)
@@ -194,7 +188,7 @@ def register(formula: Formula) -> None:
         arguments, wanted = _FIELDS + 2, call.wanted
         if upstream is None:
             return _none_for(arguments, ())
-        if _needs_formula(upstream):
+        if needs_formula(upstream):
             return _none_for(arguments, _by_formula(formula, call, False, [upstream]))
         left = _taken(ctx, upstream, lambda: torch.ops.fusedloss.linear_with_grad(*call, wanted, False)[2:])
         made = _only(left, wanted)

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from .. import _captures, _route
+from .._derivatives import transformed
 from .._dtypes import HALVES, in_float, widened
 from .._library import extension, why_native
 from .._sizes import at_most
@@ -155,7 +155,7 @@ def _declines(
         if isinstance(tensor, Tensor) and (why := _captures.unfit(tensor)):
             return why
     given = [*head[:3], target, weight, options.sample_weight, options.normalizer]
-    if why := _is_transformed([each for each in given if isinstance(each, Tensor)]):
+    if why := transformed([each for each in given if isinstance(each, Tensor)]):
         return why
     if any(each is not None and each.dtype != head.input.dtype for each in head[1:3]):
         return "an input and a head of different dtypes"
@@ -172,16 +172,6 @@ def _declines(
         extension.losses[name].traits, logits, target, weight, reduction, ignore_index, params, options.wide,  # type: ignore[arg-type]
         options.second, options.sample_weight,
     )  # fmt: skip
-
-
-def _is_transformed(tensors: list[Tensor]) -> str | None:
-    if is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
-        return "a transform of torch.func, or tracing"
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
-        return "forward-mode AD"
-    return None
 
 
 def _path(call: Call) -> str:

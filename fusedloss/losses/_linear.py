@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import linear
 from .._sizes import same_shape
+from ._dtensors import refuse_dtensor
 from ._ignored import IgnoreIndex, is_one, with_one_index
 from ._numbers import NUMBERS, checked
 from ._rows import class_index
@@ -49,11 +50,7 @@ def check_head(function: str, given: Given) -> None:
     """Raises what torch's linear_cross_entropy raises, but takes inputs of more dimensions."""
     tensor: Any
     for name, tensor in zip(given._fields[:3], given[:3], strict=True):
-        if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
-            raise RuntimeError(
-                f"{function}: expected {name} to be whole on every rank, got a DTensor of placements "
-                f"{tensor.placements}; pass {name}.full_tensor()"
-            )
+        refuse_dtensor(function, name, tensor, "whole", "full_tensor")
     input, weight, bias = given[:3]
     if input.dim() < 1:
         raise RuntimeError(f"expected input with dimensionality at least 1, got {input.dim()}")

@@ -20,7 +20,7 @@ from ._rows import class_dim, class_index, reduced
 __all__ = ["cross_entropy"]
 
 
-def _capped(logits: Tensor, softcap: float) -> Tensor:
+def capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(logits / softcap), but a logit of -infinity, which masks its class, stays. 0 caps nothing."""
     return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits / softcap)) if softcap else logits
 
@@ -37,7 +37,7 @@ def _cross_entropy(
         return _torchs.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
-    z = _capped(in_float(logits), softcap)
+    z = capped(in_float(logits), softcap)
     weight = weight if weight is None else weight.to(z.dtype)
     losses = _torchs.cross_entropy(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
@@ -64,7 +64,7 @@ def _soft_cross_entropy(
         return _torchs.cross_entropy(
             logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing
         )
-    z = _capped(in_float(logits), softcap)
+    z = capped(in_float(logits), softcap)
     dtype = torch.promote_types(z.dtype if widened(logits, wide) else logits.dtype, target.dtype)
     target = target.to(torch.promote_types(z.dtype, target.dtype))
     losses = _torchs.cross_entropy(

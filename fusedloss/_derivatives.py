@@ -1,0 +1,26 @@
+"""Which derivatives are being made: what an op or a Function in Python, which has only a first one, does not take."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+
+def transformed(tensors: Sequence[Tensor]) -> str | None:
+    """Why a call under a transform of torch.func, tracing or forward mode runs natively; None outside of them."""
+    if is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+        return "a transform of torch.func, or tracing"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+        return "forward-mode AD"
+    return None
+
+
+def needs_formula(*upstreams: Tensor | None) -> bool:
+    """A graph of the backward is wanted, or it is over a batch of upstream gradients, of either of torch's vmaps."""
+    if torch.is_grad_enabled():
+        return True
+    return any(each is not None and "Batched" in str(torch._C._dispatch_keys(each)) for each in upstreams)
