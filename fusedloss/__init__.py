@@ -1,6 +1,7 @@
 """Fused C++ kernels for the loss functions of PyTorch: drop-in replacements for the modules of ``torch.nn``."""
 
-from typing import TYPE_CHECKING, NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._library import check
@@ -56,8 +57,12 @@ __all__ = [
     "scope",
 ]
 
-if not TYPE_CHECKING:  # which would take every name for one that exists
+if TYPE_CHECKING:  # which would take every name for one that exists
+    from . import parallel as parallel
+else:
 
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> Any:
+        if name == "parallel":  # imports torch's collectives, which a single process does without
+            return import_module(".parallel", __name__)
         hint = f"; use fusedloss.functional.{name}" if name in functional.__all__ else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

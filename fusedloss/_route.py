@@ -157,6 +157,11 @@ def _is_compiled(loss: Any) -> bool:
     )
 
 
+def asked() -> bool:
+    """Whether :func:`explain` asks, and not for the result."""
+    return bool(_asking.get())
+
+
 def tell(path: str) -> None:
     """For a public function that knows its path without one of the ops above."""
     if not is_compiling() and _asking.get():

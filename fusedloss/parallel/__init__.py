@@ -1,0 +1,19 @@
+"""Losses over a sharded vocabulary: each rank of a torch.distributed group holds the logits of some classes.
+
+The functions are those of :mod:`fusedloss.functional`, with the arguments ``group``, ``vocab_start`` and
+``vocab_size``.
+
+- ``_shards``: which classes a rank holds, and what it says of them to the others
+- ``_local``: what a rank knows of the rows from its own classes
+- ``_exchange``: the one round of communication
+- ``_row``: a row from what its parts are known by
+- ``_backward``: the gradient, by the kernels
+- ``_rows``: these as one function with its derivatives
+- ``_call``: what the losses share
+"""
+
+from .cross_entropy import cross_entropy
+from .focal import focal_loss
+from .log_probs import log_probs
+
+__all__ = ["cross_entropy", "focal_loss", "log_probs"]

@@ -1,0 +1,62 @@
+"""The one round of communication, and its derivatives.
+
+Every rank computes the same loss from what all have gathered, and differentiates it with the same upstream gradient. So
+the gradient by its own part is its own part of the gradient, which needs no communication. The derivative of that, for
+a backward that is itself differentiated, gathers what the ranks have of it.
+
+Torch's functional collectives are ops of a graph, which :func:`torch.compile` keeps.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # noqa: F401  (defines the ops)
+from torch import Tensor
+
+from ._shards import Shard
+
+
+def gather(part: Tensor, shard: Shard) -> Tensor:
+    """The (n) numbers of every rank, in the order of ranks: (ranks, n)."""
+    sent = torch.ops._c10d_functional.all_gather_into_tensor(part.contiguous(), shard.ranks, shard.group)
+    gathered: Tensor = torch.ops._c10d_functional.wait_tensor(sent)
+    return gathered.view(shard.ranks, -1)
+
+
+def with_own(gathered: Tensor, part: Tensor, shard: Shard) -> Tensor:
+    """What was gathered as a function of this rank's part."""
+    return torch.cat([gathered[: shard.rank], part.unsqueeze(0), gathered[shard.rank + 1 :]])
+
+
+class _AcrossRanks(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Shard], output: Tensor) -> None:
+        _, ctx.shard = inputs
+
+
+class Gathered(_AcrossRanks):
+    @staticmethod
+    def forward(part: Tensor, shard: Shard) -> Tensor:
+        return gather(part, shard)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return _OwnPart.apply(upstream, ctx.shard), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return Gathered.apply(tangent, ctx.shard)
+
+
+class _OwnPart(_AcrossRanks):
+    @staticmethod
+    def forward(whole: Tensor, shard: Shard) -> Tensor:
+        return whole[shard.rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return Gathered.apply(upstream, ctx.shard), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return _OwnPart.apply(tangent, ctx.shard)
