@@ -1,0 +1,46 @@
+"""Losses over a sharded vocabulary, in processes that meet over gloo; ranks.py has what they check."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compiler import ROOT
+from marks import needs_extension, on_cpu_alone
+
+RANKS = Path(__file__).with_name("ranks.py")
+SMOKE = ["few_values", "collectives", "errors"]
+VALUES = ["values", "long_rows", "shapes", "one_class", "masks", "edges", "natively"]
+CALLS = ["collectives", "groups", "memory", "errors"]
+DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled"]
+
+pytestmark = [
+    needs_extension,
+    on_cpu_alone("the processes meet over gloo and compute on the CPU"),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
+]
+
+
+def run(ranks: int, folder: Path, checks: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, str(RANKS), str(ranks), str(folder), *checks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_ranks(tmp_path):
+    run(2, tmp_path, SMOKE)
+
+
+@pytest.mark.deep("sharded vocabularies on 2 to 8 ranks; a few calls of two ranks ran", minutes=0.5)
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ranks(tmp_path, ranks):
+    run(ranks, tmp_path, VALUES + CALLS)
+
+
+@pytest.mark.deep("sharded vocabularies: second derivatives and torch.compile on 2 and 3 ranks", minutes=0.5)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_derivatives_and_compiled(tmp_path, ranks):
+    run(ranks, tmp_path, DERIVATIVES)
