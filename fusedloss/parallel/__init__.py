@@ -3,6 +3,12 @@
 The functions are those of :mod:`fusedloss.functional`, with the arguments ``group``, ``vocab_start`` and
 ``vocab_size``.
 
+>>> import torch, torch.distributed as dist  # here a group of one rank
+>>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+>>> cross_entropy(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, -100]), vocab_size=2)
+tensor(0.1269)
+>>> dist.destroy_process_group()
+
 - ``_shards``: which classes a rank holds, and what it says of them to the others
 - ``_local``: what a rank knows of the rows from its own classes
 - ``_exchange``: the one round of communication
