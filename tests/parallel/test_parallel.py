@@ -1,4 +1,4 @@
-"""Losses over a sharded vocabulary, in processes that meet over gloo; ranks.py has what they check."""
+"""Losses over a sharded vocabulary, in processes that meet over gloo; vocabulary_ranks.py has what they check."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ import torch
 from compiler import ROOT
 from marks import needs_extension, on_cpu_alone
 
-RANKS = Path(__file__).with_name("ranks.py")
+RANKS = Path(__file__).with_name("vocabulary_ranks.py")
 SMOKE = ["few_values", "collectives", "errors"]
 VALUES = ["values", "long_rows", "shapes", "one_class", "masks", "edges", "natively"]
-CALLS = ["collectives", "groups", "memory", "errors"]
+CALLS = ["collectives", "groups", "memory", "situations", "errors"]
 DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled"]
 
 pytestmark = [

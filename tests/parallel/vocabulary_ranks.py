@@ -1,6 +1,6 @@
 """Losses over a sharded vocabulary in processes of their own, which meet over gloo.
 
-python ranks.py RANKS FOLDER CHECK...    runs checks; what fails is printed, and ends the process
+python vocabulary_ranks.py RANKS FOLDER CHECK...    runs checks; what fails is printed, and ends the process
 
 Every rank runs the same checks. A check is a function of this file.
 """
@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from calls import CALLS, IGNORED, Call, Data, data, outputs, weighed
 from observe import peak_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from vocabulary_calls import CALLS, IGNORED, Call, Data, data, outputs, weighed
 
 import fusedloss
 import fusedloss.functional as whole
@@ -332,6 +333,26 @@ def memory() -> None:
         expect(peak < 1.1 * x.nbytes + 2**17, f"{name}: {peak} bytes beyond logits of {x.nbytes}")
 
 
+def situations() -> None:
+    """Under autocast and checkpointing, with float32 results, the same dtypes and numbers as the whole loss."""
+    ends = cuts(13)["uneven"]
+    for name, call in CALLS.items():
+        d = data((21, 13), torch.bfloat16, masked=call.masked)
+        with torch.autocast("cpu", torch.bfloat16):
+            exact, got = call.run(whole, d.logits, d), call.run(parallel, mine(d.logits, ends), d, **sharding(ends))
+        for found, wanted in zip(outputs(got), outputs(exact), strict=True):
+            torch.testing.assert_close(found, wanted, msg=lambda text, name=name: f"{name}, autocast: {text}")
+        d = data((21, 13), torch.float64, masked=call.masked)
+        x, y = (mine(d.logits, ends).clone().requires_grad_() for _ in range(2))
+        weighed(call.run(parallel, x, d, **sharding(ends))).backward()
+
+        def run(y: Tensor, call: Call = call, d: Data = d) -> Tensor:
+            return weighed(call.run(parallel, y, d, **sharding(ends)))
+
+        checkpoint(run, y, use_reentrant=False).backward()
+        expect(torch.equal(x.grad, y.grad), f"{name}: expected checkpointing to change nothing")
+
+
 def natively() -> None:
     """Where the kernels decline, on every rank or on one."""
     declines = _local.declines
@@ -392,12 +413,28 @@ def compiled() -> None:
             expect(bool(fused) == (x.numel() > 0) and len(sent) == 1, f"{name}, compiled: {names}")
             backward = any("_backward" in name for name in fused)
             expect(backward == (x.numel() > 0), f"{name}, compiled backward: {names}")
+    sizes_stay_open()
     torch._dynamo.reset()
     run = torch.compile(lambda x, t: parallel.cross_entropy(x, t, vocab_size=13), fullgraph=True, backend="aot_eager")
     x = mine(torch.randn(3, 13), cuts(13)["even"])
     raises(IndexError, "Target 13 is out of bounds.", lambda: run(x, torch.tensor([0, 13, 1])))
     loss = run(x, torch.tensor([0, dist.get_rank(), 1]))
     expect(bool(loss.isnan()), f"expected NaN where the ranks' targets differ, got {loss}")
+
+
+def sizes_stay_open() -> None:
+    torch._dynamo.reset()
+    ends = cuts(13)["even"]
+    run = torch.compile(
+        lambda x, t: parallel.cross_entropy(x, t, label_smoothing=0.1, vocab_size=13),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (21, 34, 55):  # sizes that are equal become one
+            d = data((rows, 13), torch.float64, masked=False)
+            got = run(mine(d.logits, ends), d.target)
+            exact = whole.cross_entropy(d.logits, d.target, label_smoothing=0.1)
+            expect(abs(float(got - exact)) < 1e-12, f"{rows} rows, compiled: expected {exact}, got {got}")
 
 
 def raises(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:
