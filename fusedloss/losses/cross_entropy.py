@@ -13,6 +13,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import in_float, widened
+from ._dtensors import is_dtensor, served
 from ._ignored import IgnoreIndex, is_one, with_one_index
 from ._numbers import NUMBERS, checked
 from ._rows import class_dim, class_index, reduced
@@ -216,6 +217,17 @@ def cross_entropy(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if is_dtensor(input):
+        made = served(
+            "cross_entropy", input, {"target": target, "weight": weight, "sample_weight": sample_weight},
+            {
+                "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+                "z_loss": z_loss, "softcap": softcap, "out_dtype": out_dtype, "all_ignored": all_ignored,
+                "return_lse": return_lse,
+            },
+        )  # fmt: skip
+        if made is not None:
+            return made
     index: Any = ignore_index
     if type(index) is not int and not is_one(index):
         target, index, sample_weight = with_one_index("cross_entropy", input, target, index, sample_weight)

@@ -11,6 +11,7 @@ from .. import _route, _torchs
 from .._dtypes import in_float, widened
 from .._sizes import same_shape
 from .._weighted import check, reduced_by_weight, weighted
+from ._dtensors import is_dtensor, served
 from ._ignored import IgnoreIndex, is_one, with_one_index
 from ._numbers import NUMBERS, checked, factors_of_classes
 from ._rows import class_dim, class_index, reduced
@@ -160,6 +161,13 @@ def focal_loss(
             focal_loss, (input, target, alpha, sample_weight), input, target, alpha=alpha, gamma=gamma,
             ignore_index=ignore_index, reduction=reduction, sample_weight=sample_weight,
         )  # fmt: skip
+    if is_dtensor(input):
+        tensors: dict[str, Any] = {"target": target, "sample_weight": sample_weight}
+        options: dict[str, Any] = {"gamma": gamma, "ignore_index": ignore_index, "reduction": reduction}
+        (tensors if isinstance(alpha, Tensor) else options)["alpha"] = alpha
+        made = served("focal_loss", input, tensors, options)
+        if made is not None:
+            return made
     factor, weight, gamma = checked_alpha(
         "focal_loss", alpha, gamma, reduction, input, input.shape[class_dim(input)] if input.dim() else 0
     )

@@ -8,6 +8,7 @@ from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
 from .._dtypes import HALVES, in_float, widened
+from ._dtensors import is_dtensor, served
 from ._numbers import NUMBERS, checked
 from ._rows import class_dim, class_index, reduced
 
@@ -97,6 +98,11 @@ def log_probs(
             log_probs, (logits, target), logits, target,
             temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
         )  # fmt: skip
+    if is_dtensor(logits):
+        options = {"temperature": temperature, "ignore_index": ignore_index, "return_entropy": return_entropy}
+        made = served("log_probs", logits, {"target": target}, options)
+        if made is not None:
+            return made
     if not isinstance(temperature, NUMBERS):
         temperature = checked("log_probs", "temperature", temperature)
     if not temperature > 0:

@@ -16,6 +16,7 @@ tensor(0.1269)
 - ``_backward``: the gradient, by the kernels
 - ``_rows``: these as one function with its derivatives
 - ``_call``: what the losses share
+- ``_placed``: DTensor logits in the functions of :mod:`fusedloss.functional`
 """
 
 from .cross_entropy import cross_entropy

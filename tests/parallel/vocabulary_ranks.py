@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,99 @@ def situations() -> None:
 
         checkpoint(run, y, use_reentrant=False).backward()
         expect(torch.equal(x.grad, y.grad), f"{name}: expected checkpointing to change nothing")
+
+
+def placements() -> None:
+    """DTensor logits in functional's losses: classes, rows, both and neither over a mesh, inside torch's loss_parallel
+    and outside of it. Nothing is gathered but the numbers of rows, and the mean is that of all rows."""
+    from contextlib import nullcontext
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    ranks = dist.get_world_size()
+    cases = [(init_device_mesh("cpu", (ranks,)), [[Shard(1)], [Shard(-1)], [Shard(0)], [Replicate()]])]
+    if ranks % 2 == 0:
+        mesh = init_device_mesh("cpu", (ranks // 2, 2))
+        cases.append((mesh, [[Shard(0), Shard(1)], [Shard(1), Replicate()], [Replicate(), Shard(0)], [Shard(0)] * 2]))
+    for mesh, places in cases:
+        whole_of = [Replicate()] * mesh.ndim
+        for name, call in CALLS.items():
+            for place, context in product(places, (nullcontext, loss_parallel)):
+                d = data((7 * ranks - 1, 13), torch.float64, masked=call.masked)
+                values, gradient = whole_results(call, d)
+                x = distribute_tensor(d.logits.detach().clone(), mesh, place).requires_grad_()
+                others = Data(x, *[distribute_tensor(each, mesh, whole_of) for each in d[1:]])
+                label = f"{name}, {place}, {context.__name__}"
+                with context(), _Collectives() as collectives:
+                    results = outputs(call.run(whole, x, others))
+                over_classes = any(each in (Shard(1), Shard(-1)) for each in place)
+                sent = [op for op, _ in collectives.sent]
+                gathers = ["_c10d_functional.all_gather_into_tensor.default"] * over_classes
+                counts = len([op for op in sent if "all_reduce" in op])
+                expect([op for op in sent if "all_reduce" not in op] == gathers, f"{label}: {sent}")
+                expect(counts in (0, place.count(Shard(0))), f"{label}: {sent}")
+                summed = results[0].dim() == 0
+                expected = [Partial() if each == Shard(0) and summed else each for each in place]
+                expected = [Replicate() if each in (Shard(1), Shard(-1)) else each for each in expected]
+                expect(results[0].placements == tuple(expected), f"{label}: {results[0].placements}")
+                for found, exact in zip(results, values, strict=True):
+                    limit = 1e-12 if found.dtype == torch.float64 else 1e-6
+                    off = error(found.full_tensor(), exact, exact)
+                    expect(off < limit, f"{label}: off by {off:.1e}")
+                weighed(tuple(each.full_tensor() for each in results)).backward()
+                off = error(x.grad.full_tensor(), gradient, gradient)
+                expect(off < limit, f"{label}, gradient: off by {off:.1e}")
+                expect(x.grad.placements == x.placements, f"{label}: {x.grad.placements}")
+                if name in ("class weights", "focal, row weights"):
+                    large_sums(label, call, lambda each, mesh=mesh, place=place: distribute_tensor(each, mesh, place))
+
+
+def compiled_placements() -> None:
+    """In one graph each, with the numbers of one process; and a DTensor's second derivative."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda x, t: whole.cross_entropy(x, t, label_smoothing=0.1).full_tensor(), fullgraph=True, backend="aot_eager"
+    )
+    d = data((21, 13), torch.float64, masked=False)
+    t = distribute_tensor(d.target, mesh, [Replicate()])
+    for place in (Shard(1), Shard(0), Replicate()):
+        x = distribute_tensor(d.logits, mesh, [place]).requires_grad_()
+        y = d.logits.clone().requires_grad_()
+        exact = whole.cross_entropy(y, d.target, label_smoothing=0.1)
+        (of_y,) = torch.autograd.grad(exact, y, create_graph=True)
+        got = run(x, t)
+        got.backward()
+        expect(abs(float(got.detach() - exact.detach())) < 1e-12, f"{place}, compiled: expected {exact}, got {got}")
+        off = error(x.grad.full_tensor(), of_y.detach(), of_y.detach())
+        expect(off < 1e-12, f"{place}, compiled gradient: off by {off:.1e}")
+        loss = whole.cross_entropy(x, t, label_smoothing=0.1).full_tensor()
+        (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+        (twice,) = torch.autograd.grad(of_x.full_tensor().square().sum(), x)
+        (exact,) = torch.autograd.grad(of_y.square().sum(), y)
+        off = error(twice.full_tensor(), exact, exact)
+        expect(off < 1e-12, f"{place}, second derivative: off by {off:.1e}")
+
+
+def large_sums(label: str, call: Call, placed: Callable[[Tensor], Any]) -> None:
+    """Means in float16 whose sum is beyond it."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    d = data((90, 13), torch.float16, masked=False)
+    d = d._replace(logits=(3000 * d.logits.float()).clamp(-6e4, 6e4).half())
+    x = placed(d.logits)
+    everywhere = [Replicate()] * x.device_mesh.ndim
+    found = call.run(whole, x, Data(x, *[distribute_tensor(each, x.device_mesh, everywhere) for each in d[1:]]))
+    exact = call.run(whole, d.logits, d)
+    off = error(found.full_tensor(), exact.double(), exact.double())
+    expect(
+        found.dtype == exact.dtype and bool(exact.isfinite()) and off < 2**-9, f"{label}, float16: {off:.1e}, {exact}"
+    )
 
 
 def natively() -> None:
