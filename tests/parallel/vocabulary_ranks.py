@@ -401,6 +401,19 @@ def placements() -> None:
                     large_sums(label, call, lambda each, mesh=mesh, place=place: distribute_tensor(each, mesh, place))
 
 
+def labels_of_dtensors() -> None:
+    """A label out of range is raised on every rank inside loss_parallel, too, where torch's loss of it is 0."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = distribute_tensor(torch.randn(4, 13), mesh, [Shard(1)])
+    t = distribute_tensor(torch.tensor([0, 13, 1, 2]), mesh, [Replicate()])
+    with loss_parallel():
+        raises(IndexError, "Target 13 is out of bounds.", lambda: whole.cross_entropy(x, t))
+
+
 def compiled_placements() -> None:
     """In one graph each, with the numbers of one process; and a DTensor's second derivative."""
     from torch.distributed.device_mesh import init_device_mesh
