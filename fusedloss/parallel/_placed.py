@@ -39,8 +39,11 @@ def served(name: str, logits: Any, tensors: dict[str, Any], options: dict[str, A
     ``tensors``: the target, and what else is a DTensor or None. A mean of rows that the mesh cuts is the sum, divided.
     """
     layout = _layout_of(logits)
-    if layout is None or not all(each is None or is_dtensor(each) for each in tensors.values()):
+    given = [each for each in tensors.values() if each is not None]
+    if layout is None or not all(is_dtensor(each) for each in given):
         return None
+    if layout.over_rows and any(each.requires_grad for each in given):
+        return None  # not every torch has the derivative of the sum over ranks that a mean divides by
     whole = [Replicate()] * layout.mesh.ndim
     local = {}
     for key, each in tensors.items():
@@ -55,17 +58,17 @@ def served(name: str, logits: Any, tensors: dict[str, Any], options: dict[str, A
         classes = logits.shape[class_dim(logits)]
         sharding = {"group": layout.mesh.get_group(layout.classes), "vocab_size": classes}
     divides = bool(layout.over_rows) and options.get("reduction") == "mean"
-    given = dict(options)
+    asked = dict(options)
     # A gradient of the shard is placed as the shard is.
     shard = logits.to_local(grad_placements=logits.placements)
     if divides:
-        given["reduction"] = "sum"
+        asked["reduction"] = "sum"
         if logits.dtype in HALVES:  # whose sum may be beyond float16
-            if "out_dtype" in given:
-                given["out_dtype"] = torch.promote_types(given["out_dtype"] or logits.dtype, torch.float32)
+            if "out_dtype" in asked:
+                asked["out_dtype"] = torch.promote_types(asked["out_dtype"] or logits.dtype, torch.float32)
             else:
                 shard = shard.float()
-    results = loss(shard, **local, **given, **sharding)
+    results = loss(shard, **local, **asked, **sharding)
     first, *others = results if isinstance(results, tuple) else (results,)
     if divides:
         mean = first.double() / _divisor(layout, logits, local, options)

@@ -13,7 +13,8 @@ from marks import needs_extension, on_cpu_alone
 RANKS = Path(__file__).with_name("vocabulary_ranks.py")
 SMOKE = ["few_values", "collectives", "errors"]
 VALUES = ["values", "long_rows", "shapes", "one_class", "masks", "edges", "natively"]
-CALLS = ["collectives", "groups", "memory", "situations", "placements", "labels_of_dtensors", "errors"]
+CALLS = ["collectives", "groups", "memory", "errors", "situations"]
+DTENSORS = ["placements", "labels_of_dtensors", "weights_of_dtensors"]
 DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled", "compiled_placements"]
 
 pytestmark = [
@@ -37,10 +38,10 @@ def test_two_ranks(tmp_path):
 @pytest.mark.deep("sharded vocabularies on 2 to 8 ranks; a few calls of two ranks ran", minutes=0.5)
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_ranks(tmp_path, ranks):
-    run(ranks, tmp_path, VALUES + CALLS)
+    run(ranks, tmp_path, VALUES + CALLS + DTENSORS)
 
 
-@pytest.mark.deep("sharded vocabularies: second derivatives and torch.compile on 2 and 3 ranks", minutes=0.5)
+@pytest.mark.deep("sharded vocabularies: second derivatives and torch.compile on 2 and 3 ranks", minutes=1)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_derivatives_and_compiled(tmp_path, ranks):
     run(ranks, tmp_path, DERIVATIVES)

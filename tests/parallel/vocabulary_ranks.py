@@ -401,6 +401,24 @@ def placements() -> None:
                     large_sums(label, call, lambda each, mesh=mesh, place=place: distribute_tensor(each, mesh, place))
 
 
+def weights_of_dtensors() -> None:
+    """Weights of rows that require a gradient have that of the mean over all rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    d = data((8 * dist.get_world_size(), 13), torch.float64)
+    rows = d.rows.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(whole.cross_entropy(d.logits, d.target, sample_weight=rows), rows)
+    for place in (Shard(1), Shard(0)):
+        x = distribute_tensor(d.logits, mesh, [place])
+        t, s = (distribute_tensor(each, mesh, [Replicate()]) for each in (d.target, d.rows))
+        s.requires_grad_()
+        (got,) = torch.autograd.grad(whole.cross_entropy(x, t, sample_weight=s).full_tensor(), s)
+        off = error(got.full_tensor(), exact, exact)
+        expect(off < 1e-12, f"{place}: off by {off:.1e}")
+
+
 def labels_of_dtensors() -> None:
     """A label out of range is raised on every rank inside loss_parallel, too, where torch's loss of it is 0."""
     from torch.distributed.device_mesh import init_device_mesh
