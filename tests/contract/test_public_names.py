@@ -1,6 +1,9 @@
 """Where the public names are, and what a name in the wrong place is told."""
 
+import re
+
 import pytest
+from compiler import ROOT
 
 import fusedloss
 
@@ -17,3 +20,9 @@ def test_a_function_asked_of_the_package_names_its_place():
         _ = fusedloss.softmax
     with pytest.raises(ImportError):
         from fusedloss import pointwise  # noqa: F401
+
+
+def test_every_folder_of_the_package_is_installed():
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fusedloss").rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in folders} <= set(re.findall(r'"([^"]+)"', listed[1]))
