@@ -7,12 +7,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+_interpreter, _is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func or tracing is on."""
+    return _interpreter() is not None or _is_tracing()
+
 
 def transformed(tensors: Sequence[Tensor]) -> str | None:
     """Why a call under a transform of torch.func, tracing or forward mode runs natively; None outside of them."""
     if is_compiling():
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+    if in_transform():
         return "a transform of torch.func, or tracing"
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
         return "forward-mode AD"

@@ -28,6 +28,8 @@ class Tally:
     """The calls of one loss so far."""
 
     def __init__(self) -> None:
+        if _hear not in _route.heard_native:  # native calls cost no more before the first patch
+            _route.heard_native.append(_hear)
         self.fused = 0
         self.reasons: dict[str, Reason] = {}
         self._reason_at: dict[tuple[str, int], str] = {}
@@ -69,8 +71,6 @@ def _hear(why: Callable[[], str]) -> None:
     if current.listens:
         current.why = why
 
-
-_route.heard_native.append(_hear)
 
 _OURS = tuple(str(Path(module.__file__ or "").parent) + os.sep for module in (torch, sys.modules["fusedloss"]))
 

@@ -10,12 +10,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function
 from torch.utils._device import DeviceContext
 
+from .._derivatives import in_transform
 from .._traced import is_exporting
 from .._warnings import stand_ins
 from ._calls import Tally, current
 
-_modes, _is_tracing = torch._C._len_torch_function_stack, torch._C._is_tracing
-_transform = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_function_stack
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer, type(None), bool, int, float, str}
 
 
@@ -61,4 +61,4 @@ def knows_originals(values: Iterable[Any]) -> bool:
 def is_transformed() -> bool:
     """Export and tracing would write our ops into programs that are to run without this package, and under a transform
     of torch.func ours are native."""
-    return _transform() is not None or _is_tracing() or is_exporting()
+    return in_transform() or is_exporting()

@@ -79,7 +79,9 @@ def _soft_cross_entropy(
     return (loss.to(dtype), lse.to(dtype)) if second else loss.to(dtype)
 
 
-def checked_options(function: str, z_loss: Any, softcap: Any, all_ignored: str) -> Any:
+def checked_options(
+    function: str, z_loss: Any, softcap: Any, all_ignored: str, out_dtype: torch.dtype | None
+) -> Any:  # fmt: skip
     """The softcap as the formula takes it, 0 for none."""
     if not z_loss >= 0:
         raise ValueError(f"z_loss must be at least 0, got {z_loss}")
@@ -89,6 +91,8 @@ def checked_options(function: str, z_loss: Any, softcap: Any, all_ignored: str) 
         raise ValueError(f"softcap must be positive, got {softcap}")
     if all_ignored not in ("nan", "zero"):
         raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating point type, got {out_dtype}")
     return 0.0 if softcap is None or softcap == math.inf else softcap
 
 
@@ -246,10 +250,8 @@ def cross_entropy(
             grad_in_forward=grad_in_forward, inplace=inplace, sample_weight=sample_weight,
         )  # fmt: skip
 
-    cap = checked_options("cross_entropy", z_loss, softcap, all_ignored)
     dtype = input.dtype if out_dtype is None else out_dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"out_dtype must be a floating point type, got {dtype}")
+    cap = checked_options("cross_entropy", z_loss, softcap, all_ignored, dtype)
     # A result wider than the kernels' arithmetic needs wider logits; a narrower one is rounded at the end.
     computed = torch.promote_types(input.dtype, dtype)
     wide = computed != input.dtype and computed == torch.float32

@@ -113,7 +113,7 @@ def linear_cross_entropy(
         label_smoothing = 0.0
     if not isinstance(z_loss, NUMBERS):
         z_loss = checked("linear_cross_entropy", "z_loss", z_loss)
-    cap = checked_options("linear_cross_entropy", z_loss, softcap, all_ignored)
+    cap = checked_options("linear_cross_entropy", z_loss, softcap, all_ignored, out_dtype)
     given, weight, wide = _in_dtype(given, weight, out_dtype)
     loss, lse, accuracy = results(
         "soft_cross_entropy" if given.soft else "cross_entropy", given, weight, reduction,
@@ -145,8 +145,6 @@ def _in_dtype(given: Given, weight: Tensor | None, out_dtype: torch.dtype | None
     """As cross_entropy: a result wider than float32 needs wider logits."""
     if out_dtype is None:
         return given, weight, False
-    if not out_dtype.is_floating_point:
-        raise ValueError(f"out_dtype must be a floating point type, got {out_dtype}")
     computed = torch.promote_types(given.input.dtype, out_dtype)
     wide = computed != given.input.dtype and computed == torch.float32
     if computed == given.input.dtype or wide:

@@ -71,9 +71,7 @@ def cross_entropy(
         z_loss = checked("cross_entropy", "z_loss", z_loss)
     if softcap is not None:
         softcap = fixed("cross_entropy", "softcap", softcap)
-    cap = checked_options("cross_entropy", z_loss, softcap, all_ignored)
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ValueError(f"out_dtype must be a floating point type, got {out_dtype}")
+    cap = checked_options("cross_entropy", z_loss, softcap, all_ignored, out_dtype)
     dtype = result_dtype(input, out_dtype)
     if out_dtype == torch.float64:
         input = input.double()
