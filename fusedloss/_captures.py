@@ -56,9 +56,9 @@ def left_to_compiler(when: str, input: Any, rest: Sequence[Any], options: dict[s
 
 def pointwise(
     traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, params: Sequence[Any],
-    pos_weight: Tensor | None = None, ignore_index: int | None = None,
+    third: Tensor | None = None, ignore_index: int | None = None,
 ) -> str | None:  # fmt: skip
-    if why := _call((input, target, weight), reduction, params) or unfit(pos_weight):
+    if why := _call((input, target, weight), reduction, params) or unfit(third):
         return why
     if ignore_index is not None and (why := _integer(ignore_index)):
         return why
@@ -73,10 +73,10 @@ def pointwise(
         return "a loss that was compiled for the CPU alone"
     if not _in_range(params, traits.params):
         return "a parameter that is out of range"
-    if pos_weight is not None and not traits.has_positive_weight:
-        return "a pos_weight, which the loss does not take"
+    if third is not None and not (traits.has_positive_weight or traits.has_third_slope):
+        return "a third operand, which the loss does not take"
     if ignore_index is not None:
-        if why := _class_indices(traits, input, target, weight, pos_weight):
+        if why := _class_indices(traits, input, target, weight, third):
             return why
         sizes = input.shape
     else:
@@ -87,12 +87,18 @@ def pointwise(
             if not (traits.broadcasts and broadcasts_with(input.shape, target.shape)):
                 return "an input and a target whose shapes do not fit"
             sizes = torch.broadcast_shapes(input.shape, target.shape)
-    for factor in (weight, pos_weight):
+    if traits.has_third_slope and third is not None and not same_shape(third.shape, sizes):
+        if not broadcasts_with(sizes, third.shape):
+            return "a third operand whose shape does not fit"
+        if is_empty(third):
+            return "an empty input"
+        sizes = torch.broadcast_shapes(sizes, third.shape)
+    for factor in (weight, third):
         if factor is None:
             continue
         if factor.device != input.device:
             return DIFFERENT_DEVICES
-        if factor.requires_grad:
+        if factor.requires_grad and not (factor is third and traits.has_third_slope):
             return "a weight that requires a gradient"
         if factor.dtype not in _DTYPES:
             return "a weight that is no float64, float32, bfloat16 or float16"
@@ -100,27 +106,35 @@ def pointwise(
             return "a weight that does not fit the input"
     if ignore_index is not None:
         return None
-    dtype = result_dtype(traits, input, target, weight)
+    dtype = result_dtype(traits, input, target, weight, third)
     return dtype if isinstance(dtype, str) else None
 
 
-def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | str:
+def result_dtype(
+    traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, third: Tensor | None = None
+) -> torch.dtype | str:  # fmt: skip
     """The dtype of torch's result, which is that of the input or float32 beside a half-precision one; or why not."""
     half, result = input.dtype in HALVES, input.dtype
     of_weight = result if weight is None else weight.dtype
+    of_third = third.dtype if third is not None and traits.has_third_slope else result
     if weight is not None and traits.result == "promoted" and not weight.dim() and (input.dim() or target.dim()):
         of_weight = result  # a weight without dimensions gives way to losses that have some
     if half and torch.is_autocast_enabled(input.device.type):
-        if torch.float64 in (target.dtype, result if traits.result == "of target" else of_weight):
+        if traits.of_variances:
+            return "autocast, which widens some of torch's steps, on some devices"
+        if torch.float64 in (target.dtype, of_third, result if traits.result == "of target" else of_weight):
             return DIFFERENT_DTYPES
         if traits.of_probabilities and DEVICES[input.device.type].autocast_refuses_probabilities:
             return "probabilities under autocast, which torch refuses"
         return torch.float32
     if traits.result == "promoted":
-        gives_way = not traits.of_difference and (not input.dim()) != (not target.dim())
+        broadcasts_first = traits.of_difference and not traits.has_third_slope
+        gives_way = not broadcasts_first and (not input.dim()) != (not target.dim())
         if gives_way and input.dtype != target.dtype and target.dtype.is_floating_point:
             return DIFFERENT_DTYPES
-        for other in (target.dtype, of_weight):
+        if third is not None and of_third != result and bool(third.dim()) != bool(input.dim() or target.dim()):
+            return DIFFERENT_DTYPES
+        for other in (target.dtype, of_weight, of_third):
             if other != result:  # torch.export would write the call into the graph
                 result = torch.promote_types(result, other)
     elif traits.result == "of target":
@@ -131,7 +145,7 @@ def result_dtype(traits: Any, input: Tensor, target: Tensor, weight: Tensor | No
 
 
 def _class_indices(
-    traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+    traits: Any, input: Tensor, target: Tensor, weight: Tensor | None, third: Tensor | None
 ) -> str | None:
     device = DEVICES[input.device.type]
     if not traits.takes_class_indices:
@@ -142,11 +156,11 @@ def _class_indices(
         return "class indices that do not fit the input"
     if exceeds(input.shape[1], device.most_classes):
         return "more classes than a kernel counts"
-    if pos_weight is not None and not device.takes_pos_weight_with_class_indices:
+    if third is not None and not device.takes_third_with_class_indices:
         return "class indices beside a pos_weight"
     if torch.is_autocast_enabled(input.device.type):
         return "autocast"
-    if any(factor is not None and factor.dtype != input.dtype for factor in (weight, pos_weight)):
+    if any(factor is not None and factor.dtype != input.dtype for factor in (weight, third)):
         return "a weight of another dtype than the input"
     return None
 

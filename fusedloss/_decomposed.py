@@ -73,13 +73,13 @@ def _is_decomposing() -> bool:
 def pointwise(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def decomposed(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
+        third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
     ) -> Tensor:  # fmt: skip
         if wide:
             input = input.float()
             target = target.float() if target.is_floating_point() else target
-            weight, pos_weight = (factor if factor is None else factor.float() for factor in (weight, pos_weight))
-        options: dict[str, Any] = {} if pos_weight is None else {"pos_weight": pos_weight}
+            weight, third = (factor if factor is None else factor.float() for factor in (weight, third))
+        options: dict[str, Any] = {} if third is None else {"third": third}
         if ignore_index is not None:
             options["ignore_index"] = ignore_index
         return formula(input, target, weight, _NAMES[reduction], *params, **options)

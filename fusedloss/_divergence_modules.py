@@ -40,3 +40,17 @@ class PoissonNLLLoss(nn.PoissonNLLLoss):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return as_native(self, nn.PoissonNLLLoss)
+
+
+class GaussianNLLLoss(nn.GaussianNLLLoss):
+    """:class:`torch.nn.GaussianNLLLoss`, computed by :func:`fusedloss.functional.gaussian_nll_loss`.
+
+    >>> GaussianNLLLoss()(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 4.0]))
+    tensor(0.5966)
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor, var: torch.Tensor | float) -> torch.Tensor:
+        return functional.gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_native(self, nn.GaussianNLLLoss)

@@ -22,7 +22,7 @@ def pointwise(traits: Any) -> Fakes:
 
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
+        third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
     ) -> Tensor:  # fmt: skip
         dtype = torch.float32 if wide else input.dtype
         if reduction:
@@ -31,11 +31,13 @@ def pointwise(traits: Any) -> Fakes:
             return torch.empty_like(input, dtype=dtype)
         if traits.result == "of target":
             return torch.empty_like(-target, dtype=dtype)
+        if traits.has_third_slope and third is not None:
+            return torch.empty_like(third + (input + target), dtype=dtype)
         return torch.empty_like(target + input if traits.target_first else input + target, dtype=dtype)
 
     def with_grad(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
+        third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return input.new_empty((), dtype=torch.float32 if wide else input.dtype), torch.empty_like(input)
 
@@ -44,10 +46,11 @@ def pointwise(traits: Any) -> Fakes:
 
     def backward(
         upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        pos_weight: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of_target: bool = False,
+        third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of: int = 0,
         carrier: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        return torch.empty_like(target if of_target else input)
+        operands = (input, target, third if third is None else third.expand(input.shape))
+        return torch.empty_like(operands[of])  # type: ignore[arg-type]
 
     return {"": forward, "_with_grad": with_grad, ".carrying": carrying, "_backward": backward}
 

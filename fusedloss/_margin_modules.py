@@ -47,3 +47,17 @@ class MultiLabelSoftMarginLoss(nn.MultiLabelSoftMarginLoss):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return as_native(self, nn.MultiLabelSoftMarginLoss)
+
+
+class MarginRankingLoss(nn.MarginRankingLoss):
+    """:class:`torch.nn.MarginRankingLoss`, computed by :func:`fusedloss.functional.margin_ranking_loss`.
+
+    >>> MarginRankingLoss(margin=1.0)(torch.tensor([2.0, 1.0]), torch.tensor([1.5, 3.0]), torch.tensor([1, -1]))
+    tensor(0.2500)
+    """
+
+    def forward(self, input1: torch.Tensor, input2: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.margin_ranking_loss(input1, input2, target, margin=self.margin, reduction=self.reduction)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_native(self, nn.MarginRankingLoss)

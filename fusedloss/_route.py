@@ -68,7 +68,7 @@ def pointwise(
 ) -> Callable[[Formula], Formula]:
     """Route ``formula(input, target, weight, reduction, *params)`` through the pointwise kernels of that name.
 
-    A formula that takes ``pos_weight`` too has a factor of its positive term. ``left``: when it is
+    A formula may take a ``third`` operand too, such as a variance: None counts as 1. ``left``: when it is
     :func:`left to a compiler <fusedloss._captures.left_to_compiler>`. ``of_probabilities``: inputs and targets lie in
     [0, 1]. ``class_indices``: beside an ``ignore_index`` the routed loss takes class indices for targets.
     ``positive``: inputs are. ``listed``: the loss is one of :data:`LOSSES`.
@@ -256,35 +256,38 @@ def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
     traits = known.traits
 
     def owned(
-        input: Any, target: Any, weight: Any, reduction: str, pos_weight: Any, ignore_index: Any, exports: bool,
+        input: Any, target: Any, weight: Any, reduction: str, third: Any, ignore_index: Any, exports: bool,
         *params: Any,
     ) -> tuple[int, bool, bool] | None:  # fmt: skip
-        """The reduction and ``wide`` of the op, and whether the input and the target are of one shape; or None."""
+        """The reduction and ``wide`` of the op, and whether the operands are of one shape; or None."""
         if not exports and _captures.left_to_compiler(left, input, (), {"ignore_index": ignore_index}):
             return None
-        if _captures.pointwise(traits, input, target, weight, reduction, params, pos_weight, ignore_index) is not None:
+        if _captures.pointwise(traits, input, target, weight, reduction, params, third, ignore_index) is not None:
             return None
         if ignore_index is not None:
             return REDUCTIONS[reduction], False, True
-        wide = _captures.result_dtype(traits, input, target, weight) != input.dtype
-        return REDUCTIONS[reduction], wide, same_shape(input.shape, target.shape)
+        wide = _captures.result_dtype(traits, input, target, weight, third) != input.dtype
+        operands = [target, third] if third is not None and traits.has_third_slope else [target]
+        return REDUCTIONS[reduction], wide, all(same_shape(input.shape, each.shape) for each in operands)
 
     ask = asked_once(owned)
 
     def capture(
         input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any,
-        pos_weight: Tensor | None = None, ignore_index: int | None = None,
+        third: Tensor | None = None, ignore_index: int | None = None,
     ) -> Any:  # fmt: skip
-        call = (input, target, weight, reduction, pos_weight, ignore_index, is_exporting())
+        call = (input, target, weight, reduction, third, ignore_index, is_exporting())
         found, params = ask(call, params)
         if found is None:
             return None
         kind, wide, one_shape = found
-        if not one_shape:
+        if not one_shape and third is None:
             input, target = torch.broadcast_tensors(input, target)
+        elif not one_shape:
+            input, target, third = torch.broadcast_tensors(input, target, third)
         if ignore_index is None and not target.is_floating_point():
             target = target.to(torch.float32 if wide else input.dtype)
-        return op(input, target, weight, kind, [float(each) for each in params], pos_weight, wide, ignore_index)
+        return op(input, target, weight, kind, [float(each) for each in params], third, wide, ignore_index)
 
     return capture
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import deprecated  # torch depends on it
 
 from . import functional
-from ._divergence_modules import KLDivLoss, PoissonNLLLoss
-from ._margin_modules import HingeEmbeddingLoss, MultiLabelSoftMarginLoss, SoftMarginLoss
+from ._divergence_modules import GaussianNLLLoss, KLDivLoss, PoissonNLLLoss
+from ._margin_modules import HingeEmbeddingLoss, MarginRankingLoss, MultiLabelSoftMarginLoss, SoftMarginLoss
 from ._scripted import as_native as _as_native
 from .losses._ignored import IgnoreIndex
 from .losses._numbers import NUMBERS, checked, factors_of_classes
@@ -417,10 +417,12 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "FocalLoss",
+    "GaussianNLLLoss",
     "HingeEmbeddingLoss",
     "HuberLoss",
     "KLDivLoss",
     "L1Loss",
+    "MarginRankingLoss",
     "MSELoss",
     "MultiLabelSoftMarginLoss",
     "NLLLoss",

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedloss import _captures
 
 # Losses that torch.compile is handed as PyTorch's operators on a CPU, whatever their size.
-ARITHMETIC = ("mse", "l1", "smooth_l1", "huber", "hinge_embedding")
+ARITHMETIC = ("mse", "l1", "smooth_l1", "huber", "hinge_embedding", "margin_ranking")
 
 
 def keeps_op(loss: str) -> bool:

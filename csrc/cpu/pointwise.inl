@@ -8,12 +8,12 @@ namespace fusedloss::FUSEDLOSS_ISA {
 // What a pass reads and writes. Where an operand is null it counts as 1, or the pass has no use for it.
 template <class S>
 struct Arrays {
-  const S *input, *target, *weight, *pos_weight, *upstream;
+  const S *input, *target, *weight, *third, *upstream;
   S* output;
   Accumulate<S> scale;  // of gradients
 };
 
-// The value (Losses) or a scaled slope (Grad, TargetGrad) of the loss at an element, times the element's weight.
+// The value (Losses) or a scaled slope (every Grad) of the loss at an element, times the element's weight.
 template <bool kWeighted, class S, class Loss>
 struct Elements {
   using T = Accumulate<S>;
@@ -22,14 +22,14 @@ struct Elements {
 
   template <PointwiseResult kResult>
   FUSEDLOSS_HD T at(int64_t i) const {
-    T number = evaluate<kResult>(loss, load(arrays.input[i]), load(arrays.target[i]), pos_weight(i));
+    T number = evaluate<kResult>(loss, load(arrays.input[i]), load(arrays.target[i]), third(i));
     if constexpr (kResult != PointwiseResult::Losses) number *= arrays.scale;
     return kWeighted ? number * load(arrays.weight[i]) : number;
   }
 
  private:
-  FUSEDLOSS_HD T pos_weight(int64_t i) const {
-    if constexpr (takes_pos_weight<Loss>) return load(arrays.pos_weight[i]);
+  FUSEDLOSS_HD T third(int64_t i) const {
+    if constexpr (takes_third<Loss>) return load(arrays.third[i]);
     return T(1);
   }
 };
@@ -91,6 +91,14 @@ double run_elements(const Loss& loss, PointwiseResult result, const Arrays<S>& a
             });
       }
       return 0;
+    case PointwiseResult::ThirdGrad:
+      if constexpr (has_third_slope<Loss>) {
+        store_each(
+            output, count, [=](int64_t i) __attribute__((always_inline)) {
+              return elements.template at<PointwiseResult::ThirdGrad>(i) * (upstream ? load(upstream[i]) : T(1));
+            });
+      }
+      return 0;
     default:
       if (upstream) {
         store_each(
@@ -110,18 +118,24 @@ double run_elements(const Loss& loss, PointwiseResult result, const Arrays<S>& a
 // Answers PointwiseResult::CheckDomain for all elements together.
 template <class S, class Loss>
 int check_domain(const Arrays<S>& arrays, int64_t count) {
-  int worst = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int of_input = 2 * !Loss::is_probability(load(arrays.input[i]));
-    const int of_either = of_input | int(!Loss::is_probability(load(arrays.target[i])));
-    worst = worst > of_either ? worst : of_either;
+  if constexpr (of_variances<Loss>) {
+    int negative = 0;
+    for (int64_t i = 0; i < count; ++i) negative |= int(Loss::is_negative(load(arrays.third[i])));
+    return 3 * negative;
+  } else {
+    int worst = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int of_input = 2 * !Loss::is_probability(load(arrays.input[i]));
+      const int of_either = of_input | int(!Loss::is_probability(load(arrays.target[i])));
+      worst = worst > of_either ? worst : of_either;
+    }
+    return worst > 2 ? 2 : worst;
   }
-  return worst > 2 ? 2 : worst;
 }
 
 template <class S, class Loss>
 double run_arrays(const Loss& loss, PointwiseResult result, const Arrays<S>& arrays, int64_t count) {
-  if constexpr (of_probabilities<Loss>) {
+  if constexpr (of_probabilities<Loss> || of_variances<Loss>) {
     if (result == PointwiseResult::CheckDomain) return check_domain<S, Loss>(arrays, count);
   }
   return arrays.weight ? run_elements<true>(loss, result, arrays, count)

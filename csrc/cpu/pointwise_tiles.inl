@@ -84,7 +84,7 @@ class PointwiseTile {
 
   bool reads_and_writes_in_place() const {
     return !args_.index && in_place(args_.input) && in_place(args_.target) && in_place(args_.weight) &&
-           in_place(args_.pos_weight) && (args_.one_upstream || in_place(args_.upstream)) &&
+           in_place(args_.third) && (args_.one_upstream || in_place(args_.upstream)) &&
            (!args_.output || args_.output_dtype == kType);
   }
 
@@ -99,7 +99,7 @@ class PointwiseTile {
       arrays.target = operand(args_.target, begin, end, target_);
     }
     arrays.weight = operand(args_.weight, begin, end, weight_);
-    arrays.pos_weight = operand(args_.pos_weight, begin, end, pos_weight_);
+    arrays.third = operand(args_.third, begin, end, third_);
     arrays.scale = T(args_.scale);
     if (args_.one_upstream) {
       T upstream;
@@ -165,7 +165,7 @@ class PointwiseTile {
 
   const PointwiseArgs& args_;
   bool any_ignored_ = false;
-  alignas(64) Numbers input_, target_, counted_target_, weight_, pos_weight_, upstream_, output_;
+  alignas(64) Numbers input_, target_, counted_target_, weight_, third_, upstream_, output_;
 };
 
 template <class T, class Loss>
@@ -190,8 +190,16 @@ double over_tiles(const Loss& loss, PointwiseResult result, const PointwiseArgs&
 template <template <class> class Functor, class T>
 double pointwise_in(PointwiseResult result, const PointwiseArgs& args, int64_t begin, int64_t end) {
   if constexpr (has_positive_weight<Functor<T>>) {
-    if (args.pos_weight.data) {
+    if (args.third.data) {
       return over_tiles<T>(typename Functor<T>::WithPositiveWeight(), result, args, begin, end);
+    }
+  }
+  if constexpr (takes_third<Functor<T>>) {
+    if (!args.third.data) {
+      const T one = 1;
+      PointwiseArgs complete = args;
+      complete.third = {&one, sizeof(T) == sizeof(double) ? DType::Double : DType::Float, false, {}};
+      return pointwise_in<Functor, T>(result, complete, begin, end);
     }
   }
   return with_specialised<Functor<T>>(

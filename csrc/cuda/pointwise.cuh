@@ -29,10 +29,10 @@ int run_pointwise(PointwiseResult result, const CudaPointwiseArgs& args, CudaStr
       using S = decltype(storage);
       using Loss = typename ForStorage<Functor<Accumulate<S>>, S>::type;
       const auto run = [&](const auto& loss, S) -> int {
-        return with_result<false, makes_gradient_in_forward<S>>(
+        return with_result<false, false, makes_gradient_in_forward<S>>(
             result, [&](auto made) -> int { return run_dense<made.value, S>(loss, args, stream); });
       };
-      if (!args.pos_weight.data) return with_specialised<Loss>(args.params, storage, run);
+      if (takes_third<Loss> || !args.third.data) return with_specialised<Loss>(args.params, storage, run);
       if constexpr (has_positive_weight<Loss>) return run(typename Loss::WithPositiveWeight(), storage);
       return cudaErrorInvalidValue;
     });

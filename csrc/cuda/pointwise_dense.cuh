@@ -51,7 +51,7 @@ __device__ void read_or_ones(const S* from, int64_t i, T (&numbers)[kCount]) {
 
 // After how many elements factors of the loss repeat; 0: they do not.
 struct Periods {
-  uint32_t weight, pos_weight;
+  uint32_t weight, third;
 };
 
 // A factor of the loss: 1 where data is null, and number i % period of data where it repeats. That is for losses with a
@@ -69,7 +69,7 @@ struct Factors {
 
  private:
   __device__ int64_t place(int64_t i) const {
-    if (!takes_pos_weight<Loss> || period == 0) return i;
+    if (!takes_third<Loss> || period == 0) return i;
     return i <= UINT32_MAX ? uint32_t(i) % period : i % period;
   }
 };
@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
     pointwise_dense(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run, Periods periods) {
   using T = Accumulate<S>;
   constexpr int width = Vector<S>::width, unroll = dense_unroll<kResult, S, Loss>();
-  const auto pass = pass_of<kResult, T>(loss, args);
+  auto pass = pass_of<kResult, T>(loss, args);
   const S *input = static_cast<const S*>(args.input.data), *target = static_cast<const S*>(args.target.data);
   const Factors<S, Loss> weights = {static_cast<const S*>(args.weight.data), periods.weight};
-  const Factors<S, Loss> pos_weights = {static_cast<const S*>(args.pos_weight.data), periods.pos_weight};
+  const Factors<S, Loss> thirds = {static_cast<const S*>(args.third.data), periods.third};
   const S* upstreams = pass.kTakesUpstream && !args.one_upstream ? static_cast<const S*>(args.upstream.data) : nullptr;
   S* outputs = static_cast<S*>(args.output);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
       if (v >= run.vectors) break;
       T x[width], t[width], w[width], p[width] = {}, g[width] = {}, made[width];
       weights.read(run.vector(v), w);
-      if constexpr (takes_pos_weight<Loss>) pos_weights.read(run.vector(v), p);
+      if constexpr (takes_third<Loss>) thirds.read(run.vector(v), p);
       if constexpr (pass.kTakesUpstream) read_or_ones(upstreams, run.vector(v), g);
       unpack(bit_cast<Vector<S>>(inputs[u]), x);
       unpack(bit_cast<Vector<S>>(targets[u]), t);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
   for (int64_t scalar = thread; scalar < run.scalars(); scalar += threads) {
     const int64_t i = run.scalar(scalar);
     T p = 1;
-    if constexpr (takes_pos_weight<Loss>) p = pos_weights[i];
+    if constexpr (takes_third<Loss>) p = thirds[i];
     const T w = weights[i], g = upstreams ? load(upstreams[i]) : T(1);
     T sum = 0;
     const T output = pass(load(input[i]), load(target[i]), p, w, g, sum);
@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
     sums.values[0] += double(sum);
   }
 
+  pass.report(args.bad_target);
   if constexpr (pass.kSums) write_total<T>(sums, args);
 }
 
@@ -149,10 +150,11 @@ inline int64_t width_of(DType dtype) { return dtype == DType::Double ? 2 : dtype
 inline bool all_dense(PointwiseResult result, const CudaPointwiseArgs& args) {
   const DType dtype = args.input.dtype;
   const auto fits = [&](const Operand& from) {
-    const bool is_factor = args.pos_weight.data && (&from == &args.weight || &from == &args.pos_weight);
+    const bool is_factor = args.third.data && (&from == &args.weight || &from == &args.third);
     return from.dtype == dtype && (from.dense || (is_factor && repeats(from, args, width_of(dtype))));
   };
-  return result != PointwiseResult::TargetGrad && (result == PointwiseResult::Sum || args.output_dtype == dtype) &&
+  const bool strided_alone = result == PointwiseResult::TargetGrad || result == PointwiseResult::ThirdGrad;
+  return !strided_alone && (result == PointwiseResult::Sum || args.output_dtype == dtype) &&
          (args.arithmetic == DType::Double) == (dtype == DType::Double) && of_operands(result, args, fits);
 }
 
@@ -172,7 +174,7 @@ cudaError_t run_dense(const Loss& loss, const CudaPointwiseArgs& args, CudaStrea
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
   const int sums = Pass<kResult, Accumulate<S>, Loss>::kSums ? 1 : 0;
   return launch(grid_for(work, kDenseBlocks<S>, sums), stream, pointwise_dense<kResult, S, Loss>, loss, args, run,
-                Periods{period(args.weight), period(args.pos_weight)});
+                Periods{period(args.weight), period(args.third)});
 }
 
 }  // namespace

@@ -11,21 +11,32 @@ template <PointwiseResult kResult, class T, class Loss>
 struct Pass {
   static constexpr bool kSums = kResult == PointwiseResult::Sum || kResult == PointwiseResult::SumAndGrad;
   static constexpr bool kStores = kResult != PointwiseResult::Sum;
-  static constexpr bool kTakesUpstream = kResult == PointwiseResult::Grad || kResult == PointwiseResult::TargetGrad;
+  static constexpr bool kTakesUpstream = kResult == PointwiseResult::Grad || kResult == PointwiseResult::TargetGrad ||
+                                         kResult == PointwiseResult::ThirdGrad;
+  static constexpr bool kReports = of_variances<Loss> && !kTakesUpstream;
 
   const Loss& loss;
-  T scale;  // of the gradient: 1 / n for a mean, times the upstream gradient where it is one for all
+  T scale;                // of the gradient: 1 / n for a mean, times the upstream gradient where it is one for all
+  bool negative = false;  // whether a variance was
 
   // Adds to the sum and returns what is stored.
-  __device__ T operator()(T x, T t, T pos_weight, T weight, T upstream, T& sum) const {
-    if constexpr (kSums) sum += evaluate<PointwiseResult::Losses>(loss, x, t, pos_weight) * weight;
+  __device__ T operator()(T x, T t, T third, T weight, T upstream, T& sum) {
+    if constexpr (kReports) negative = negative || Loss::is_negative(third);
+    if constexpr (kSums) sum += evaluate<PointwiseResult::Losses>(loss, x, t, third) * weight;
     if constexpr (kResult == PointwiseResult::Losses)
-      return evaluate<PointwiseResult::Losses>(loss, x, t, pos_weight) * weight;
-    if constexpr (kResult == PointwiseResult::TargetGrad)
-      return evaluate<PointwiseResult::TargetGrad>(loss, x, t, pos_weight) * scale * upstream * weight;
+      return evaluate<PointwiseResult::Losses>(loss, x, t, third) * weight;
+    if constexpr (kResult == PointwiseResult::TargetGrad || kResult == PointwiseResult::ThirdGrad)
+      return evaluate<kResult>(loss, x, t, third) * scale * upstream * weight;
     if constexpr (kResult == PointwiseResult::Grad || kResult == PointwiseResult::SumAndGrad)
-      return evaluate<PointwiseResult::Grad>(loss, x, t, pos_weight) * scale * upstream * weight;
+      return evaluate<PointwiseResult::Grad>(loss, x, t, third) * scale * upstream * weight;
     return T(0);
+  }
+
+  // Once a thread has done all of its elements.
+  __device__ void report(BadTarget* to) const {
+    if constexpr (kReports) {
+      if (negative) store_bits(to, bit_cast<uint4>(kNegativeVariance));
+    }
   }
 };
 
@@ -81,8 +92,8 @@ __device__ void write_total(const Sums<1>& sums, const CudaPointwiseArgs& args) 
 
 // ---- host side
 
-// Calls f with the result as a type. SumAndGrad and TargetGrad are refused where the dtype or the functor has none.
-template <bool kHasTargetGrad, bool kMakesGradInForward, class F>
+// Calls f with the result as a type. SumAndGrad, TargetGrad and ThirdGrad are refused where there is none.
+template <bool kHasTargetGrad, bool kHasThirdGrad, bool kMakesGradInForward, class F>
 int with_result(PointwiseResult result, F f) {
   using Result = PointwiseResult;
   switch (result) {
@@ -98,21 +109,25 @@ int with_result(PointwiseResult result, F f) {
     case Result::TargetGrad:
       if constexpr (kHasTargetGrad) return f(std::integral_constant<Result, Result::TargetGrad>());
       return cudaErrorInvalidValue;
+    case Result::ThirdGrad:
+      if constexpr (kHasThirdGrad) return f(std::integral_constant<Result, Result::ThirdGrad>());
+      return cudaErrorInvalidValue;
     default:
       return cudaErrorInvalidValue;  // CheckDomain runs on the CPU only
   }
 }
 
 inline bool has_upstreams(PointwiseResult result, const PointwiseArgs& args) {
-  return (result == PointwiseResult::Grad || result == PointwiseResult::TargetGrad) && !args.one_upstream &&
-         args.upstream.data;
+  const bool takes_one =
+      result == PointwiseResult::Grad || result == PointwiseResult::TargetGrad || result == PointwiseResult::ThirdGrad;
+  return takes_one && !args.one_upstream && args.upstream.data;
 }
 
 // Whether f holds for every operand that is read by the element.
 template <class F>
 bool of_operands(PointwiseResult result, const PointwiseArgs& args, F f) {
   const auto holds = [&](const Operand& operand) { return !operand.data || f(operand); };
-  return holds(args.input) && holds(args.target) && holds(args.weight) && holds(args.pos_weight) &&
+  return holds(args.input) && holds(args.target) && holds(args.weight) && holds(args.third) &&
          (!has_upstreams(result, args) || f(args.upstream));
 }
 

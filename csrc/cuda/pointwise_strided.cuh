@@ -15,7 +15,7 @@ namespace {
 constexpr int kGroup = 4;  // elements of a thread in flight, each side by side with those of the other threads
 // Blocks resident on a multiprocessor: 64 registers a thread, 80 for double or one more operand.
 template <class T, class Loss>
-constexpr int kStridedBlocks = sizeof(T) == 8 || takes_pos_weight<Loss> ? 3 : 4;
+constexpr int kStridedBlocks = sizeof(T) == 8 || takes_third<Loss> ? 3 : 4;
 
 // How elements are numbered, and whether numbers and offsets fit in 32 bits. Division is by multiplication with what
 // the host divided.
@@ -176,8 +176,8 @@ template <PointwiseResult kResult, class T, class Loss>
 __global__ void __launch_bounds__(kThreads, kStridedBlocks<T, Loss>)
     pointwise_strided(Loss loss, const __grid_constant__ CudaPointwiseArgs args,
                       const __grid_constant__ Numbering numbering) {
-  const auto pass = pass_of<kResult, T>(loss, args);
-  const bool weighted = args.weight.data, positive = takes_pos_weight<Loss>;
+  auto pass = pass_of<kResult, T>(loss, args);
+  const bool weighted = args.weight.data, has_third = takes_third<Loss> && args.third.data;
   const bool upstreams = pass.kTakesUpstream && !args.one_upstream && args.upstream.data;
   constexpr int kOfBlock = kGroup * kThreads;
   Sums<1> sums;  // double across a thread's groups, T within
@@ -185,17 +185,17 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocks<T, Loss>)
   for (int64_t first = int64_t(blockIdx.x) * kOfBlock + threadIdx.x; first < args.count;
        first += int64_t(gridDim.x) * kOfBlock) {
     const Group group(first, args.count);
-    Numbers<T> inputs, targets, of_weight, of_pos_weight, of_upstream;
+    Numbers<T> inputs, targets, of_weight, of_third, of_upstream;
     inputs.fetch(args.input, numbering, group);
     targets.fetch(args.target, numbering, group);
     if (weighted) of_weight.fetch(args.weight, numbering, group);
-    if (positive) of_pos_weight.fetch(args.pos_weight, numbering, group);
+    if (has_third) of_third.fetch(args.third, numbering, group);
     if (upstreams) of_upstream.fetch(args.upstream, numbering, group);
     T x[kGroup], t[kGroup], w[kGroup], p[kGroup], g[kGroup], made[kGroup], sum = 0;
     inputs.decode(args.input.dtype, x);
     targets.decode(args.target.dtype, t);
     of_weight.decode(args.weight.dtype, w, weighted);
-    of_pos_weight.decode(args.pos_weight.dtype, p, positive);
+    of_third.decode(args.third.dtype, p, has_third);
     of_upstream.decode(args.upstream.dtype, g, upstreams);
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
@@ -205,6 +205,7 @@ __global__ void __launch_bounds__(kThreads, kStridedBlocks<T, Loss>)
     sums.values[0] += double(sum);
     if constexpr (pass.kStores) store_numbers(args.output_dtype, args.output, group, made);
   }
+  pass.report(args.bad_target);
   if constexpr (pass.kSums) write_total<T>(sums, args);
 }
 
@@ -234,7 +235,7 @@ inline Numbering numbering_of(PointwiseResult result, const CudaPointwiseArgs& a
 
 template <class T, class Loss>
 int run_strided(const Loss& loss, PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
-  return with_result<has_target_slope<Loss>, true>(result, [&](auto made) -> int {
+  return with_result<has_target_slope<Loss>, has_third_slope<Loss>, true>(result, [&](auto made) -> int {
     const int sums = Pass<made.value, T, Loss>::kSums ? 1 : 0;
     const Launch how = grid_for(divide_up(args.count, kGroup), kStridedBlocks<T, Loss>, sums);
     return launch(how, stream, pointwise_strided<made.value, T, Loss>, loss, args, numbering_of(result, args));
@@ -243,7 +244,7 @@ int run_strided(const Loss& loss, PointwiseResult result, const CudaPointwiseArg
 
 template <template <class> class Functor, class T>
 int run_strided_in(PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {
-  if (args.pos_weight.data) {
+  if (args.third.data && !takes_third<Functor<T>>) {
     if constexpr (has_positive_weight<Functor<T>>)
       return run_strided<T>(typename Functor<T>::WithPositiveWeight(), result, args, stream);
     return cudaErrorInvalidValue;

@@ -16,10 +16,12 @@ using CudaStream = ::CUstream_st*;
 // Partial sums of one call, and the counter by which its last block knows that it is the last.
 constexpr int64_t kCudaWorkspaceBytes = 72 << 10;
 
-// A target out of range, in pinned host memory: row -1 until a kernel has met one.
+// A target out of range, in pinned host memory: row -1 until a kernel has met one. A negative variance has row 0 and a
+// target that no class index is.
 struct alignas(16) BadTarget {
   int64_t row, target;
 };
+constexpr BadTarget kNegativeVariance = {0, INT64_MIN};
 
 struct CudaPointwiseArgs : PointwiseArgs {
   int64_t count;
@@ -31,7 +33,7 @@ struct CudaPointwiseArgs : PointwiseArgs {
   // cuda_indexed_divisor writes it where a gradient reads it.
   bool mean_of_counted;
   double* counted;
-  BadTarget* bad_target;
+  BadTarget* bad_target;  // also of a loss of variances
 };
 using CudaPointwise = int (*)(PointwiseResult, const CudaPointwiseArgs&, CudaStream);
 int cuda_pointwise(Pointwise, PointwiseResult, const CudaPointwiseArgs&, CudaStream);

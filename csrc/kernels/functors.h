@@ -11,12 +11,17 @@ constexpr bool has_specialised = false;
 template <class Functor>
 constexpr bool has_specialised<Functor, std::void_t<typename Functor::Specialised>> = true;
 
-// What else a pointwise functor may have: a slope by its target that is not the other one's negative, a form of its own
-// for a weight of the positive term, and a domain.
+// What else a pointwise functor may have: a slope by its target that is not the other one's negative, one by its third
+// operand, a form of its own for a weight of the positive term, and a domain.
 template <class Functor, class = void>
 constexpr bool has_target_slope = false;
 template <class Functor>
 constexpr bool has_target_slope<Functor, std::void_t<decltype(&Functor::grad_target)>> = true;
+
+template <class Functor, class = void>
+constexpr bool has_third_slope = false;
+template <class Functor>
+constexpr bool has_third_slope<Functor, std::void_t<decltype(&Functor::grad_third)>> = true;
 
 template <class Functor, class = void>
 constexpr bool has_positive_weight = false;
@@ -27,6 +32,11 @@ template <class Functor, class = void>
 constexpr bool of_probabilities = false;
 template <class Functor>
 constexpr bool of_probabilities<Functor, std::void_t<decltype(&Functor::is_probability)>> = true;
+
+template <class Functor, class = void>
+constexpr bool of_variances = false;
+template <class Functor>
+constexpr bool of_variances<Functor, std::void_t<decltype(&Functor::is_negative)>> = true;
 
 // Targets are 0 or 1 or between, so that class indices can stand for them; the loss is finite at x = 0, t = 0.
 template <class Functor, class = void>
@@ -63,31 +73,42 @@ struct Params<Functor, std::void_t<decltype(Functor::params)>> {
   static constexpr int count = sizeof Functor::params / sizeof(Range);
 };
 
+// Whether it reads a third operand beside x and t.
 template <class Functor, class = void>
-constexpr bool takes_pos_weight = false;
+constexpr bool takes_third = false;
 template <class Functor>
-constexpr bool takes_pos_weight<Functor, std::enable_if_t<Functor::takes_pos_weight>> = true;
+constexpr bool takes_third<Functor, std::enable_if_t<Functor::takes_third>> = true;
 
 template <class Functor>
 constexpr PointwiseTraits pointwise_traits() {
-  return {Functor::of_difference,    has_target_slope<Functor>,    has_positive_weight<Functor>,
-          of_probabilities<Functor>, takes_class_indices<Functor>, broadcasts<Functor>,
-          takes_integers<Functor>,   target_first<Functor>,        Functor::result,
-          Params<Functor>::ranges,   Params<Functor>::count};
+  return {Functor::of_difference,
+          has_target_slope<Functor>,
+          has_positive_weight<Functor>,
+          of_probabilities<Functor>,
+          takes_class_indices<Functor>,
+          broadcasts<Functor>,
+          takes_integers<Functor>,
+          target_first<Functor>,
+          has_third_slope<Functor>,
+          of_variances<Functor>,
+          Functor::result,
+          Params<Functor>::ranges,
+          Params<Functor>::count};
 }
 
-// A functor's value (Losses) or one of its slopes (Grad, TargetGrad) at the arguments it takes.
+// A functor's value (Losses) or one of its slopes (Grad, TargetGrad, ThirdGrad) at the arguments it takes.
 template <PointwiseResult kResult, class Functor, class... T>
 FUSEDLOSS_HD auto call_functor(const Functor& loss, T... arguments) {
   if constexpr (kResult == PointwiseResult::Losses) return loss.value(arguments...);
   if constexpr (kResult == PointwiseResult::Grad) return loss.grad(arguments...);
   if constexpr (kResult == PointwiseResult::TargetGrad) return loss.grad_target(arguments...);
+  if constexpr (kResult == PointwiseResult::ThirdGrad) return loss.grad_third(arguments...);
 }
-// The same at an element, whose pos_weight only some functors take.
+// The same at an element, whose third operand only some functors take.
 template <PointwiseResult kResult, class Functor, class T>
-FUSEDLOSS_HD T evaluate(const Functor& loss, T x, T t, T pos_weight) {
-  if constexpr (takes_pos_weight<Functor>) {
-    return call_functor<kResult>(loss, x, t, pos_weight);
+FUSEDLOSS_HD T evaluate(const Functor& loss, T x, T t, T third) {
+  if constexpr (takes_third<Functor>) {
+    return call_functor<kResult>(loss, x, t, third);
   } else {
     return call_functor<kResult>(loss, x, t);
   }

@@ -29,8 +29,9 @@ struct Operand {
 struct PointwiseArgs {
   DType arithmetic;  // Float or Double
   Operand input, target;
-  Operand weight, pos_weight;  // factors of the loss, and of its term for a target of 1
-  Operand upstream;            // gradient only; of one value where `one_upstream`
+  Operand weight;    // a factor of the loss
+  Operand third;     // what the loss reads beside x and t: a factor of its term for a target of 1, a variance
+  Operand upstream;  // gradient only; of one value where `one_upstream`
   bool one_upstream;
   int dims;
   int64_t sizes[kMaxDims];
@@ -46,13 +47,15 @@ struct PointwiseArgs {
 };
 
 // What a pass over the elements makes; SumAndGrad for an upstream gradient of 1. CheckDomain tells which
-// operand has a value for which the loss is not defined: 2 the input, 1 the target, 0 none.
-enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad, TargetGrad, CheckDomain };
+// operand has a value for which the loss is not defined: 3 the third one, 2 the input, 1 the target, 0 none.
+enum class PointwiseResult { Losses, Sum, SumAndGrad, Grad, TargetGrad, ThirdGrad, CheckDomain };
 
 // What holds for a loss whatever its parameters.
 struct PointwiseTraits {
   bool of_difference, has_target_slope, has_positive_weight, of_probabilities, takes_class_indices;
   bool broadcasts, takes_integers, target_first;
+  bool has_third_slope;  // reads a third operand, to which it has a gradient; of a difference in x and t
+  bool of_variances;     // the third operand: torch refuses a negative one
   ResultDType result;
   const Range* params;
   int param_count;

@@ -1,4 +1,5 @@
-// Losses of a distribution: the Kullback-Leibler divergence, and the negative log-likelihood of counts.
+// Losses of a distribution: the Kullback-Leibler divergence, and the negative log-likelihood of counts and of normal
+// numbers.
 #pragma once
 
 #include "functions.h"
@@ -94,6 +95,33 @@ struct PoissonNllRate : PoissonNllRateWith<T, Stirling> {
 
   static constexpr Range params[] = {{-kInfinity}, {-kInfinity}};  // eps, full
   explicit FUSEDLOSS_HD PoissonNllRate(const double* params) : PoissonNllRateWith<T, Stirling>(params[0]) {}
+};
+
+// torch.nn.functional.gaussian_nll_loss of an expectation x, a sample t and a variance v of eps at least, to whose own
+// gradient that bound is no matter. NaN for a negative variance.
+template <class T>
+struct GaussianNll {
+  static constexpr bool of_difference = true, takes_third = true;
+  static constexpr ResultDType result = ResultDType::Promoted;
+  T eps, constant;
+
+  static constexpr Range params[] = {{-kInfinity}, {-kInfinity}};  // eps, full: whether the constant is added
+  explicit FUSEDLOSS_HD GaussianNll(const double* params)
+      : eps(T(params[0])), constant(params[1] == 0 ? T(0) : T(0.91893853320467274178)) {}
+
+  // What torch raises for.
+  static FUSEDLOSS_HD bool is_negative(T v) { return v < T(0); }
+  FUSEDLOSS_HD T bounded(T v) const { return select(is_negative(v), T(NAN), select(v < eps, eps, v)); }
+
+  FUSEDLOSS_HD T value(T x, T t, T v) const {
+    const T variance = bounded(v), z = x - t;
+    return T(0.5) * (functions::log(variance) + z * z / variance) + constant;
+  }
+  FUSEDLOSS_HD T grad(T x, T t, T v) const { return (x - t) / bounded(v); }
+  FUSEDLOSS_HD T grad_third(T x, T t, T v) const {
+    const T variance = bounded(v), z = x - t;
+    return T(0.5) / variance - T(0.5) * (z * z / variance) / variance;
+  }
 };
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -42,4 +42,25 @@ struct SoftMargin {
   FUSEDLOSS_HD T grad(T x, T t) const { return -t * sigmoid(x * t).q; }
 };
 
+// torch.nn.functional.margin_ranking_loss of two scores and the label of which is the higher one: max(0, margin - y (x
+// - t)). At the margin itself the slope is that of torch's clamp_min.
+template <class T>
+struct MarginRanking {
+  static constexpr bool of_difference = true, takes_third = true;
+  static constexpr ResultDType result = ResultDType::Promoted;
+  T margin;
+
+  static constexpr Range params[] = {{-kInfinity}};
+  explicit FUSEDLOSS_HD MarginRanking(const double* params) : margin(T(params[0])) {}
+
+  FUSEDLOSS_HD T missing(T x, T t, T y) const { return -y * (x - t) + margin; }
+
+  FUSEDLOSS_HD T value(T x, T t, T y) const {
+    const T m = missing(x, t, y);
+    return select(m < T(0), T(0), m);
+  }
+  FUSEDLOSS_HD T grad(T x, T t, T y) const { return select(missing(x, t, y) >= T(0), -y, T(0)); }
+  FUSEDLOSS_HD T grad_third(T x, T t, T y) const { return select(missing(x, t, y) >= T(0), -(x - t), T(0)); }
+};
+
 }  // namespace fusedloss::FUSEDLOSS_ISA

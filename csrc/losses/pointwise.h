@@ -1,4 +1,5 @@
-// The pointwise losses: value(x, t) and grad(x, t) = d value / d x per element, grad_target(x, t) = d value / d t.
+// The pointwise losses: value(x, t) and grad(x, t) = d value / d x per element, grad_target(x, t) = d value / d t. One
+// of three operands takes the third after x and t, and has grad_third(x, t, third).
 //
 // Those of margins and of distributions stand in margin.h and divergence.h.
 //
@@ -140,7 +141,7 @@ struct BinaryCrossEntropy : BinaryCrossEntropyWith<T, ExactLogarithms> {
 // no digit of a confident logit is lost.
 template <class T>
 struct WithPositiveWeight {
-  static constexpr bool takes_pos_weight = true, of_difference = false;
+  static constexpr bool takes_third = true, of_difference = false;
 
   FUSEDLOSS_HD T value(T x, T t, T weight) const {
     const T wanted = weight * t, other = T(1) - t;
@@ -247,4 +248,6 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
   X(kl_div, KlDiv)                                                  \
   X(kl_div_log_target, KlDivLogTarget)                              \
   X(poisson_nll, PoissonNll)                                        \
-  X(poisson_nll_rate, PoissonNllRate)
+  X(poisson_nll_rate, PoissonNllRate)                               \
+  X(margin_ranking, MarginRanking)                                  \
+  X(gaussian_nll, GaussianNll)

@@ -37,7 +37,7 @@ c10::ArrayRef<Device> devices() {
        c10::DispatchKeySet({kCudaKey, Key::ADInplaceOrView, kCudaAutogradKey, kCudaAutocastKey}), kCudaMaxClasses,
        /*host_reads=*/false, /*row_gradient_in_forward_pays=*/false, /*vectors_begin_alike=*/true,
        /*autocast_refuses_probabilities=*/true, has_kernels, [](const PointwiseLoss& loss) { return bool(loss.cuda); },
-       has_kernels_of, [](bool has_pos_weight) { return !has_pos_weight; }, empty_on_cuda, implement_scale_on_cuda,
+       has_kernels_of, [](bool has_third) { return !has_third; }, empty_on_cuda, implement_scale_on_cuda,
        implement_pointwise_on_cuda, implement_softmax_on_cuda},
 #endif
   };

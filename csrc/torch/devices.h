@@ -51,7 +51,7 @@ struct Device {
   bool (*has_kernels)(c10::DeviceIndex);  // whether this build has code for that device
   bool (*runs)(const PointwiseLoss&);     // whether a pointwise loss was compiled for devices of the type
   bool (*has_kernels_of)(const PointwiseLoss&, c10::DeviceIndex);  // and has code for that one
-  bool (*runs_class_indices)(bool has_pos_weight);                 // and over class indices
+  bool (*runs_class_indices)(bool has_third);                      // and over class indices
   // Memory for what a kernel writes, every element of it: past the dispatcher, which takes longer than the rest of a
   // small loss, and past the filling that torch's deterministic mode adds. Contiguous where no strides are given.
   at::TensorBase (*empty)(at::IntArrayRef sizes, at::OptionalIntArrayRef strides, at::ScalarType, c10::Device);

@@ -73,12 +73,13 @@ BoundLoss bind(PointwiseLoss& loss) {
                               "of_probabilities"_a = of.of_probabilities,
                               "takes_class_indices"_a = of.takes_class_indices, "broadcasts"_a = of.broadcasts,
                               "takes_integers"_a = of.takes_integers, "target_first"_a = of.target_first,
+                              "has_third_slope"_a = of.has_third_slope, "of_variances"_a = of.of_variances,
                               "result"_a = results[int(of.result)], "params"_a = ranges(of.params, of.param_count));
   bound.set_native = [&loss](PyObject* formula) {
     loss.formula = [formula](const Tensor& input, const Tensor& target, const PointwiseCall& call) {
       py::gil_scoped_acquire gil;
       py::dict options;
-      if (call.pos_weight) options["pos_weight"] = *call.pos_weight;
+      if (call.third) options["third"] = *call.third;
       if (call.ignore_index) options["ignore_index"] = *call.ignore_index;
       return py::handle(formula)(input, target, call.weight, name_of(call.reduction),
                                  *py::tuple(py::cast(call.params.vec())), **options)
@@ -129,7 +130,7 @@ BoundLoss bind(SoftmaxLoss& loss) {
 py::object described(const Device& device) {
   return namespace_of("most_classes"_a = device.most_classes,
                       "autocast_refuses_probabilities"_a = device.autocast_refuses_probabilities,
-                      "takes_pos_weight_with_class_indices"_a = device.runs_class_indices(true));
+                      "takes_third_with_class_indices"_a = device.runs_class_indices(true));
 }
 
 }  // namespace

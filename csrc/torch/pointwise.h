@@ -3,9 +3,9 @@
 //
 //   static void forward(const PointwiseLoss&, PointwiseInputs&, int64_t reduction, Tensor& value, Tensor* grad);
 //   static void backward(const PointwiseLoss&, PointwiseInputs&, const Tensor& upstream, int64_t reduction,
-//                        bool of_target, Tensor& grad);
+//                        int64_t of, Tensor& grad);
 //
-// where a null grad is not wanted; in forward it is made for an upstream gradient of 1.
+// where a null grad is not wanted; in forward it is made for an upstream gradient of 1. `of` is an Of.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -19,9 +19,13 @@
 
 namespace fusedloss {
 
+// Which operand a gradient is that to.
+enum Of : int64_t { kOfInput = 0, kOfTarget = 1, kOfThird = 2 };
+
 // A call but for its input and target.
 struct PointwiseCall {
-  OptionalTensor weight, pos_weight;  // factors of the loss, and of its term for a target of 1
+  OptionalTensor weight;  // a factor of the loss
+  OptionalTensor third;   // what some losses read beside x and t: a factor of the term for a target of 1, a variance
   int64_t reduction;
   Params params;
   bool wide = false;                    // results in float32 of a half-precision input
@@ -58,7 +62,7 @@ PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& cus
 const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
                      bool autocast, bool& wide, bool takes_empty = false);
 
-// The autograd side, callable without the dispatcher: a differentiable loss. Inputs of different shapes broadcast.
+// The autograd side, callable without the dispatcher: a differentiable loss. Operands of different shapes broadcast.
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call,
                  GradientIn gradient);
 
@@ -67,10 +71,27 @@ void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& 
 void implement_pointwise_on_cpu(torch::Library& m, const PointwiseLoss& loss);
 void implement_pointwise_on_cuda(torch::Library& m, const PointwiseLoss& loss);
 
+// Whether a loss has a gradient to its target or its third operand.
+inline bool has_gradient(const PointwiseLoss& loss, int64_t of) {
+  if (of == kOfThird) return loss.traits.has_third_slope;
+  return of == kOfTarget && (loss.traits.of_difference || loss.traits.has_target_slope);
+}
+
+// What a backward pass makes and the sign of its scale: a difference's slopes are one, but for the sign.
+struct Slope {
+  PointwiseResult result;
+  double sign;
+};
+inline Slope slope_of(const PointwiseLoss& loss, int64_t of) {
+  if (of == kOfThird) return {PointwiseResult::ThirdGrad, 1};
+  if (of == kOfInput) return {PointwiseResult::Grad, 1};
+  return loss.traits.of_difference ? Slope{PointwiseResult::Grad, -1} : Slope{PointwiseResult::TargetGrad, 1};
+}
+
 // The checked arguments of an op: tensors of any layout, of one shape but for class indices.
 struct PointwiseInputs {
   Tensor input, target;
-  OptionalTensor weight, pos_weight;
+  OptionalTensor weight, third;
   std::optional<int64_t> ignore_index;
   Params params;
 
@@ -103,8 +124,8 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   const std::string name = base_name(loss.op);
   m.impl(name.c_str(),
          [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
-           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
+                 Params params, const OptionalTensor& third, bool wide, std::optional<int64_t> ignore_index) {
+           PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
            Tensor value = reduction == kNone ? inputs.empty_losses(loss, wide)
                                              : empty_beside(input, {}, inputs.result_dtype(wide));
            run_forward<OnDevice>(loss, inputs, reduction, value, nullptr);
@@ -118,39 +139,42 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
     run_forward<OnDevice>(loss, inputs, reduction, value, &grad);
     return std::make_tuple(value, grad);
   };
-  m.impl((name + "_with_grad").c_str(),
-         [&loss, with_grad](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                            Params params, const OptionalTensor& pos_weight, bool wide,
-                            std::optional<int64_t> ignore_index) {
-           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
-           return with_grad(loss, inputs, input, reduction, wide);
-         });
-  m.impl((name + ".carrying").c_str(),
-         [&loss, with_grad](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                            Params params, const OptionalTensor& pos_weight, bool wide,
-                            std::optional<int64_t> ignore_index) {
-           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
-           const auto [value, grad] = with_grad(loss, inputs, input, reduction, wide);
-           const Tensor carrier = empty_beside(input, {1}, at::kFloat).zero_();
-           carry(carrier, grad);
-           return std::make_tuple(value, carrier);
-         });
+  m.impl(
+      (name + "_with_grad").c_str(),
+      [&loss, with_grad](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                         Params params, const OptionalTensor& third, bool wide, std::optional<int64_t> ignore_index) {
+        PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
+        return with_grad(loss, inputs, input, reduction, wide);
+      });
+  m.impl(
+      (name + ".carrying").c_str(),
+      [&loss, with_grad](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                         Params params, const OptionalTensor& third, bool wide, std::optional<int64_t> ignore_index) {
+        PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
+        const auto [value, grad] = with_grad(loss, inputs, input, reduction, wide);
+        const Tensor carrier = empty_beside(input, {1}, at::kFloat).zero_();
+        carry(carrier, grad);
+        return std::make_tuple(value, carrier);
+      });
   m.impl((name + "_backward").c_str(),
          [&loss, with_grad](const Tensor& upstream, const Tensor& input, const Tensor& target,
-                            const OptionalTensor& weight, int64_t reduction, Params params,
-                            const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index,
-                            bool of_target, const OptionalTensor& carrier) {
-           PointwiseInputs inputs(loss, input, target, {weight, pos_weight, reduction, params, wide, ignore_index});
+                            const OptionalTensor& weight, int64_t reduction, Params params, const OptionalTensor& third,
+                            bool wide, std::optional<int64_t> ignore_index, int64_t of, const OptionalTensor& carrier) {
+           PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
            check_upstream(loss.op.c_str(), upstream, inputs.result_dtype(wide), reduction, input.sizes(), input);
-           TORCH_CHECK(!of_target || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
-                       " is not differentiable with respect to its target");
-           const GradientOfForward carried = carrier && !of_target ? take_carried(*carrier) : GradientOfForward{};
+           TORCH_CHECK(of == kOfInput || has_gradient(loss, of), loss.op, " is not differentiable with respect to its ",
+                       of == kOfTarget ? "target" : "third operand");
+           TORCH_CHECK(of != kOfThird || third, loss.op, "_backward: expected a third operand, got none");
+           const GradientOfForward carried = carrier && of == kOfInput ? take_carried(*carrier) : GradientOfForward{};
            if (carried.made && scales_exactly(input, upstream)) {
              return scaled(carried, upstream,
                            [&] { return std::get<1>(with_grad(loss, inputs, input, reduction, wide)); });
            }
-           Tensor grad = empty_gradient(of_target ? target : input, inputs.input);
-           if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of_target, grad);
+           Tensor grad = empty_gradient(of == kOfInput    ? input
+                                        : of == kOfTarget ? target
+                                                          : third->expand(input.sizes()),
+                                        inputs.input);
+           if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of, grad);
            return grad;
          });
 }

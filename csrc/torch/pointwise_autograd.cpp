@@ -13,7 +13,7 @@ using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, in
 using WithGradOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
                                               const OptionalTensor&, bool, std::optional<int64_t>);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
-                          const OptionalTensor&, bool, std::optional<int64_t>, bool, const OptionalTensor&);
+                          const OptionalTensor&, bool, std::optional<int64_t>, int64_t, const OptionalTensor&);
 
 struct PointwiseHandles {
   c10::TypedOperatorHandle<ForwardOp> forward;
@@ -29,34 +29,40 @@ struct PointwiseHandles {
 
 namespace {
 
-constexpr int64_t kWide = 1, kIgnores = 2, kMirrored = 4;  // flags
+constexpr int64_t kWide = 1, kIgnores = 2, kMirrored = 4, kHasThird = 8;  // flags
+
+// Whether the call has a third operand that may have a gradient.
+bool has_third(const PointwiseLoss& loss, const PointwiseCall& call) {
+  return loss.traits.has_third_slope && call.third.has_value();
+}
 
 // kMirrored: the gradient to the target is that to the input, negated.
 SavedCall saved_call(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
   const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type();
-  const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0) | (mirrored ? kMirrored : 0);
+  const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0) | (mirrored ? kMirrored : 0) |
+                        (has_third(loss, call) ? kHasThird : 0);
   return {loss.number, call.reduction, call.ignore_index.value_or(0), flags, {call.params.begin(), call.params.end()}};
 }
 
 std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
                                      const PointwiseCall& call) {
   const AlignedAsRead aligned;
-  return handles_of(loss).with_grad.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
-                                         call.wide, call.ignore_index);
+  return handles_of(loss).with_grad.call(input, target, call.weight, call.reduction, call.params, call.third, call.wide,
+                                         call.ignore_index);
 }
 
 Tensor backward_of(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                   const PointwiseCall& call, bool of_target, const OptionalTensor& carrier) {
+                   const PointwiseCall& call, int64_t of, const OptionalTensor& carrier) {
   const AlignedAsRead aligned;
-  return handles_of(loss).backward.call(upstream, input, target, call.weight, call.reduction, call.params,
-                                        call.pos_weight, call.wide, call.ignore_index, of_target, carrier);
+  return handles_of(loss).backward.call(upstream, input, target, call.weight, call.reduction, call.params, call.third,
+                                        call.wide, call.ignore_index, of, carrier);
 }
 
 Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
   if (!call.wide) return loss.formula(input, target, call);
   PointwiseCall widened = call;
   widened.wide = false;
-  for (OptionalTensor* factor : {&widened.weight, &widened.pos_weight}) {
+  for (OptionalTensor* factor : {&widened.weight, &widened.third}) {
     if (*factor) *factor = (*factor)->to(at::kFloat);
   }
   return loss.formula(input.to(at::kFloat), target.is_floating_point() ? target.to(at::kFloat) : target, widened);
@@ -66,23 +72,31 @@ Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& targ
 PointwiseCall call_of(const SavedCall& saved, const SavedTensors& tensors, size_t given) {
   PointwiseCall call = {{}, {}, saved.reduction, saved.params, bool(saved.flags & kWide), {}};
   if (tensors[given].defined()) call.weight = tensors[given];
-  if (tensors[given + 1].defined()) call.pos_weight = tensors[given + 1];
+  if (tensors[given + 1].defined()) call.third = tensors[given + 1];
   if (saved.flags & kIgnores) call.ignore_index = saved.ignore_index;
   return call;
 }
 
 variable_list by_formula(const PointwiseLoss& loss, const PointwiseCall& call, const Tensor& upstream,
                          const Tensor& input, const Tensor& target) {
+  variable_list operands = {input, target};
+  if (has_third(loss, call)) operands.push_back(*call.third);
   std::function<variable_list(const variable_list&)> formula;
-  if (loss.formula) formula = [&](const variable_list& x) { return variable_list{native(loss, x[0], x[1], call)}; };
-  return differentiable_gradients(loss.op, {input, target}, {upstream}, formula);
+  if (loss.formula) {
+    formula = [&](const variable_list& x) {
+      PointwiseCall of_views = call;
+      if (x.size() == 3) of_views.third = x[2];
+      return variable_list{native(loss, x[0], x[1], of_views)};
+    };
+  }
+  return differentiable_gradients(loss.op, operands, {upstream}, formula);
 }
 
 Tensor gradient_by_input(const PointwiseLoss& loss, const PointwiseCall& call, const Tensor& upstream,
                          const Tensor& input, const Tensor& target, const GradientOfForward& of_forward,
                          const OptionalTensor& carrier) {
   if (!of_forward.made || !scales_exactly(input, upstream)) {
-    return backward_of(loss, upstream, input, target, call, false, carrier);
+    return backward_of(loss, upstream, input, target, call, kOfInput, carrier);
   }
   return scaled(of_forward, upstream, [&] { return std::get<1>(with_grad(loss, input, target, call)); });
 }
@@ -94,12 +108,12 @@ Tensor derivative_by_upstream(const PointwiseLoss& loss, const PointwiseCall& ca
   PointwiseCall each = call;
   each.reduction = kNone;
   const auto wide = [](const Tensor& tensor) { return tensor.to(arithmetic_type(tensor.scalar_type())); };
-  for (OptionalTensor* factor : {&each.weight, &each.pos_weight}) {
+  for (OptionalTensor* factor : {&each.weight, &each.third}) {
     if (*factor) *factor = wide(**factor);
   }
   each.wide = false;
   const Tensor x = wide(input), t = wide(target);
-  Tensor products = backward_of(loss, v.to(arithmetic_type(upstream.scalar_type())), x, t, each, false, {});
+  Tensor products = backward_of(loss, v.to(arithmetic_type(upstream.scalar_type())), x, t, each, kOfInput, {});
   if (call.reduction == kMean) products = products.sum().div_(double(input.numel()));
   if (call.reduction == kSum) products = products.sum();
   return products.to(upstream.scalar_type());
@@ -143,17 +157,17 @@ Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss
     gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, {});
   }
   differentiate(kGradientBackward, saved, {}, {&upstream, &input, &target},
-                {&upstream, &input, &target, pointer_to(call.weight), pointer_to(call.pos_weight)}, {&gradient});
+                {&upstream, &input, &target, pointer_to(call.weight), pointer_to(call.third)}, {&gradient});
   return gradient;
 }
 
 variable_list backward(Kept& kept, const variable_list& upstreams) {
   const Tensor& upstream = upstreams[0];
   const GradientOfForward of_forward = take_gradient(kept, upstream);
-  variable_list gradients(2);
-  if (!upstream.defined()) return gradients;
   const SavedCall& saved = kept.call;
-  const bool of_input = kept.wants(0), of_target = kept.wants(1);
+  variable_list gradients(saved.flags & kHasThird ? 3 : 2);
+  if (!upstream.defined()) return gradients;
+  const bool of_input = kept.wants(0), of_target = kept.wants(1), of_third = gradients.size() == 3 && kept.wants(2);
   const bool mirrored = saved.flags & kMirrored;
   const bool batched = needs_formula({upstream}), differentiable = at::GradMode::is_enabled() || batched;
   const auto mirror = [&](const Tensor& gradient) {
@@ -161,7 +175,7 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
     if (of_input) gradients[0] = gradient;
     return gradients;
   };
-  if (!differentiable && of_forward.left.defined() && (mirrored || !of_target) &&
+  if (!differentiable && of_forward.left.defined() && (mirrored || !of_target) && !of_third &&
       scales_exactly(of_forward.left, upstream)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return mirror(scaled(of_forward.left, upstream));
@@ -177,12 +191,13 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
     return by_formula(loss, call, upstream, input, target);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
+  if (of_third) gradients[2] = backward_of(loss, upstream, input, target, call, kOfThird, {});
   if (of_input || (mirrored && of_forward.made)) {
     const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
     if (mirrored) return mirror(gradient);
     gradients[0] = gradient;
   }
-  if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, true, {});
+  if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, kOfTarget, {});
   return gradients;
 }
 
@@ -195,18 +210,20 @@ Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const
   {
     const BelowAutograd guard;
     if (gradient == GradientIn::Backward) {
-      value = handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
+      value = handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.third,
                                             call.wide, call.ignore_index);
     } else if (gradient == GradientIn::Forward) {
       of_forward.made = true;
       std::tie(value, of_forward.left) = with_grad(loss, input, target, call);
     } else {
       std::tie(value, carrier) = handles_of(loss).carrying.call(input, target, call.weight, call.reduction, call.params,
-                                                                call.pos_weight, call.wide, call.ignore_index);
+                                                                call.third, call.wide, call.ignore_index);
     }
   }
-  differentiate(kBackward, saved_call(loss, input, target, call), std::move(of_forward), {&input, &target},
-                {&input, &target, pointer_to(call.weight), pointer_to(call.pos_weight), &carrier}, {&value});
+  c10::SmallVector<const Tensor*, 3> operands = {&input, &target};
+  if (has_third(loss, call)) operands.push_back(&*call.third);
+  differentiate(kBackward, saved_call(loss, input, target, call), std::move(of_forward), operands,
+                {&input, &target, pointer_to(call.weight), pointer_to(call.third), &carrier}, {&value});
   return value;
 }
 
@@ -227,6 +244,15 @@ bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() &&
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_, const PointwiseCall& call,
                  GradientIn gradient) {
   Tensor input = input_, target = target_;
+  if (has_third(loss, call)) {
+    const auto of_two = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
+    const auto sizes = at::infer_size_symdimvector(of_two, call.third->sym_sizes());
+    if (differ(call.third->sym_sizes(), sizes) || differ(input.sym_sizes(), sizes)) {
+      PointwiseCall expanded = call;
+      expanded.third = call.third->expand_symint(sizes);
+      return pointwise(loss, input.expand_symint(sizes), target.expand_symint(sizes), expanded, gradient);
+    }
+  }
   if (!call.ignore_index) {
     if (differ(input.sym_sizes(), target.sym_sizes())) {
       const auto sizes = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
@@ -237,8 +263,8 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
       target = target.to(call.wide ? at::kFloat : input.scalar_type());
     }
   }
-  if (differentiates(input) || differentiates(target)) {
-    TORCH_CHECK(!target.requires_grad() || loss.traits.of_difference || loss.traits.has_target_slope, loss.op,
+  if (differentiates(input) || differentiates(target) || (has_third(loss, call) && differentiates(*call.third))) {
+    TORCH_CHECK(!target.requires_grad() || has_gradient(loss, kOfTarget), loss.op,
                 " is not differentiable with respect to its target");
     // With a reduction, a gradient in forward costs hardly more than the sum alone on a CPU. On a GPU it moves 3
     // elements where forward and backward apart move 5, and as many as they do where the upstream gradient is not 1.
@@ -248,28 +274,28 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
     return differentiable_loss(loss, input, target, call, pays ? gradient : GradientIn::Backward);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.pos_weight,
-                                       call.wide, call.ignore_index);
+  return handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.third, call.wide,
+                                       call.ignore_index);
 }
 
 void define_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   const std::string name = base_name(loss.op);
   const std::string arguments =
-      "Tensor input, Tensor target, Tensor? weight, int reduction, float[] params, Tensor? pos_weight=None, "
+      "Tensor input, Tensor target, Tensor? weight, int reduction, float[] params, Tensor? third=None, "
       "bool wide=False, int? ignore_index=None";
   m.def((name + "(" + arguments + ") -> Tensor").c_str());
   m.def((name + "_with_grad(" + arguments + ") -> (Tensor loss, Tensor grad)").c_str());
   m.def((name + ".carrying(" + arguments + ") -> (Tensor loss, Tensor carrier)").c_str());
-  const std::string of_backward = ", bool of_target=False, Tensor? carrier=None) -> Tensor";
+  const std::string of_backward = ", int of=0, Tensor? carrier=None) -> Tensor";
   m.def((name + "_backward(Tensor upstream, " + arguments + of_backward).c_str());
 }
 
 void implement_pointwise_under_autograd(torch::Library& m, const PointwiseLoss& loss) {
   m.impl(base_name(loss.op).c_str(),
          [&loss](const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 Params params, const OptionalTensor& pos_weight, bool wide, std::optional<int64_t> ignore_index) {
-           const PointwiseCall call = {weight, pos_weight, reduction, params, wide, ignore_index};
-           if (needs_formula({input, target, weight, pos_weight})) return native(loss, input, target, call);
+                 Params params, const OptionalTensor& third, bool wide, std::optional<int64_t> ignore_index) {
+           const PointwiseCall call = {weight, third, reduction, params, wide, ignore_index};
+           if (needs_formula({input, target, weight, third})) return native(loss, input, target, call);
            return pointwise(loss, input, target, call, GradientIn::Carried);
          });
   for (const char* suffix : {"_with_grad", ".carrying", "_backward"}) refuse_derivatives(m, loss.op + suffix);

@@ -81,28 +81,40 @@ PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& cus
 namespace {
 
 constexpr const char* kDifferentDtypes = "inputs of different dtypes";
+constexpr const char* kTooMany = "more elements than torch counts";
+
+bool are_counted(at::IntArrayRef sizes) {
+  uint64_t count;
+  return !c10::safe_multiplies_u64(sizes, &count) && count <= INT64_MAX;
+}
 
 // The dtype of torch's result is that of the input, or float32 beside a half-precision one.
 const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
                             const PointwiseCall& call, at::IntArrayRef sizes, bool autocast, bool& wide) {
   const at::ScalarType type = input.scalar_type(), of_target = target.scalar_type();
   const at::ScalarType of_weight = call.weight ? call.weight->scalar_type() : type;
+  const at::ScalarType of_third = loss.traits.has_third_slope && call.third ? call.third->scalar_type() : type;
   const ResultDType rule = loss.traits.result;
   // A weight without dimensions gives way to losses that have some.
   const bool gives_way = call.weight && rule == ResultDType::Promoted && call.weight->dim() == 0 && !sizes.empty();
   at::ScalarType result = type;
   if (autocast && is_half(type)) {
-    if (of_target == at::kDouble || (of_weight == at::kDouble && rule != ResultDType::OfTarget && !gives_way))
+    if (loss.traits.of_variances) return "autocast, which widens some of torch's steps, on some devices";
+    if (of_target == at::kDouble || of_third == at::kDouble ||
+        (of_weight == at::kDouble && rule != ResultDType::OfTarget && !gives_way))
       return kDifferentDtypes;
     if (loss.traits.of_probabilities && device_for(input).autocast_refuses_probabilities)
       return "probabilities under autocast, which torch refuses";
     result = at::kFloat;
   } else if (rule == ResultDType::Promoted) {
-    // torch broadcasts a difference first; elsewhere an operand without dimensions gives way to one that has some.
-    if (!loss.traits.of_difference && type != of_target && target.is_floating_point() &&
+    // torch broadcasts a difference of two first; elsewhere an operand without dimensions gives way to one that has
+    // some.
+    const bool broadcasts_first = loss.traits.of_difference && !loss.traits.has_third_slope;
+    if (!broadcasts_first && type != of_target && target.is_floating_point() &&
         (input.dim() == 0) != (target.dim() == 0))
       return kDifferentDtypes;
-    result = c10::promoteTypes(type, of_target);
+    if (of_third != type && (call.third->dim() == 0) != sizes.empty()) return kDifferentDtypes;
+    result = c10::promoteTypes(c10::promoteTypes(type, of_target), of_third);
     if (call.weight && !gives_way) result = c10::promoteTypes(result, of_weight);
   } else if (rule == ResultDType::OfTarget) {
     result = of_target;
@@ -119,17 +131,17 @@ const char* declines_class_indices(const PointwiseLoss& loss, const Tensor& inpu
   if (target.scalar_type() != at::kLong) return "class indices that are not int64";
   if (input.dim() < 2 || !are_rows_of(target.sizes(), input)) return "class indices that do not fit the input";
   if (classes_of(input) > device_for(input).most_classes) return "more classes than a kernel counts";
-  if (!device_for(input).runs_class_indices(call.pos_weight.has_value())) return "class indices beside a pos_weight";
+  if (!device_for(input).runs_class_indices(call.third.has_value())) return "class indices beside a pos_weight";
   if (autocast) return "autocast";
-  for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
+  for (const OptionalTensor* factor : {&call.weight, &call.third}) {
     if (*factor && (*factor)->scalar_type() != input.scalar_type()) return "a weight of another dtype than the input";
   }
   return nullptr;
 }
 
-const char* declines_factor(const Tensor& factor, const Tensor& input, at::IntArrayRef sizes) {
+const char* declines_factor(const Tensor& factor, const Tensor& input, at::IntArrayRef sizes, bool has_gradient) {
   if (factor.device() != input.device()) return "tensors on different devices";
-  if (factor.requires_grad()) return "a weight that requires a gradient";
+  if (factor.requires_grad() && !has_gradient) return "a weight that requires a gradient";
   if (!kernel_dtype(factor.scalar_type())) return "a weight that is no float64, float32, bfloat16 or float16";
   if (!at::is_expandable_to(factor.sizes(), sizes)) return "a weight that does not fit the input";
   return nullptr;
@@ -150,7 +162,8 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
   if (!device.runs(loss)) return "a loss that was compiled for the CPU alone";
   if (!device.has_kernels_of(loss, input.device().index())) return "a loss that was compiled for other GPUs";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
-  if (call.pos_weight && !traits.has_positive_weight) return "a pos_weight, which the loss does not take";
+  if (call.third && !traits.has_positive_weight && !traits.has_third_slope)
+    return "a third operand, which the loss does not take";
   at::IntArrayRef sizes = input.sizes();
   at::DimVector broadcast;
   if (call.ignore_index) {
@@ -163,13 +176,20 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
         return "an input and a target whose shapes do not fit";
       broadcast = at::infer_size_dimvector(sizes, target.sizes());
       sizes = broadcast;
-      uint64_t count;
-      if (c10::safe_multiplies_u64(sizes, &count) || count > INT64_MAX) return "more elements than torch counts";
+      if (!are_counted(sizes)) return kTooMany;
     }
   }
-  for (const OptionalTensor* factor : {&call.weight, &call.pos_weight}) {
+  if (traits.has_third_slope && call.third && call.third->sizes() != sizes) {
+    if (!at::are_expandable(sizes, call.third->sizes())) return "a third operand whose shape does not fit";
+    broadcast = at::infer_size_dimvector(sizes, call.third->sizes());
+    sizes = broadcast;
+    if (!are_counted(sizes)) return kTooMany;
+    if (!takes_empty && call.third->numel() == 0) return "an empty input";
+  }
+  for (const OptionalTensor* factor : {&call.weight, &call.third}) {
     if (!*factor) continue;
-    if (const char* why = declines_factor(**factor, input, sizes)) return why;
+    const bool has_gradient = factor == &call.third && traits.has_third_slope;
+    if (const char* why = declines_factor(**factor, input, sizes, has_gradient)) return why;
   }
   wide = false;
   return call.ignore_index ? nullptr : declines_dtypes(loss, input, target, call, sizes, autocast, wide);
@@ -233,7 +253,7 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
                 target.scalar_type());
   }
   if (call.weight) weight = call.weight->expand(input.sizes());
-  if (call.pos_weight) pos_weight = call.pos_weight->expand(input.sizes());
+  if (call.third) third = call.third->expand(input.sizes());
 }
 
 Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const {
@@ -242,8 +262,9 @@ Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const
   const bool by_target = loss.traits.result == ResultDType::OfTarget;  // alone
   Tensor first = input, second = target;
   if (loss.traits.target_first) std::swap(first, second);
-  if (loss.traits.result == ResultDType::Same || same_dense_order(first, second))
-    return empty_in_order_of(first, dtype);
+  const bool of_three = loss.traits.has_third_slope && third;
+  const bool alike = same_dense_order(first, second) && (!of_three || same_dense_order(first, *third));
+  if (loss.traits.result == ResultDType::Same || alike) return empty_in_order_of(first, dtype);
   if (input.is_cpu() && first.scalar_type() != second.scalar_type()) {
     // There torch converts what is not of the result's dtype, and expanded elements become elements of their own.
     for (Tensor* tensor : {&first, &second}) {
@@ -253,7 +274,9 @@ Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const
   }
   at::TensorIteratorConfig config;
   config.check_all_same_dtype(false).check_all_same_device(false).declare_static_dtype_and_device(dtype, c10::kMeta);
-  config.add_owned_output(Tensor()).add_const_input(first);
+  config.add_owned_output(Tensor());
+  if (of_three) config.add_const_input(*third);
+  config.add_const_input(first);
   if (!by_target) config.add_const_input(second);
   const Tensor of_torch = config.build().output(0);  // its strides alone
   return empty_beside(input, of_torch.sizes(), dtype, of_torch.strides());
@@ -356,7 +379,7 @@ void PointwiseInputs::fill(PointwiseArgs& args, const Tensor* output, const Tens
   Readings readings = {{&args.input, input}};
   if (!ignore_index) readings.push_back({&args.target, target});
   if (weight) readings.push_back({&args.weight, *weight});
-  if (pos_weight) readings.push_back({&args.pos_weight, *pos_weight});
+  if (third) readings.push_back({&args.third, *third});
   if (upstream) {
     args.one_upstream = is_one_value(*upstream);
     args.upstream.data = upstream->const_data_ptr();

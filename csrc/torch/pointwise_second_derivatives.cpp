@@ -31,10 +31,10 @@ Curvature of_probabilities(const Tensor& input, const Tensor& target, const Tens
   return {product.div_(at::rsub(x, 1).add_(kLeast).mul_(x.add(kLeast)).square_()).mul_(v)};
 }
 
-Curvature of_logits(const Tensor& x, const Tensor& t, const Tensor& v, const OptionalTensor& pos_weight) {
+Curvature of_logits(const Tensor& x, const Tensor& t, const Tensor& v, const OptionalTensor& third) {
   const Tensor p = at::sigmoid(widened(x)), product = at::sigmoid_backward(v.to(p.scalar_type()), p);
-  if (!pos_weight) return {product};
-  return {product.mul(at::mul(widened(t), widened(*pos_weight).sub(1)).add_(1))};
+  if (!third) return {product};
+  return {product.mul(at::mul(widened(t), widened(*third).sub(1)).add_(1))};
 }
 
 Curvature curvature(const PointwiseLoss& loss, const PointwiseCall& call, const Tensor& x, const Tensor& t,
@@ -51,7 +51,7 @@ Curvature curvature(const PointwiseLoss& loss, const PointwiseCall& call, const 
     case Pointwise::binary_cross_entropy:
       return of_probabilities(x, t, v);
     case Pointwise::binary_cross_entropy_with_logits:
-      return of_logits(x, t, v, call.pos_weight);
+      return of_logits(x, t, v, call.third);
     default:  // l1
       return {at::zeros_like(v)};
   }

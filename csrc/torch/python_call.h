@@ -125,28 +125,29 @@ struct PointwiseArguments : PythonCall {
   PointwiseCall call;
 
   PointwiseArguments(const PointwiseLoss& loss, const Arguments& given) : PythonCall(given, 4) {
-    const auto [pos_weight, ignore_index] = given.options({"pos_weight", "ignore_index"});
+    const auto [third, ignore_index] = given.options({"third", "ignore_index"});
     call.weight = weight;
     call.reduction = reduction;
     call.params = params();
-    if (!declined) declined = take_optional(pos_weight, call.pos_weight);
+    if (!declined) declined = take_optional(third, call.third);
     if (!declined && is_given(ignore_index)) declined = take_ignore_index(ignore_index, call.ignore_index.emplace());
     if (!declined) declined = declines(loss, input, target, call, autocast, call.wide);
     if (!declined && any_of_inference() && at::GradMode::is_enabled() &&
-        (input.requires_grad() || target.requires_grad()))
+        (input.requires_grad() || target.requires_grad() || (call.third && call.third->requires_grad())))
       declined = "a gradient beside a tensor that inference mode made";
   }
 
   // Autograd saves no such tensor. torch raises too where its formula saves one, which that of l1_loss does not.
   bool any_of_inference() const {
     return input.is_inference() || target.is_inference() || (weight && weight->is_inference()) ||
-           (call.pos_weight && call.pos_weight->is_inference());
+           (call.third && call.third->is_inference());
   }
 
   std::string work() const {
     if (call.ignore_index) return rows_of(input);
-    return std::to_string(c10::multiply_integers(at::infer_size_dimvector(input.sizes(), target.sizes()))) +
-           " elements";
+    at::DimVector sizes = at::infer_size_dimvector(input.sizes(), target.sizes());
+    if (call.third) sizes = at::infer_size_dimvector(sizes, call.third->sizes());
+    return std::to_string(c10::multiply_integers(sizes)) + " elements";
   }
 };
 

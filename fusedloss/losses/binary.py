@@ -23,9 +23,9 @@ def _binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, 
 
 @_route.pointwise("binary_cross_entropy_with_logits", left="few", class_indices=True)
 def _binary_cross_entropy_with_logits(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, pos_weight: Tensor | None = None
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, third: Tensor | None = None
 ) -> Tensor:
-    return _torchs.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    return _torchs.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=third)
 
 
 def _class_indices(target: Tensor) -> Tensor:
@@ -196,12 +196,12 @@ def binary_cross_entropy_with_logits(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     loss = _binary_cross_entropy_with_logits
     if ignore_index is None:
-        return loss(input, target, weight, reduction, pos_weight=pos_weight)
+        return loss(input, target, weight, reduction, third=pos_weight)
     if target.is_floating_point():
         # exp(-1e4) is 0 in every dtype, and float16 has the number.
         return _over_kept_elements(
-            loss, -1e4, input, target, weight, reduction, ignore_index, pos_weight=pos_weight
+            loss, -1e4, input, target, weight, reduction, ignore_index, third=pos_weight
         )  # fmt: skip
     check_broadcasts("weight", weight, input)
     check_broadcasts("pos_weight", pos_weight, input)
-    return loss(input, _class_indices(target), weight, reduction, pos_weight=pos_weight, ignore_index=ignore_index)
+    return loss(input, _class_indices(target), weight, reduction, third=pos_weight, ignore_index=ignore_index)

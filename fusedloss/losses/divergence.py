@@ -1,4 +1,6 @@
-"""Losses of distributions: the Kullback-Leibler divergence, and the negative log-likelihood of counts."""
+"""Losses of distributions: the Kullback-Leibler divergence, and negative log-likelihoods of counts and of samples."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -7,10 +9,11 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
+from .._sizes import same_shape
 from .._warnings import warn
 from ._elementwise import reduced
 
-__all__ = ["kl_div", "poisson_nll_loss"]
+__all__ = ["gaussian_nll_loss", "kl_div", "poisson_nll_loss"]
 
 
 _NO_BOOL = "a choice that is no bool"  # which torch refuses
@@ -152,3 +155,85 @@ def poisson_nll_loss(
     if log_input:
         return _poisson_nll(input, target, None, reduction, float(full))
     return _poisson_nll_rate(input, target, None, reduction, eps, float(full))
+
+
+def _raises_for_negative(var: Tensor) -> bool:
+    """Whether the host may look at the variances, and somebody hears of it."""
+    return var.device.type == "cpu" and not is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+@_route.pointwise("gaussian_nll", left="few")
+def _gaussian_nll(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, eps: float = 1e-6, full: float = 0.0,
+    *, third: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """torch's formula, but that a negative variance that nobody is told of gives NaN."""
+    given = input.new_ones(()) if third is None else third
+    told = _raises_for_negative(given)
+    if told and torch.any(given < 0):
+        raise ValueError("var has negative entry/entries")
+    var = given.clone()
+    with torch.no_grad():
+        var.clamp_(min=eps)
+    losses = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
+    if full:
+        losses += 0.5 * math.log(2 * math.pi)
+    if not told:
+        losses = torch.where(given < 0, math.nan, losses)
+    return reduced(losses if weight is None else losses * weight, reduction)
+
+
+def _variance(input: Tensor, var: Tensor | float) -> Tensor | None:
+    """The variance in a shape that broadcasts to the input; None where torch refuses it."""
+    if isinstance(var, float):
+        return None if var < 0 else input.new_full((1,) * input.dim(), var)
+    if same_shape(var.shape, input.shape):
+        return var
+    if same_shape(var.shape, input.shape[:-1]):
+        return var.unsqueeze(-1)
+    of_one = input.dim() == var.dim() and sum(b for a, b in zip(input.shape, var.shape, strict=True) if a != b) == 1
+    return var if of_one else None
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log-likelihood of normal samples, as :func:`torch.nn.functional.gaussian_nll_loss`.
+
+    .. math:: \ell = \tfrac12 \left(\log v + \frac{(x - t)^2}{v}\right), \quad v = \max(\mathrm{var}, \epsilon)
+
+    The bound is no matter to the gradient by the variance, as in torch.
+
+    Args:
+        input: expectations x, any shape and strides. float32, float64, bfloat16 and float16 run fused on the CPU and on
+            CUDA; operands may differ in dtype where torch's result has the input's dtype or float32.
+        target: samples t, of a shape that broadcasts with the input's, in a floating point or integer dtype.
+        var: variances, at least 0, of the input's shape, of that shape with one size of 1, or without the last
+            dimension; or one float for all.
+        full: whether the constant :math:`\frac12 \log (2 \pi)` is added.
+        eps: the least variance.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: a negative variance (on a CPU; on CUDA its loss is NaN, and the next such call or :func:`.check`
+            raises), one of another shape, or an unknown ``reduction``.
+        RuntimeError: the shapes do not broadcast.
+
+    >>> gaussian_nll_loss(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 4.0]))
+    tensor(0.5966)
+    """
+    if has_torch_function_variadic(input, target, var) and _route.overrides_apply():
+        return _route.overridden(
+            gaussian_nll_loss, (input, target, var), input, target, var, full=full, eps=eps, reduction=reduction
+        )
+    tensors = isinstance(input, Tensor) and isinstance(var, Tensor | float)
+    variance = _variance(input, var) if tensors else None
+    if variance is None or reduction not in _route.REDUCTIONS or not isinstance(full, bool):
+        _route.tell_native(_NO_BOOL if not isinstance(full, bool) else "a variance or reduction that torch refuses")
+        return _torchs.gaussian_nll_loss(input, target, var, full, eps, reduction)
+    return _gaussian_nll(input, target, None, reduction, eps, float(full), third=variance)

@@ -1,4 +1,4 @@
-"""Losses of labels and margins: hinge embedding, soft margin, and soft margin of several labels."""
+"""Losses of labels and margins: hinge embedding, soft margin, soft margin of several labels, margin ranking."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from .._sizes import is_empty, same_shape
 from ._elementwise import reduced
 from .binary import _binary_cross_entropy_with_logits
 
-__all__ = ["hinge_embedding_loss", "multilabel_soft_margin_loss", "soft_margin_loss"]
+__all__ = ["hinge_embedding_loss", "margin_ranking_loss", "multilabel_soft_margin_loss", "soft_margin_loss"]
 
 
 @_route.pointwise("hinge_embedding", left="always")
@@ -174,6 +174,74 @@ def multilabel_soft_margin_loss(
         dtype = torch.promote_types(dtype, weight.dtype)
     target = target.to(dtype)
     if reduction == "none":
-        return _binary_cross_entropy_with_logits(input, target, weight, "none", pos_weight=None).mean(-1)
-    mean = _binary_cross_entropy_with_logits(input, target, weight, "mean", pos_weight=None)
+        return _binary_cross_entropy_with_logits(input, target, weight, "none").mean(-1)
+    mean = _binary_cross_entropy_with_logits(input, target, weight, "mean")
     return mean if reduction == "mean" else mean * math.prod(input.shape[:-1])
+
+
+@_route.pointwise("margin_ranking", left="always")
+def _margin_ranking(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, margin: float = 0.0,
+    *, third: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    labels = input.new_ones(()) if third is None else third
+    if not input.dim() == target.dim() == labels.dim():  # which torch's function refuses
+        input, target, labels = torch.broadcast_tensors(input, target, labels)
+    if weight is not None:
+        return reduced(_torchs.margin_ranking_loss(input, target, labels, margin, reduction="none") * weight, reduction)
+    return _torchs.margin_ranking_loss(input, target, labels, margin, reduction=reduction)
+
+
+def _floating(labels: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
+    """Integer labels as torch promotes them; those of 8 bits stay, because torch negates them in 8 bits."""
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16):
+        return labels
+    dtype = torch.promote_types(input1.dtype, input2.dtype)
+    if not dtype.is_floating_point:
+        return labels
+    return labels.to(torch.float32 if dtype in HALVES and widened(input1) else dtype)
+
+
+def margin_ranking_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Margin ranking loss, as :func:`torch.nn.functional.margin_ranking_loss`.
+
+    .. math:: \ell = \max(0, \mathrm{margin} - y \, (x_1 - x_2))
+
+    Args:
+        input1: scores x1, any shape and strides. float32, float64, bfloat16 and float16 run fused on the CPU and on
+            CUDA; operands may differ in dtype where torch's result has the dtype of ``input1`` or float32.
+        input2: scores x2, of as many dimensions and a shape that broadcasts.
+        target: y, 1 where x1 should be the higher one and -1 where x2 should, in a floating point or integer dtype,
+            of as many dimensions and a shape that broadcasts.
+        margin: any number.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        RuntimeError: the operands differ in their number of dimensions, or do not broadcast.
+        ValueError: an unknown ``reduction``.
+
+    >>> margin_ranking_loss(torch.tensor([2.0, 1.0]), torch.tensor([1.5, 3.0]), torch.tensor([1, -1]), margin=1.0)
+    tensor(0.2500)
+    """
+    if has_torch_function_variadic(input1, input2, target) and _route.overrides_apply():
+        return _route.overridden(
+            margin_ranking_loss, (input1, input2, target), input1, input2, target,
+            margin=margin, size_average=size_average, reduce=reduce, reduction=reduction,
+        )  # fmt: skip
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if not all(isinstance(each, Tensor) for each in (input1, input2, target)):
+        _route.tell_native("a subclass of torch.Tensor, or no tensor")
+        return _torchs.margin_ranking_loss(input1, input2, target, margin, reduction=reduction)
+    if not input1.dim() == input2.dim() == target.dim():
+        _route.tell_native("an input and a target whose shapes do not fit")
+        return _torchs.margin_ranking_loss(input1, input2, target, margin, reduction=reduction)
+    return _margin_ranking(input1, input2, None, reduction, margin, third=_floating(target, input1, input2))

@@ -149,6 +149,7 @@ class Loss:
     mean_by_weight: bool = False
     gammas: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 5.5)
     broadcasts: bool = False  # beside losses of a difference
+    gives_way: bool = False  # an operand without dimensions, of a loss of a difference
     targets: Callable[[Tensor], Tensor] = lambda t: t  # from numbers between 0 and 1
     target_grad: bool = True
 
@@ -274,6 +275,45 @@ def exact_poisson_nll_rate(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Nu
         Number(1 - t / shifted, 1 + t / shifted),
         Number(slope.exact - log_x, slope.size + log_x.abs() + 1),
     )
+
+
+def exact_margin_ranking(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    x, t, y = torch.broadcast_tensors(x, t, labels_of(call).double())
+    missing = call.param - y * (x - t)
+    within = (missing >= 0).double()
+    size = abs(call.param) + (x - t).abs()
+    return Number(missing.clamp_min(0), size), signed(-y * within), signed(y * within)
+
+
+def exact_gaussian_nll(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    value, slope, _ = of_variance(x, t, call.pos_weight.double(), call)
+    return value, slope, slope.times(-1.0)
+
+
+def exact_by_variance(var: Tensor, x: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    """Of samples of 0."""
+    value, slope, of_var = of_variance(x, torch.zeros_like(x), var, call)
+    return value, of_var, slope
+
+
+def of_variance(x: Tensor, t: Tensor, var: Tensor, call: Call) -> tuple[Number, Number, Number]:
+    """The value and the slopes by x and the variance."""
+    x, t, var = torch.broadcast_tensors(x, t, var)
+    z, v, constant = x - t, var.clamp_min(call.param), call.gamma * 0.5 * math.log(2 * math.pi)
+    # What rounds the variance or its bound is one rounding of the logarithm's argument.
+    value = Number(0.5 * (v.log() + z * z / v) + constant, 0.5 * (v.log().abs() + 1 + z * z / v) + constant)
+    of_square = 0.5 * (z / v) ** 2
+    return value, signed(z / v), Number(0.5 / v - of_square, 0.5 / v + of_square)
+
+
+def labels_of(call: Call) -> Tensor:
+    """1 or -1, as the third operand is above 1."""
+    return (2 * (call.pos_weight > 1) - 1).to(call.pos_weight.dtype)
+
+
+def of_as_many_dims(*operands: Tensor) -> list[Tensor]:
+    dims = max(each.dim() for each in operands)
+    return [each[(None,) * (dims - each.dim())] for each in operands]
 
 
 DIFFERENCE = ["none", "none", "ties", "equal", "huge", "tiny", "infinite", "nan"]
@@ -433,6 +473,45 @@ LOSSES = {
         broadcasts=True,
         targets=lambda t: 20 * t,
     ),
+    "margin_ranking": Loss(
+        lambda x, t, c: L.margin_ranking_loss(*of_as_many_dims(x, t, labels_of(c)), c.param, reduction=c.reduction),
+        lambda x, t, c: F.margin_ranking_loss(*of_as_many_dims(x, t, labels_of(c)), c.param, reduction=c.reduction),
+        exact_margin_ranking,
+        ["none", "none", "ties", "equal", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        MIXED,
+        params=(0.0, 1.0, 0.5, -0.5),
+        pos_weights=("elements",),
+        of_difference=True,
+    ),
+    "gaussian_nll": Loss(
+        lambda x, t, c: L.gaussian_nll_loss(x, t, c.pos_weight, c.gamma == 1, c.param, c.reduction),
+        lambda x, t, c: F.gaussian_nll_loss(x, t, c.pos_weight, c.gamma == 1, c.param, c.reduction),
+        exact_gaussian_nll,
+        ["none", "none", "equal", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        MIXED,
+        params=(1e-6, 1e-3, 0.5),
+        pos_weights=("elements", "elements", "zero"),
+        of_difference=True,
+        gammas=(0.0, 1.0),
+        gives_way=True,
+    ),
+    "gaussian_nll, variance": Loss(
+        lambda x, t, c: L.gaussian_nll_loss(t, torch.zeros_like(t), x, c.gamma == 1, c.param, c.reduction),
+        lambda x, t, c: F.gaussian_nll_loss(t, torch.zeros_like(t), x, c.gamma == 1, c.param, c.reduction),
+        exact_by_variance,
+        ["none", "none", "tiny", "nan"],
+        MIXED,
+        ["none"],
+        SAME,
+        params=(1e-6, 1e-3, 0.5),
+        gammas=(0.0, 1.0),
+        inputs="positive numbers",
+        targets=lambda t: 8 * t - 4,
+    ),
 }
 
 
@@ -476,7 +555,9 @@ def cooked(loss: Loss, recipe: Recipe) -> Call:
     if recipe.broadcast != "nothing" and shape:
         smaller = tuple(1 if uniform(()) < 0.5 else size for size in shape)[int(uniform(()) < 0.3) :]
         of_input, of_target = (smaller, shape) if recipe.broadcast == "input" else (shape, smaller)
-    gives_way = loss.broadcasts and (of_input == ()) != (of_target == ())  # natively, in torch's dtype
+    gives_way = (loss.broadcasts or loss.gives_way) and (of_input == ()) != (
+        of_target == ()
+    )  # natively, in torch's dtype
     target_dtype = dtype if gives_way else other_dtype(dtype, recipe.target_dtype)
     x = recipe.scale * torch.randn(of_input, generator=generator, dtype=torch.float64)
     x = x.sigmoid() if loss.inputs == "probabilities" else x.abs() if loss.inputs == "positive numbers" else x

@@ -186,7 +186,7 @@ class PointwiseCall(ctypes.Structure):
             )
         ]
         + [("sizes", ctypes.c_int64 * MAX_DIMS)]
-        + [(name, Operand) for name in ("input", "target", "weight", "pos_weight", "upstream")]
+        + [(name, Operand) for name in ("input", "target", "weight", "third", "upstream")]
         + [("params", ctypes.c_double * MAX_PARAMS)]
         + [("scale", ctypes.c_double), ("divisor", ctypes.c_double)]
         + [("output", ctypes.c_void_p), ("total", ctypes.c_void_p)]
@@ -199,13 +199,13 @@ CUSTOM = "custom"  # the loss of driver.cpp
 def run_pointwise(
     kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, target: Tensor,
     weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None, scale: float = 1.0,
-    total: Tensor | None = None, divisor: float = 1.0, pos_weight: Tensor | None = None, refused: bool = False,
+    total: Tensor | None = None, divisor: float = 1.0, third: Tensor | None = None, refused: bool = False,
 ) -> None:  # fmt: skip
     """Operands that broadcast to the input and a target of its shape; an upstream gradient without dimensions is one
     for all. Elements are numbered in the order of the output."""
     shape = torch.broadcast_shapes(input.shape, target.shape)
     one_upstream = upstream is not None and upstream.dim() == 0
-    given = {"input": input, "target": target, "weight": weight, "pos_weight": pos_weight}
+    given = {"input": input, "target": target, "weight": weight, "third": third}
     if not one_upstream:
         given["upstream"] = upstream
     operands = {field: tensor.expand(shape) for field, tensor in given.items() if tensor is not None}

@@ -21,11 +21,11 @@ const fusedloss::CpuPointwise kKernels[] = {FUSEDLOSS_POINTWISE(KERNEL)};
 
 }  // namespace
 
-// A matrix whose rows have `columns`; pos_weight, or null, has a stride between columns and one between rows.
-// grad_target: null where there is none.
+// A matrix whose rows have `columns`; third, or null, has a stride between columns and one between rows.
+// grad_target, grad_third: null where there is none.
 extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* input, const void* target,
-                                const void* pos_weight, int64_t columns, const int64_t* strides, const double* params,
-                                void* losses, void* grad, void* grad_target) {
+                                const void* third, int64_t columns, const int64_t* strides, const double* params,
+                                void* losses, void* grad, void* grad_target, void* grad_third) {
   using Result = fusedloss::PointwiseResult;
   fusedloss::PointwiseArgs args = {};
   const fusedloss::DType dtype = dtype_of(is_double);
@@ -36,7 +36,7 @@ extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* 
   args.sizes[1] = n / columns;
   args.input = {input, dtype, true, {1, columns}};
   args.target = {target, dtype, true, {1, columns}};
-  args.pos_weight = {pos_weight, dtype, false, {strides[0], strides[1]}};
+  args.third = {third, dtype, false, {strides[0], strides[1]}};
   args.upstream = {one(is_double), dtype, true, {}};
   args.one_upstream = true;
   args.scale = 1;
@@ -45,6 +45,8 @@ extern "C" double run_pointwise(int loss, int is_double, int64_t n, const void* 
   run(Result::Losses, args, 0, n);
   args.output = grad_target;
   if (grad_target) run(Result::TargetGrad, args, 0, n);
+  args.output = grad_third;
+  if (grad_third) run(Result::ThirdGrad, args, 0, n);
   args.output = grad;
   run(Result::Grad, args, 0, n);
   args.upstream = {};

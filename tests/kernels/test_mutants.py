@@ -126,7 +126,23 @@ MUTANTS = {
             "Constant::slope(t) - functions::log(x + eps)",
             "-functions::log(x + eps)",
         ),
-        "rates without the constant": ("losses/divergence.h", "params[1] == 0", "params[0] != 0"),
+        "rates without the constant": (
+            "losses/divergence.h",
+            "return params[1] == 0; }",
+            "return params[0] != 0; }",
+        ),
+    },
+    "margin_ranking": {
+        "ranking value": ("losses/margin.h", "select(m < T(0), T(0), m)", "m"),
+        "ranking slope": ("losses/margin.h", "select(missing(x, t, y) >= T(0), -y, T(0))", "-y"),
+        "ranking label": ("losses/margin.h", "select(missing(x, t, y) >= T(0), -(x - t), T(0))", "-(x - t)"),
+    },
+    "gaussian_nll": {
+        "gaussian value": ("losses/divergence.h", "z * z / variance) + constant", "z * z) + constant"),
+        "gaussian constant": ("losses/divergence.h", "z * z / variance) + constant", "z * z / variance)"),
+        "gaussian slope": ("losses/divergence.h", "(x - t) / bounded(v)", "x - t"),
+        "gaussian bound": ("losses/divergence.h", "select(v < eps, eps, v)", "v"),
+        "variance slope": ("losses/divergence.h", "T(0.5) / variance - T(0.5)", "T(1) / variance - T(0.5)"),
     },
     "cross_entropy": {
         "softmax q by subtraction": ("losses/row.h", "sum_without_target * inverse,", "T(1) - own * inverse,"),
@@ -220,10 +236,11 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def run(
-    kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor, pos_weight: Tensor | None = None,
+    kernels: ctypes.CDLL, loss: Loss, x: Tensor, target: Tensor, third: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> tuple[float, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sum of the losses, the losses, the gradient of their sum and that by the target, if the loss has one."""
+    """Sum of the losses, the losses, the gradient of their sum and that by the target or the third operand, if the loss
+    has one."""
     params = (ctypes.c_double * 8)(*(loss.params + (0.0,) * 8)[:8])
     grad_target = x.new_empty(0)
     losses, grad = torch.empty(loss.losses_shape(x.shape), dtype=x.dtype), torch.empty_like(x)
@@ -236,13 +253,13 @@ def run(
             params, pointer(statistics), pointer(losses), pointer(grad), pointer(sample_weight),
         )  # fmt: skip
     else:
-        has_slope = traits(loss.op).has_target_slope
-        grad_target = torch.empty_like(x) if has_slope else x.new_empty(0)
+        slopes = [traits(loss.op).has_target_slope, traits(loss.op).has_third_slope]
+        grad_target = torch.empty_like(x) if any(slopes) else x.new_empty(0)
         total = kernels.run_pointwise(
             *head, ctypes.c_int64(x.numel()), pointer(x), pointer(target),
-            pointer(pos_weight), ctypes.c_int64(x.shape[-1]),
-            (ctypes.c_int64 * 2)(*(0, 0) if pos_weight is None else pos_weight.expand_as(x).stride()[::-1]), params,
-            pointer(losses), pointer(grad), pointer(grad_target) if has_slope else None,
+            pointer(third), ctypes.c_int64(x.shape[-1]),
+            (ctypes.c_int64 * 2)(*(0, 0) if third is None else third.expand_as(x).stride()[::-1]), params,
+            pointer(losses), pointer(grad), *(pointer(grad_target) if slope else None for slope in slopes),
         )  # fmt: skip
     return total, losses, grad, grad_target
 
@@ -264,6 +281,8 @@ def agrees_with_native(kernels: ctypes.CDLL, op: str) -> bool:
                 return False
     if op == "binary_cross_entropy_with_logits":
         return agrees_with_pos_weight(kernels)
+    if traits(op).has_third_slope:
+        return agrees_with_third(kernels, op)
     if op in ("cross_entropy", "nll"):
         return agrees_with_sample_weight(kernels, loss_named(op))
     return op != "sigmoid_focal" or agrees_with_class_indices(kernels)
@@ -297,6 +316,21 @@ def agrees_with_pos_weight(kernels: ctypes.CDLL) -> bool:
         weight = torch.rand(shape, dtype=torch.float64) + 0.5
         native = lambda x, t, r: F.binary_cross_entropy_with_logits(x, t, reduction=r, pos_weight=weight)  # noqa: B023, E731
         if not agrees(loss, native, x, target, run(kernels, loss, x, target, weight)):
+            return False
+    return True
+
+
+def agrees_with_third(kernels: ctypes.CDLL, op: str) -> bool:
+    """Operands of elements, columns and rows. The gradient by the third one is held against that by a target."""
+    loss = loss_named(next(loss.name for loss in LOSSES if loss.op == op))
+    x, target = loss.data((500, 7), torch.float64)
+    for shape in [(500, 7), (7,), (500, 1)]:
+        third = torch.randn(shape, dtype=torch.float64)
+        third = third.sign() if op == "margin_ranking" else third.abs()
+        third = third.expand_as(x).clone() if shape == (500, 7) else third
+        whole = third.expand_as(x).clone()
+        native = lambda x, v, r: NATIVE[op](x, target, None, r, *loss.params, third=v)  # noqa: E731
+        if not agrees(loss, native, x, whole, run(kernels, loss, x, target, third)):
             return False
     return True
 

@@ -72,7 +72,7 @@ def data(loss: Loss, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> t
 
 def check(
     library, loss: Loss, x: Tensor, t: Tensor, weight: Tensor | None, wide: bool, what: str,
-    pos_weight: Tensor | None = None, offset: int = 0, order: tuple[int, ...] | None = None,
+    third: Tensor | None = None, offset: int = 0, order: tuple[int, ...] | None = None,
 ) -> None:  # fmt: skip
     """Every result for operands of any kind; `order` is that of the output's dimensions in memory."""
     shape = torch.broadcast_shapes(x.shape, t.shape)
@@ -85,11 +85,11 @@ def check(
         "input": x,
         "target": t,
         "weight": weight,
-        "pos_weight": pos_weight,
+        "third": third,
     }
     formula = custom if loss.op == CUSTOM else NATIVE[loss.op]
     of_weight = None if weight is None else weight.double()
-    options = {} if pos_weight is None else {"pos_weight": pos_weight.double()}
+    options = {} if third is None else {"third": third.double()}
     has_target_grad = loss.op in OF_DIFFERENCE + OF_TARGET
     for leaf in leaves if has_target_grad else leaves[:1]:
         leaf.requires_grad_()
@@ -280,7 +280,7 @@ def test_a_weight_of_the_positive_term(kernels, dtypes):
         weight = None if seed % 2 else operand(shape[-1:], of_input)
         check(
             kernels, LOGITS, x, t.to(of_target), weight, of_target != of_input, f"{shape} with {of_p}",
-            pos_weight=operand(of_p, of_pos_weight, offset=seed),
+            third=operand(of_p, of_pos_weight, offset=seed),
         )  # fmt: skip
 
 
@@ -292,8 +292,8 @@ def test_factors_of_each_place_of_a_row(kernels, dtype):
         pretend(kernels, seed)
         x, t = data(LOGITS, shape, dtype, seed)
         weight = operand(shape[-1:] if seed % 2 else shape, dtype)
-        pos_weight = operand(shape[-1:], dtype, offset)
-        check(kernels, LOGITS, x, t, weight, False, f"{shape} at {offset}", pos_weight=pos_weight)
+        third = operand(shape[-1:], dtype, offset)
+        check(kernels, LOGITS, x, t, weight, False, f"{shape} at {offset}", third=third)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -347,7 +347,7 @@ def test_what_no_kernel_makes_is_refused(kernels):
     for target in (x, row):
         run_pointwise(kernels, "mse", (), TARGET_GRAD, x, target, output=output, upstream=total, refused=True)
         run_pointwise(kernels, "mse", (), TARGET_GRAD + 1, x, target, output=output, refused=True)
-        run_pointwise(kernels, "mse", (), SUM, x, target, pos_weight=row, total=total, refused=True)
+        run_pointwise(kernels, "mse", (), SUM, x, target, third=row, total=total, refused=True)
     run_pointwise(kernels, "mse", (), LOSSES_OF_EACH, x, row, output=output.double(), refused=True)
 
 

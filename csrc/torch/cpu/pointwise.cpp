@@ -14,14 +14,16 @@ void everywhere(CpuPointwise kernel, PointwiseResult result, const PointwiseArgs
   parallel_for(count, kElementsOfThread, [&](int64_t begin, int64_t end) { kernel(result, args, begin, end); });
 }
 
-// torch's words for what lies outside [0, 1].
-void check_probabilities(CpuPointwise kernel, const PointwiseArgs& args, int64_t count) {
-  std::atomic<bool> input{false}, target{false};
+// torch's words for probabilities outside [0, 1] and negative variances.
+void check_domain(CpuPointwise kernel, const PointwiseArgs& args, int64_t count) {
+  std::atomic<bool> input{false}, target{false}, variance{false};
   parallel_for(count, kElementsOfThread, [&](int64_t begin, int64_t end) {
     const double outside = kernel(PointwiseResult::CheckDomain, args, begin, end);
     if (outside == 2) input = true;
     if (outside == 1) target = true;
+    if (outside == 3) variance = true;
   });
+  TORCH_CHECK_VALUE(!variance, "var has negative entry/entries");
   TORCH_CHECK(!input, "all elements of input should be between 0 and 1");
   TORCH_CHECK(!target, "all elements of target should be between 0 and 1");
 }
@@ -54,27 +56,27 @@ struct OnCpu {
     PointwiseArgs args = {};
     inputs.fill(args, reduction == kNone ? &value : grad, nullptr);
     const double divisor = divisor_of(inputs, args, reduction);
+    const bool has_domain = loss.traits.of_probabilities || loss.traits.of_variances;
     if (reduction == kNone) {
-      if (loss.traits.of_probabilities) check_probabilities(kernel, args, count);
+      if (has_domain) check_domain(kernel, args, count);
       return everywhere(kernel, PointwiseResult::Losses, args, count);
     }
     args.scale = 1 / divisor;
     const PointwiseResult result = grad ? PointwiseResult::SumAndGrad : PointwiseResult::Sum;
     const double sum =
         sum_of_chunks(count, [&](int64_t begin, int64_t end) { return kernel(result, args, begin, end); });
-    // The loss of what is no probability is NaN.
-    if (loss.traits.of_probabilities && std::isnan(sum)) check_probabilities(kernel, args, count);
+    // The loss of what lies outside is NaN.
+    if (has_domain && std::isnan(sum)) check_domain(kernel, args, count);
     set_number(value, 0, sum / divisor);
   }
 
   static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                       bool of_target, Tensor& grad) {
+                       int64_t of, Tensor& grad) {
     PointwiseArgs args = {};
     inputs.fill(args, &grad, &upstream);
-    const bool negative = of_target && loss.traits.of_difference;
-    args.scale = (negative ? -1 : 1) / divisor_of(inputs, args, reduction);
-    const PointwiseResult result = of_target && !negative ? PointwiseResult::TargetGrad : PointwiseResult::Grad;
-    everywhere(kernel_of(loss), result, args, inputs.input.numel());
+    const Slope slope = slope_of(loss, of);
+    args.scale = slope.sign / divisor_of(inputs, args, reduction);
+    everywhere(kernel_of(loss), slope.result, args, inputs.input.numel());
   }
 };
 

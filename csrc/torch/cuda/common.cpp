@@ -75,6 +75,8 @@ void raise_bad_target() {
     const int64_t target = __atomic_load_n(&flag.target, __ATOMIC_RELAXED);
     const int64_t row = __atomic_exchange_n(&flag.row, int64_t(-1), __ATOMIC_ACQ_REL);
     if (row < 0) continue;  // another thread raises it
+    TORCH_CHECK_VALUE(target != kNegativeVariance.target, "var has negative entry/entries. An earlier call on ",
+                      kCudaName, ":", device, " had them, whose losses are NaN.");
     TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds. It stood in row ", row, " of an earlier call on ",
                       kCudaName, ":", device, ", whose loss is NaN.");
   }

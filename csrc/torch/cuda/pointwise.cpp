@@ -9,7 +9,7 @@ struct OnCuda {
   static void forward(const PointwiseLoss& loss, PointwiseInputs& inputs, int64_t reduction, Tensor& value,
                       Tensor* grad) {
     TORCH_CHECK(!grad || !inputs.ignore_index, loss.op, ": no gradient in forward over class indices on CUDA");
-    if (inputs.ignore_index) raise_bad_target();
+    if (inputs.ignore_index || loss.traits.of_variances) raise_bad_target();
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
     inputs.fill(args, reduction == kNone ? &value : grad, nullptr);
@@ -26,13 +26,13 @@ struct OnCuda {
   }
 
   static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                       bool of_target, Tensor& grad) {
+                       int64_t of, Tensor& grad) {
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
     const Tensor read = inputs.ignore_index ? in_order_of(inputs.input, upstream) : upstream;
     inputs.fill(args, &grad, &read);
-    const bool negative = of_target && loss.traits.of_difference;
-    args.scale = (negative ? -1 : 1) / inputs.divisor(reduction);
+    const Slope slope = slope_of(loss, of);
+    args.scale = slope.sign / inputs.divisor(reduction);
     Tensor counted;
     if (args.index && reduction == kMean) {
       counted = empty_beside(grad, {}, at::kDouble);
@@ -41,7 +41,7 @@ struct OnCuda {
       args.workspace = call.workspace.mutable_data_ptr();
       check_launch(cuda_indexed_divisor(args, call.stream));
     }
-    run(loss, of_target && !negative ? PointwiseResult::TargetGrad : PointwiseResult::Grad, inputs, args, call);
+    run(loss, slope.result, inputs, args, call);
   }
 
  private:
@@ -55,7 +55,7 @@ struct OnCuda {
                   const CudaCall& call) {
     args.count = inputs.input.numel();
     args.workspace = call.workspace.mutable_data_ptr();
-    if (args.index) args.bad_target = bad_target(inputs.input.device().index());
+    if (args.index || loss.traits.of_variances) args.bad_target = bad_target(inputs.input.device().index());
     check_launch(loss.cuda(result, args, call.stream));
   }
 };

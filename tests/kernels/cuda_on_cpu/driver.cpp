@@ -105,7 +105,7 @@ int64_t launches() { return cuda_on_cpu::launches; }
 struct PointwiseCall {
   int64_t loss, result, arithmetic, one_upstream, output_dtype, total_dtype, count, dims;
   int64_t sizes[fusedloss::kMaxDims];
-  fusedloss::Operand input, target, weight, pos_weight, upstream;
+  fusedloss::Operand input, target, weight, third, upstream;
   double params[fusedloss::kMaxParams];
   double scale, divisor;
   void *output, *total;
@@ -118,7 +118,7 @@ int run_pointwise(const PointwiseCall* call) {
   args.input = call->input;
   args.target = call->target;
   args.weight = call->weight;
-  args.pos_weight = call->pos_weight;
+  args.third = call->third;
   args.upstream = call->upstream;
   args.one_upstream = call->one_upstream;
   args.dims = int(call->dims);
