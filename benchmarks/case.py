@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .results import EAGER, Goal
 
-Inputs = tuple[Tensor, ...]  # what a gradient is taken of: the input, and for a linear loss the head
+Inputs = tuple[Tensor, ...]  # what a gradient is taken of: the input, and a second one or the head
 Loss = Callable[..., Tensor]  # (*inputs, target) to the mean
 Target = Callable[[Tensor, torch.Generator], Tensor]  # makes the target for an input, on the input's device
 
@@ -52,6 +52,7 @@ class Case:
     device: str = "cpu"
     channels_last: bool = False
     probabilities: bool = False  # the input holds probabilities
+    beside: Target | None = None  # makes a second input, of the first one's shape
     compiled: bool = True  # torch.compile is measured too
     classes: int = 0  # of a linear loss: its shape is that of hidden states (N, D), beside a head (classes, D)
     peers: str = ""  # which losses of other packages stand beside it: a key of peers.PEERS
@@ -70,7 +71,7 @@ class Case:
     @property
     def elements(self) -> int:
         """Of all inputs together."""
-        return prod(self.shape) + (prod(self.head) if self.head else 0)
+        return prod(self.shape) * (2 if self.beside else 1) + (prod(self.head) if self.head else 0)
 
     @property
     def flops(self) -> int:
@@ -93,6 +94,8 @@ class Case:
         if self.head:
             head = torch.randn(self.head, generator=generator, device=self.device)
             inputs.append(head.div_(self.shape[1] ** 0.5).to(self.dtype))  # logits of about 1, as without a head
+        if self.beside:
+            inputs.append(self.beside(input, generator))
         target = self.target(input.new_empty(()).expand(self.logits) if self.head else input, generator)
         return tuple(each.requires_grad_() for each in inputs), target
 

@@ -11,7 +11,7 @@ import fusedloss.functional as L
 
 from . import losses
 from .case import BACKWARD, BOTH, CALL, FORWARD, IN_FORWARD, Case, Loss, Timing, name_of
-from .losses import POINTWISE, class_indices, class_or_background, class_probabilities, values
+from .losses import OF_THREE, POINTWISE, class_indices, class_or_background, class_probabilities, values
 from .results import COPY, EAGER, INPUT, OURS, Goal
 
 
@@ -122,6 +122,8 @@ CPU_POINTWISE = {
     "sigmoid_focal": 12.0,
 }
 CPU_OF_MARGINS = {
+    "margin_ranking": 8.0,
+    "gaussian_nll": 8.0,
     "hinge_embedding": 15.0,
     "soft_margin": 6.0,
     "kl_div": 5.0,
@@ -135,13 +137,15 @@ SMALL = (1, 64, 1000, 10_000)  # 12 bytes to 120 kB: the cost of a call
 
 
 def pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, Timing], **options: Any) -> Case:
+    *beside, target = (OF_THREE if name in OF_THREE else POINTWISE)[name][1:]
     return Case(
         name_of(name, (elements,), dtype),
         (elements,),
         dtype,
-        POINTWISE[name][1],
+        target,
         losses.pointwise(name),
         timed,
+        beside=beside[0] if beside else None,
         probabilities=name == "bce",
         **options,
     )

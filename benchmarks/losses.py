@@ -215,8 +215,19 @@ POINTWISE: dict[str, tuple[Call, Target]] = {
 }
 
 
+def variances(input: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.rand(input.shape, generator=generator, device=input.device) + 0.5).to(input.dtype)
+
+
+# Of two inputs and a target: the call, what makes the second input, and what makes the target.
+OF_THREE: dict[str, tuple[Callable[[Any, Tensor, Tensor, Tensor], Tensor], Target, Target]] = {
+    "margin_ranking": (lambda f, x, other, t: f.margin_ranking_loss(x, other, t, margin=0.5), values, labels),
+    "gaussian_nll": (lambda f, x, var, t: f.gaussian_nll_loss(x, t, var), variances, values),
+}
+
+
 def pointwise(name: str) -> dict[str, Loss]:
-    call, _ = POINTWISE[name]
+    call = (OF_THREE if name in OF_THREE else POINTWISE)[name][0]
     return {EAGER: functools.partial(call, F), OURS: functools.partial(call, L)}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._dtypes import HALVES
 from ._sizes import rows_of
 
 # By the suffix of the op: a loss, its backward, and what makes the gradient in forward or in place.
@@ -49,8 +50,10 @@ def pointwise(traits: Any) -> Fakes:
         third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of: int = 0,
         carrier: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        operands = (input, target, third if third is None else third.expand(input.shape))
-        return torch.empty_like(operands[of])  # type: ignore[arg-type]
+        if third is None or of < 2:
+            return torch.empty_like(target if of == 1 else input)
+        dtype = torch.float32 if of == 3 and third.dtype in HALVES else third.dtype
+        return torch.empty_like(third.expand(input.shape), dtype=dtype)
 
     return {"": forward, "_with_grad": with_grad, ".carrying": carrying, "_backward": backward}
 

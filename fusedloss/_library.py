@@ -24,14 +24,16 @@ extension, why_native = _load()
 
 
 def check() -> None:
-    """Raise what a GPU has met and could not raise: a class target out of range in an earlier call.
+    """Raise what a GPU has met and could not raise: a class target out of range, or a negative variance, in an earlier
+    call.
 
-    The loss of such a call is NaN and the gradient of such a row zero. Waits for nothing: call
-    ``torch.cuda.synchronize()`` first to hear of everything submitted so far. The next call of a softmax loss on a GPU
-    checks too. On the CPU a call raises at once, and there is nothing left to tell.
+    The loss of such a call is NaN; the gradient of such a row is zero, and that of such a variance NaN. Waits for
+    nothing: call ``torch.cuda.synchronize()`` first to hear of everything submitted so far. The next call of such a
+    loss on a GPU checks too. On the CPU a call raises at once, and there is nothing left to tell.
 
     Raises:
         IndexError: naming target, row and device; once for each device that met one.
+        ValueError: for a variance; likewise.
 
     >>> check()
     """

@@ -267,8 +267,8 @@ def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
         if ignore_index is not None:
             return REDUCTIONS[reduction], False, True
         wide = _captures.result_dtype(traits, input, target, weight, third) != input.dtype
-        operands = [target, third] if third is not None and traits.has_third_slope else [target]
-        return REDUCTIONS[reduction], wide, all(same_shape(input.shape, each.shape) for each in operands)
+        sizes = [target.shape, *([third.shape] if third is not None and traits.has_third_slope else [])]
+        return REDUCTIONS[reduction], wide, all(same_shape(input.shape, each) for each in sizes)
 
     ask = asked_once(owned)
 
@@ -283,8 +283,8 @@ def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
         kind, wide, one_shape = found
         if not one_shape and third is None:
             input, target = torch.broadcast_tensors(input, target)
-        elif not one_shape:
-            input, target, third = torch.broadcast_tensors(input, target, third)
+        elif not one_shape:  # the third operand, whose gradient is a sum, stays as it is
+            input, target, _ = torch.broadcast_tensors(input, target, third)
         if ignore_index is None and not target.is_floating_point():
             target = target.to(torch.float32 if wide else input.dtype)
         return op(input, target, weight, kind, [float(each) for each in params], third, wide, ignore_index)

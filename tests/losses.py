@@ -19,6 +19,7 @@ NATIVE = {name: loss.native for name, loss in _route.LOSSES.items()}
 REDUCTIONS = ["mean", "sum", "none"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
+OF_THREE = ("margin_ranking", "gaussian_nll")  # operands; tests that give no third one run them with ones
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ _MAIN = [
     "sigmoid_focal gamma=2.0 alpha=0.25",
     "hinge_embedding margin=0.7",
     "poisson_nll full=True",
+    "margin_ranking 0.7",
     "gaussian_nll 0.3, 1.0",
     "soft_cross_entropy 0.0, 0.0, 0.0",
     "nll",

@@ -161,6 +161,26 @@ Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss
   return gradient;
 }
 
+// Sizes that a compiler keeps open differ only where it can say so without the data.
+bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
+  if (a.size() != b.size()) return true;
+  for (size_t d = 0; d < a.size(); ++d) {
+    const bool known = !a[d].is_symbolic() && !b[d].is_symbolic();
+    if (known ? a[d] != b[d] : TORCH_GUARD_OR_FALSE(a[d].sym_ne(b[d]))) return true;
+  }
+  return false;
+}
+
+// A third operand that broadcasts gets a sum, of numbers that are not rounded to a half type.
+Tensor gradient_by_third(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
+                         const PointwiseCall& call) {
+  const Tensor& third = *call.third;
+  if (!differ(third.sym_sizes(), input.sym_sizes()))
+    return backward_of(loss, upstream, input, target, call, kOfThird, {});
+  const Tensor gradients = backward_of(loss, upstream, input, target, call, kOfWideThird, {});
+  return at::sum_to(gradients, third.sym_sizes()).to(third.scalar_type());
+}
+
 variable_list backward(Kept& kept, const variable_list& upstreams) {
   const Tensor& upstream = upstreams[0];
   const GradientOfForward of_forward = take_gradient(kept, upstream);
@@ -191,7 +211,7 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
     return by_formula(loss, call, upstream, input, target);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  if (of_third) gradients[2] = backward_of(loss, upstream, input, target, call, kOfThird, {});
+  if (of_third) gradients[2] = gradient_by_third(loss, upstream, input, target, call);
   if (of_input || (mirrored && of_forward.made)) {
     const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
     if (mirrored) return mirror(gradient);
@@ -227,16 +247,6 @@ Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const
   return value;
 }
 
-// Sizes that a compiler keeps open differ only where it can say so without the data.
-bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
-  if (a.size() != b.size()) return true;
-  for (size_t d = 0; d < a.size(); ++d) {
-    const bool known = !a[d].is_symbolic() && !b[d].is_symbolic();
-    if (known ? a[d] != b[d] : TORCH_GUARD_OR_FALSE(a[d].sym_ne(b[d]))) return true;
-  }
-  return false;
-}
-
 bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
 
 }  // namespace
@@ -247,11 +257,8 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
   if (has_third(loss, call)) {
     const auto of_two = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
     const auto sizes = at::infer_size_symdimvector(of_two, call.third->sym_sizes());
-    if (differ(call.third->sym_sizes(), sizes) || differ(input.sym_sizes(), sizes)) {
-      PointwiseCall expanded = call;
-      expanded.third = call.third->expand_symint(sizes);
-      return pointwise(loss, input.expand_symint(sizes), target.expand_symint(sizes), expanded, gradient);
-    }
+    if (differ(input.sym_sizes(), sizes)) input = input.expand_symint(sizes);
+    if (differ(target.sym_sizes(), sizes)) target = target.expand_symint(sizes);
   }
   if (!call.ignore_index) {
     if (differ(input.sym_sizes(), target.sym_sizes())) {

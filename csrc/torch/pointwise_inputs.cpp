@@ -99,7 +99,6 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
   const bool gives_way = call.weight && rule == ResultDType::Promoted && call.weight->dim() == 0 && !sizes.empty();
   at::ScalarType result = type;
   if (autocast && is_half(type)) {
-    if (loss.traits.of_variances) return "autocast, which widens some of torch's steps, on some devices";
     if (of_target == at::kDouble || of_third == at::kDouble ||
         (of_weight == at::kDouble && rule != ResultDType::OfTarget && !gives_way))
       return kDifferentDtypes;
@@ -191,6 +190,8 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
     const bool has_gradient = factor == &call.third && traits.has_third_slope;
     if (const char* why = declines_factor(**factor, input, sizes, has_gradient)) return why;
   }
+  if (traits.of_variances && autocast && is_half(input.scalar_type()) && !takes_empty)
+    return "autocast, which widens some of torch's steps, on some devices";
   wide = false;
   return call.ignore_index ? nullptr : declines_dtypes(loss, input, target, call, sizes, autocast, wide);
 }
@@ -280,6 +281,11 @@ Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const
   if (!by_target) config.add_const_input(second);
   const Tensor of_torch = config.build().output(0);  // its strides alone
   return empty_beside(input, of_torch.sizes(), dtype, of_torch.strides());
+}
+
+Tensor PointwiseInputs::empty_gradient_of(int64_t of, const Tensor& given_input, const Tensor& given_target) const {
+  if (of == kOfWideThird) return empty_in_order_of(*third, arithmetic_type(third->scalar_type()));
+  return empty_gradient(of == kOfInput ? given_input : of == kOfTarget ? given_target : *third, input);
 }
 
 // An operand of the kernels and the tensor that it reads, all in one order of elements.

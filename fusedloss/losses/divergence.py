@@ -186,7 +186,7 @@ def _gaussian_nll(
 def _variance(input: Tensor, var: Tensor | float) -> Tensor | None:
     """The variance in a shape that broadcasts to the input; None where torch refuses it."""
     if isinstance(var, float):
-        return None if var < 0 else input.new_full((1,) * input.dim(), var)
+        return None if var < 0 or not input.is_floating_point() else input.new_full((1,) * input.dim(), var)
     if same_shape(var.shape, input.shape):
         return var
     if same_shape(var.shape, input.shape[:-1]):

@@ -13,7 +13,7 @@ import fusedloss.functional as L
 pytestmark = pytest.mark.filterwarnings("ignore:Input #0 requires gradient")
 
 
-LINEAR = ("nll", "l1", "hinge_embedding", "kl_div")  # in pieces
+LINEAR = ("nll", "l1", "hinge_embedding", "kl_div", "margin_ranking")  # in pieces
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -32,7 +32,7 @@ def tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 # A function, its tensors by name, and what else is given.
-CALLS: list[tuple[str, tuple[str, str], dict[str, Any]]] = [
+CALLS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("binary_cross_entropy", ("p", "t"), {"weight": "w"}),
     ("binary_cross_entropy_with_logits", ("x", "t"), {"pos_weight": "w"}),
     ("cross_entropy", ("x", "y"), {"weight": "w", "label_smoothing": 0.1}),
@@ -41,10 +41,12 @@ CALLS: list[tuple[str, tuple[str, str], dict[str, Any]]] = [
     ("focal_loss", ("x", "y"), {"alpha": "w", "gamma": 0.0}),
     ("focal_loss", ("x", "of_class"), {"alpha": 0.3, "gamma": 1.5, "ignore_index": 2}),
     ("focal_loss", ("x", "soft"), {"alpha": "w"}),
+    ("gaussian_nll_loss", ("x", "t", "p"), {"full": True}),
     ("hinge_embedding_loss", ("x", "t"), {"margin": 0.5}),
     ("huber_loss", ("x", "t"), {"delta": 0.5}),
     ("kl_div", ("log", "soft"), {"log_target": True}),
     ("l1_loss", ("x", "t"), {}),
+    ("margin_ranking_loss", ("x", "t", "p"), {"margin": 0.5}),
     ("mse_loss", ("x", "t"), {}),
     ("multilabel_soft_margin_loss", ("x", "t"), {"weight": "w"}),
     ("nll_loss", ("log", "y"), {"weight": "w"}),

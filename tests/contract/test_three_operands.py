@@ -268,12 +268,16 @@ def test_a_batch_of_upstream_gradients(call):
 
 @needs_extension
 @ALL
-def test_a_step_copies_no_operand(call):
+def test_a_step_is_two_passes(call):
     _, operands, _ = made(call, (50, 40), torch.float32)
     leaves = [each.requires_grad_() for each in operands]
     with Recorder() as recorder:
         of(L, call)(*leaves).backward()
-    assert not [op for op in recorder.seen if "fusedloss" not in op and "detach" not in op and "ones_like" not in op]
+    passes = [op.removesuffix(".default") for op in recorder.seen if op.startswith("fusedloss")]
+    name = "fusedloss." + ("margin_ranking" if call == "ranking" else "gaussian_nll")
+    assert sorted(passes) == sorted([f"{name}_with_grad", f"{name}_backward", "fusedloss.scale_"])
+    others = {op for op in recorder.seen if not op.startswith("fusedloss")}
+    assert others <= {"aten.ones_like.default", "aten.clone.default", "aten.neg.default", "aten.detach.default"}
 
 
 # ---- edges
@@ -321,7 +325,8 @@ def test_a_negative_variance_is_refused(dtype, where, reduction):
 
         for leaf in (False, True):
             ours, torchs = (outcome(lambda: run(f, leaf)) for f in (L, F))  # noqa: B023
-            assert ours == torchs == NEGATIVE or len(given) == 29999 != where
+            assert ours == torchs
+            assert ours == NEGATIVE or not (given < 0).any()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

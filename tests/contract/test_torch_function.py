@@ -32,7 +32,7 @@ def _tensors() -> dict[str, Tensor]:
 
 
 # The tensors by name, which may each be a subclass, and the other arguments.
-CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
+CALLS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "binary_cross_entropy": (("p", "t"), {"weight": "of_classes", "reduction": "sum"}),
     "binary_cross_entropy_with_logits": (("x", "t"), {"weight": "like_x", "pos_weight": "of_classes"}),
     "cross_entropy": (
@@ -40,6 +40,7 @@ CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         {"weight": "of_classes", "sample_weight": "of_rows", "z_loss": 0.1, "softcap": 5.0, "return_lse": True},
     ),
     "focal_loss": (("x", "y"), {"alpha": "of_classes", "gamma": 1.5, "sample_weight": "of_rows"}),
+    "gaussian_nll_loss": (("x", "t", "p"), {"full": True}),
     "hinge_embedding_loss": (("x", "t"), {"margin": 0.3}),
     "huber_loss": (("x", "t"), {"weight": "like_x", "delta": 0.3}),
     "kl_div": (("x", "t"), {"reduction": "batchmean"}),
@@ -60,6 +61,7 @@ CALLS: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
         {"linear_bias": "of_classes", "temperature": 2.0, "return_entropy": True},
     ),
     "log_probs": (("x", "y"), {"temperature": 2.0, "return_entropy": True}),
+    "margin_ranking_loss": (("x", "t", "p"), {"margin": 0.3}),
     "mse_loss": (("x", "t"), {"weight": "like_x"}),
     "multilabel_soft_margin_loss": (("x", "t"), {"weight": "of_classes"}),
     "nll_loss": (("x", "y"), {"weight": "of_classes", "ignore_index": 2, "sample_weight": "of_rows"}),

@@ -7,7 +7,7 @@ from typing import Any
 import ecosystem  # noqa: F401  (adds its situations)
 import torch
 import torch.nn.functional as F
-from losses import ONE_OF_EACH, REDUCTIONS, Loss
+from losses import NATIVE, OF_THREE, ONE_OF_EACH, REDUCTIONS, Loss
 from situations import PLAIN, SITUATIONS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -51,9 +51,9 @@ def path_of(cell: Cell) -> str:
             return error
 
     ours, fused = _watched(lambda: run(_public(loss)))
-    torchs = run(loss.native)
+    torchs = run(_native(loss))
     if isinstance(torchs, Exception) and situation in PLAIN and not isinstance(ours, Exception):
-        torchs = run(loss.native, PLAIN)
+        torchs = run(_native(loss), PLAIN)
     if isinstance(torchs, Exception):
         assert type(ours) is type(torchs), f"expected {torchs!r} as from torch, got {ours!r}"
         return "refused"
@@ -71,10 +71,27 @@ def _public(loss: Loss) -> Callable[..., Tensor]:
         return lambda x, t, reduction: L.cross_entropy(x, t, reduction=reduction, label_smoothing=smoothing)
     if loss.op == "log_probs":
         return functools.partial(_log_probs, loss.params[0])
+    if loss.op == "margin_ranking":
+        return lambda x, t, reduction: L.margin_ranking_loss(x, t, _third(loss, t), *loss.params, reduction=reduction)
+    if loss.op == "gaussian_nll":
+        eps, full = loss.params
+        return lambda x, t, reduction: L.gaussian_nll_loss(x, t, _third(loss, t), bool(full), eps, reduction)
     if loss in _WITH_DEFAULTS:
         function = getattr(L, f"{loss.op}_loss", None) or getattr(L, loss.op)
         return lambda x, t, reduction: function(x, t, reduction=reduction)
     return loss.fused
+
+
+def _native(loss: Loss) -> Callable[..., Tensor]:
+    if loss.op not in OF_THREE:
+        return loss.native
+    formula = NATIVE[loss.op]
+    return lambda x, t, reduction: formula(x, t, None, reduction, *loss.params, third=_third(loss, t))
+
+
+def _third(loss: Loss, target: Tensor) -> Tensor:
+    """Labels or variances that follow from targets between 0 and 1."""
+    return 2 * (target > 0.5).to(target.dtype) - 1 if loss.op == "margin_ranking" else target + 0.25
 
 
 def _log_probs(temperature: float, logits: Tensor, target: Tensor, reduction: str) -> Tensor:

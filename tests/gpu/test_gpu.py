@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import EPSILON, largest_error, upstream_of, value_and_grad
+from compare import EPSILON, largest_error, upstream_of, value_and_grad, value_and_grads
 from layouts import laid_out, other_memory
 from losses import (
     CROSS_ENTROPY,
@@ -521,6 +521,28 @@ def test_a_bad_target_harms_no_other_row_whatever_the_options(options):
     _, expected, _ = value_and_grad(CROSS_ENTROPY.native, x, ignored, "mean", upstream)
     assert value.isnan() and (grad[37] == 0).all()
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_negative_variance_is_told_later(reduction):
+    x, t, var = torch.randn(3, 500).unbind()
+    good = var.abs() + 0.1
+    spoilt = good.clone()
+    spoilt[37] = -1
+    call = lambda x, v: L.gaussian_nll_loss(x, t, v, reduction=reduction)  # noqa: E731
+    synchronize()
+    fusedloss.check()
+    spoilt_values = [each.detach() for each in value_and_grads(call, x, spoilt)]
+    synchronize()
+    with pytest.raises(ValueError, match=rf"^var has negative entry/entries\. An earlier call on {GPU}:0"):
+        call(x, good)
+    expected = value_and_grads(call, x, good)
+    for got, right in zip(spoilt_values, expected, strict=True):
+        bad = torch.zeros(got.shape, dtype=torch.bool)
+        bad[37 if got.dim() else ...] = True
+        assert got[bad].isnan().all()
+        torch.testing.assert_close(got[~bad], right[~bad])
+    fusedloss.check()
 
 
 def test_check_raises_once():

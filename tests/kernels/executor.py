@@ -26,7 +26,7 @@ SANITIZERS = [
     "-fno-sanitize-recover=undefined",
     "--param=asan-instrumentation-with-call-threshold=0",
 ]
-LOSSES, SUM, SUM_AND_GRAD, GRAD, TARGET_GRAD = range(5)  # PointwiseResult
+LOSSES, SUM, SUM_AND_GRAD, GRAD, TARGET_GRAD, THIRD_GRAD = range(6)  # PointwiseResult
 DIVISOR, FORWARD, BACKWARD = range(3)
 
 
@@ -190,6 +190,7 @@ class PointwiseCall(ctypes.Structure):
         + [("params", ctypes.c_double * MAX_PARAMS)]
         + [("scale", ctypes.c_double), ("divisor", ctypes.c_double)]
         + [("output", ctypes.c_void_p), ("total", ctypes.c_void_p)]
+        + [("bad_target", ctypes.c_int64 * 2)]
     )  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def run_pointwise(
     kernels: ctypes.CDLL, name: str, params: tuple[float, ...], result: int, input: Tensor, target: Tensor,
     weight: Tensor | None = None, output: Tensor | None = None, upstream: Tensor | None = None, scale: float = 1.0,
     total: Tensor | None = None, divisor: float = 1.0, third: Tensor | None = None, refused: bool = False,
-) -> None:  # fmt: skip
+) -> tuple[int, int]:  # fmt: skip
     """Operands that broadcast to the input and a target of its shape; an upstream gradient without dimensions is one
     for all. Elements are numbered in the order of the output."""
     shape = torch.broadcast_shapes(input.shape, target.shape)
@@ -231,6 +232,7 @@ def run_pointwise(
         assert error == 1, f"expected cudaErrorInvalidValue, got {error}"
     else:
         check(kernels, error)
+    return call.bad_target[0], call.bad_target[1]
 
 
 def run_indexed(

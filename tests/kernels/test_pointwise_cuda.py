@@ -20,6 +20,7 @@ from executor import (
     SUM,
     SUM_AND_GRAD,
     TARGET_GRAD,
+    THIRD_GRAD,
     WIDTH,
     Guarded,
     assert_close,
@@ -29,7 +30,7 @@ from executor import (
     run_pointwise,
 )
 from executor import LOSSES as LOSSES_OF_EACH
-from losses import NATIVE, POINTWISE, Loss, loss_named
+from losses import NATIVE, OF_THREE, POINTWISE, Loss, loss_named
 from marks import needs_compiler, needs_extension
 from plant import planted
 from torch import Tensor
@@ -48,7 +49,7 @@ OF_KERNELS = [loss for loss in BY_NAME.values() if loss.op != "sigmoid_focal" an
 ]
 if SANITIZED:  # what sanitizers see are the drivers, the same for all; formulas touch no memory
     OF_KERNELS = [BY_NAME["mse"], LOGITS]
-OF_DIFFERENCE = ("mse", "l1", "smooth_l1", "huber")
+OF_DIFFERENCE = ("mse", "l1", "smooth_l1", "huber", *OF_THREE)
 # With a slope of its own.
 OF_TARGET = (
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "kl_div_log_target", "poisson_nll",
@@ -78,7 +79,8 @@ def check(
     shape = torch.broadcast_shapes(x.shape, t.shape)
     count = torch.Size(shape).numel()
     of_result = torch.float32 if wide and x.dtype in HALF else x.dtype
-    leaves = [tensor.double().expand(shape).clone() for tensor in (x, t)]
+    of_three = loss.op in OF_THREE and third is not None
+    leaves = [tensor.double().expand(shape).clone() for tensor in (x, t, *[third] * of_three)]
     given = {
         "name": loss.op,
         "params": loss.params,
@@ -89,13 +91,14 @@ def check(
     }
     formula = custom if loss.op == CUSTOM else NATIVE[loss.op]
     of_weight = None if weight is None else weight.double()
-    options = {} if third is None else {"third": third.double()}
+    options = {} if third is None or of_three else {"third": third.double()}
     has_target_grad = loss.op in OF_DIFFERENCE + OF_TARGET
     for leaf in leaves if has_target_grad else leaves[:1]:
         leaf.requires_grad_()
 
     def exact(reduction: str, upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
-        value = formula(*leaves, of_weight, reduction, *loss.params, **options)
+        by_name = {"third": leaves[2]} if of_three else options
+        value = formula(*leaves[:2], of_weight, reduction, *loss.params, **by_name)
         of = leaves if has_target_grad else leaves[:1]
         return value.detach(), list(torch.autograd.grad(value, of, upstream.double()))
 
@@ -112,10 +115,14 @@ def check(
         how = (TARGET_GRAD, scale) if loss.op in OF_TARGET else (GRAD, -scale)
         run_pointwise(library, result=how[0], output=grad_target, upstream=upstream, scale=how[1], **given)
         assert_close(grad_target, expected[1], t.dtype, f"gradients {which} by the target of {what}")
+        if of_three:
+            run_pointwise(library, result=THIRD_GRAD, output=grad_third, upstream=upstream, scale=scale, **given)
+            assert_close(grad_third, expected[2], third.dtype, f"gradients {which} by the third operand of {what}")
 
     each = filled(torch.rand(shape, dtype=torch.float64) + 0.5, of_result, offset)
     one, total = torch.tensor(1.5, dtype=of_result), torch.full((), 77.0, dtype=of_result)
     (kept, losses), (kept_grad, grad), (kept_target, grad_target) = map(outputs, (of_result, x.dtype, t.dtype))
+    kept_third, grad_third = outputs(x.dtype if third is None else third.dtype)
 
     value, grads = exact("none", each.tensor)
     run_pointwise(library, result=LOSSES_OF_EACH, output=losses, **given)
@@ -132,7 +139,7 @@ def check(
         )  # fmt: skip
         assert_close(total, mean, of_result, f"mean with gradient of {what}")
         assert_close(grad, grads[0] / 1.5, x.dtype, f"gradient in forward of {what}")
-    assert all(guarded.intact() for guarded in (each, kept, kept_grad, kept_target)), what
+    assert all(guarded.intact() for guarded in (each, kept, kept_grad, kept_target, kept_third)), what
 
 
 # ---- dense operands of one type
@@ -284,6 +291,50 @@ def test_a_weight_of_the_positive_term(kernels, dtypes):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("op", OF_THREE)
+def test_a_third_operand(kernels, op, dtypes):
+    loss, (of_input, of_third) = BY_NAME[op], dtypes
+    wide = of_input in HALF and of_third == torch.float32
+    shapes = (SHAPE, SHAPE), (SHAPE, (5, 7, 1)), (SHAPE, (33,)), ((5000,), (5000,)), ((1030,), ()), (LONG, (3, 1))
+    for seed, (shape, of_shape) in enumerate(shapes):
+        for offset in (0, 1):
+            pretend(kernels, seed)
+            x, t = (laid(each, "dense", offset) for each in data(loss, shape, of_input, seed))
+            third = operand(of_shape, of_third, offset)
+            if op == "margin_ranking":
+                third = laid((2 * (third > 1) - 1).to(of_third), "dense", offset)
+            weight = operand(shape[-1:], of_input) if seed == 2 else None
+            check(kernels, loss, x, t, weight, wide, f"{shape} with {of_shape}", third=third, offset=offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_negative_variance_is_nan_and_reported_and_harms_no_other(kernels, dtype):
+    loss, none, told = BY_NAME["gaussian_nll"], (-1, 0), (0, -(2**63))
+    for count, strided in ((5000, False), (5000, True), (7, False)):
+        x, t = data(loss, (count,), dtype, seed=1)
+        for bad in (None, 0, count - 1, count // 2):
+            pretend(kernels)
+            var, one = operand((count,), dtype), torch.ones((), dtype=dtype)
+            if bad is not None:
+                var[bad] = -0.25
+            third = laid(var[None], "sliced")[0] if strided else var
+            given = {"input": x, "target": t, "third": third}
+            losses, grad, total = torch.empty_like(x), torch.empty_like(x), torch.empty((), dtype=dtype)
+            expected = none if bad is None else told
+            run = lambda **how: run_pointwise(kernels, loss.op, loss.params, **given, **how)  # noqa: B023, E731
+            assert run(result=LOSSES_OF_EACH, output=losses) == expected
+            assert run(result=SUM, total=total) == expected
+            assert run(result=GRAD, output=grad, upstream=one) == none
+            places = [] if bad is None else [bad]
+            assert losses.isnan().nonzero().flatten().tolist() == grad.isnan().nonzero().flatten().tolist() == places
+            assert total.isnan() == (bad is not None)
+            if dtype in IN_FORWARD:
+                assert run(result=SUM_AND_GRAD, output=grad, total=total) == expected
+            assert run(result=THIRD_GRAD, output=grad, upstream=one) == none
+            assert grad.isnan().nonzero().flatten().tolist() == places
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_factors_of_each_place_of_a_row(kernels, dtype):
     # Rows of whole vectors and of parts of one, and factors that are not aligned.
@@ -346,7 +397,7 @@ def test_what_no_kernel_makes_is_refused(kernels):
         run_pointwise(kernels, "mse", (), SUM_AND_GRAD, half, target, **both)  # 1 / n may be none of fp16
     for target in (x, row):
         run_pointwise(kernels, "mse", (), TARGET_GRAD, x, target, output=output, upstream=total, refused=True)
-        run_pointwise(kernels, "mse", (), TARGET_GRAD + 1, x, target, output=output, refused=True)
+        run_pointwise(kernels, "mse", (), THIRD_GRAD + 1, x, target, output=output, refused=True)
         run_pointwise(kernels, "mse", (), SUM, x, target, third=row, total=total, refused=True)
     run_pointwise(kernels, "mse", (), LOSSES_OF_EACH, x, row, output=output.double(), refused=True)
 

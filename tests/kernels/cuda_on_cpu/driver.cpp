@@ -109,11 +109,14 @@ struct PointwiseCall {
   double params[fusedloss::kMaxParams];
   double scale, divisor;
   void *output, *total;
+  int64_t bad_target[2];
 };
 
-int run_pointwise(const PointwiseCall* call) {
+int run_pointwise(PointwiseCall* call) {
   auto args = arguments<fusedloss::CudaPointwiseArgs>(call->params);
   Workspace workspace;
+  fusedloss::BadTarget bad = {-1, 0};
+  args.bad_target = &bad;
   args.arithmetic = fusedloss::DType(call->arithmetic);
   args.input = call->input;
   args.target = call->target;
@@ -132,9 +135,12 @@ int run_pointwise(const PointwiseCall* call) {
   args.divisor = call->divisor;
   args.workspace = workspace.bytes;
   const auto result = fusedloss::PointwiseResult(call->result);
-  return workspace.error_or(call->loss < 0
-                                ? fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr)
-                                : fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr));
+  const int error = call->loss < 0
+                        ? fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr)
+                        : fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr);
+  call->bad_target[0] = bad.row;
+  call->bad_target[1] = bad.target;
+  return workspace.error_or(error);
 }
 
 // As the kernels divide where there are so many elements.
