@@ -50,10 +50,9 @@ def pointwise(traits: Any) -> Fakes:
         third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of: int = 0,
         carrier: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        if third is None or of < 2:
-            return torch.empty_like(target if of == 1 else input)
-        dtype = torch.float32 if of == 3 and third.dtype in HALVES else third.dtype
-        return torch.empty_like(third.expand(input.shape), dtype=dtype)
+        operand = (input, target, third, target, third)[of]
+        dtype = torch.float32 if of > 2 and operand.dtype in HALVES else operand.dtype  # type: ignore[union-attr]
+        return torch.empty_like(operand.expand(input.shape), dtype=dtype)  # type: ignore[union-attr]
 
     return {"": forward, "_with_grad": with_grad, ".carrying": carrying, "_backward": backward}
 

@@ -19,8 +19,10 @@
 
 namespace fusedloss {
 
-// Which operand a gradient is that to. kOfWideThird: in the arithmetic type, to be summed before it is rounded.
-enum Of : int64_t { kOfInput = 0, kOfTarget = 1, kOfThird = 2, kOfWideThird = 3 };
+// Which operand a gradient is that to. A wide one is of the arithmetic type, to be summed before it is rounded.
+enum Of : int64_t { kOfInput = 0, kOfTarget = 1, kOfThird = 2, kOfWideTarget = 3, kOfWideThird = 4 };
+inline bool is_of_target(int64_t of) { return of == kOfTarget || of == kOfWideTarget; }
+inline bool is_of_third(int64_t of) { return of == kOfThird || of == kOfWideThird; }
 
 // A call but for its input and target.
 struct PointwiseCall {
@@ -73,8 +75,8 @@ void implement_pointwise_on_cuda(torch::Library& m, const PointwiseLoss& loss);
 
 // Whether a loss has a gradient to its target or its third operand.
 inline bool has_gradient(const PointwiseLoss& loss, int64_t of) {
-  if (of == kOfThird || of == kOfWideThird) return loss.traits.has_third_slope;
-  return of == kOfTarget && (loss.traits.of_difference || loss.traits.has_target_slope);
+  if (is_of_third(of)) return loss.traits.has_third_slope;
+  return is_of_target(of) && (loss.traits.of_difference || loss.traits.has_target_slope);
 }
 
 // What a backward pass makes and the sign of its scale: a difference's slopes are one, but for the sign.
@@ -84,7 +86,7 @@ struct Slope {
 };
 inline Slope slope_of(const PointwiseLoss& loss, int64_t of) {
   if (of == kOfInput) return {PointwiseResult::Grad, 1};
-  if (of != kOfTarget) return {PointwiseResult::ThirdGrad, 1};
+  if (is_of_third(of)) return {PointwiseResult::ThirdGrad, 1};
   return loss.traits.of_difference ? Slope{PointwiseResult::Grad, -1} : Slope{PointwiseResult::TargetGrad, 1};
 }
 
@@ -99,7 +101,7 @@ struct PointwiseInputs {
 
   at::ScalarType result_dtype(bool wide) const { return wide ? at::kFloat : input.scalar_type(); }
   Tensor empty_losses(const PointwiseLoss& loss, bool wide) const;  // in torch's order
-  Tensor empty_gradient_of(int64_t of, const Tensor& given_input, const Tensor& given_target) const;
+  Tensor empty_gradient_of(int64_t of, const Tensor& given_input) const;
   // What a mean divides by; over class indices only a device knows how many rows count.
   double divisor(int64_t reduction) const { return reduction == kMean ? double(input.numel()) : 1.0; }
   // With the losses or gradients that are written, and the upstream gradient, if any. The arguments point into this.
@@ -164,14 +166,14 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
            PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
            check_upstream(loss.op.c_str(), upstream, inputs.result_dtype(wide), reduction, input.sizes(), input);
            TORCH_CHECK(of == kOfInput || has_gradient(loss, of), loss.op, " is not differentiable with respect to its ",
-                       of == kOfTarget ? "target" : "third operand");
-           TORCH_CHECK(of <= kOfTarget || third, loss.op, "_backward: expected a third operand, got none");
+                       is_of_target(of) ? "target" : "third operand");
+           TORCH_CHECK(!is_of_third(of) || third, loss.op, "_backward: expected a third operand, got none");
            const GradientOfForward carried = carrier && of == kOfInput ? take_carried(*carrier) : GradientOfForward{};
            if (carried.made && scales_exactly(input, upstream)) {
              return scaled(carried, upstream,
                            [&] { return std::get<1>(with_grad(loss, inputs, input, reduction, wide)); });
            }
-           Tensor grad = inputs.empty_gradient_of(of, input, target);
+           Tensor grad = inputs.empty_gradient_of(of, input);
            if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of, grad);
            return grad;
          });

@@ -36,9 +36,22 @@ bool has_third(const PointwiseLoss& loss, const PointwiseCall& call) {
   return loss.traits.has_third_slope && call.third.has_value();
 }
 
+bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
+
+// Sizes that a compiler keeps open differ only where it can say so without the data.
+bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
+  if (a.size() != b.size()) return true;
+  for (size_t d = 0; d < a.size(); ++d) {
+    const bool known = !a[d].is_symbolic() && !b[d].is_symbolic();
+    if (known ? a[d] != b[d] : TORCH_GUARD_OR_FALSE(a[d].sym_ne(b[d]))) return true;
+  }
+  return false;
+}
+
 // kMirrored: the gradient to the target is that to the input, negated.
 SavedCall saved_call(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
-  const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type();
+  const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type() &&
+                        !differ(target.sym_sizes(), input.sym_sizes());
   const int64_t flags = (call.wide ? kWide : 0) | (call.ignore_index ? kIgnores : 0) | (mirrored ? kMirrored : 0) |
                         (has_third(loss, call) ? kHasThird : 0);
   return {loss.number, call.reduction, call.ignore_index.value_or(0), flags, {call.params.begin(), call.params.end()}};
@@ -161,24 +174,14 @@ Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss
   return gradient;
 }
 
-// Sizes that a compiler keeps open differ only where it can say so without the data.
-bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
-  if (a.size() != b.size()) return true;
-  for (size_t d = 0; d < a.size(); ++d) {
-    const bool known = !a[d].is_symbolic() && !b[d].is_symbolic();
-    if (known ? a[d] != b[d] : TORCH_GUARD_OR_FALSE(a[d].sym_ne(b[d]))) return true;
-  }
-  return false;
-}
-
-// A third operand that broadcasts gets a sum, of numbers that are not rounded to a half type.
-Tensor gradient_by_third(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                         const PointwiseCall& call) {
-  const Tensor& third = *call.third;
-  if (!differ(third.sym_sizes(), input.sym_sizes()))
-    return backward_of(loss, upstream, input, target, call, kOfThird, {});
-  const Tensor gradients = backward_of(loss, upstream, input, target, call, kOfWideThird, {});
-  return at::sum_to(gradients, third.sym_sizes()).to(third.scalar_type());
+// The gradient to the target or the third operand. One that broadcasts gets a sum, of numbers that are not rounded to a
+// half type.
+Tensor gradient_by(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
+                   const PointwiseCall& call, Of of, Of wide) {
+  const Tensor& operand = of == kOfTarget ? target : *call.third;
+  if (!differ(operand.sym_sizes(), input.sym_sizes())) return backward_of(loss, upstream, input, target, call, of, {});
+  const Tensor gradients = backward_of(loss, upstream, input, target, call, wide, {});
+  return at::sum_to(gradients, operand.sym_sizes()).to(operand.scalar_type());
 }
 
 variable_list backward(Kept& kept, const variable_list& upstreams) {
@@ -211,13 +214,13 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
     return by_formula(loss, call, upstream, input, target);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  if (of_third) gradients[2] = gradient_by_third(loss, upstream, input, target, call);
+  if (of_third) gradients[2] = gradient_by(loss, upstream, input, target, call, kOfThird, kOfWideThird);
   if (of_input || (mirrored && of_forward.made)) {
     const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
     if (mirrored) return mirror(gradient);
     gradients[0] = gradient;
   }
-  if (of_target) gradients[1] = backward_of(loss, upstream, input, target, call, kOfTarget, {});
+  if (of_target) gradients[1] = gradient_by(loss, upstream, input, target, call, kOfTarget, kOfWideTarget);
   return gradients;
 }
 
@@ -247,8 +250,6 @@ Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const
   return value;
 }
 
-bool differentiates(const Tensor& tensor) { return at::GradMode::is_enabled() && tensor.requires_grad(); }
-
 }  // namespace
 
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_, const PointwiseCall& call,
@@ -258,13 +259,13 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
     const auto of_two = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
     const auto sizes = at::infer_size_symdimvector(of_two, call.third->sym_sizes());
     if (differ(input.sym_sizes(), sizes)) input = input.expand_symint(sizes);
-    if (differ(target.sym_sizes(), sizes)) target = target.expand_symint(sizes);
   }
   if (!call.ignore_index) {
     if (differ(input.sym_sizes(), target.sym_sizes())) {
       const auto sizes = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
       input = input.expand_symint(sizes);
-      target = target.expand_symint(sizes);
+      // A gradient that is a sum is summed by the backward here, where its numbers would be rounded before.
+      if (!(differentiates(target) && is_half(target.scalar_type()))) target = target.expand_symint(sizes);
     }
     if (at::isIntegralType(target.scalar_type(), false)) {
       target = target.to(call.wide ? at::kFloat : input.scalar_type());

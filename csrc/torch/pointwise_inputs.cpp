@@ -248,8 +248,9 @@ PointwiseInputs::PointwiseInputs(const PointwiseLoss& loss, const Tensor& input_
     }
     target = target.permute(row_order).contiguous();
   } else {
-    TORCH_CHECK(target.sizes() == input.sizes(), loss.op, ": expected target of the input's size ", input.sizes(),
-                ", got ", target.sizes());
+    TORCH_CHECK(at::is_expandable_to(target.sizes(), input.sizes()), loss.op, ": expected target of the input's size ",
+                input.sizes(), ", got ", target.sizes());
+    target = target.expand(input.sizes());
     TORCH_CHECK(kernel_dtype(target.scalar_type()), loss.op, ": expected a floating point target, got ",
                 target.scalar_type());
   }
@@ -283,9 +284,10 @@ Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const
   return empty_beside(input, of_torch.sizes(), dtype, of_torch.strides());
 }
 
-Tensor PointwiseInputs::empty_gradient_of(int64_t of, const Tensor& given_input, const Tensor& given_target) const {
-  if (of == kOfWideThird) return empty_in_order_of(*third, arithmetic_type(third->scalar_type()));
-  return empty_gradient(of == kOfInput ? given_input : of == kOfTarget ? given_target : *third, input);
+Tensor PointwiseInputs::empty_gradient_of(int64_t of, const Tensor& given_input) const {
+  const Tensor& like = is_of_target(of) ? target : is_of_third(of) ? *third : given_input;
+  const bool wide = of == kOfWideTarget || of == kOfWideThird;
+  return wide ? empty_in_order_of(like, arithmetic_type(like.scalar_type())) : empty_gradient(like, input);
 }
 
 // An operand of the kernels and the tensor that it reads, all in one order of elements.

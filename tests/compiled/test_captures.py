@@ -62,7 +62,7 @@ def one_call(chance: random.Random, name: str) -> tuple[list[Any], dict[str, Any
         classes = shape[1:2] if len(shape) > 1 else shape
         weight = tensor(chance, chance.choice([classes, shape, near(chance, shape)]), of_weight)
     if known.family == "pointwise" and chance.random() < 0.2:
-        options["pos_weight"] = tensor(chance, near(chance, shape), dtype)
+        options["third"] = tensor(chance, near(chance, shape), dtype)
     if known.family == "softmax":
         options["wide"] = chance.random() < 0.3
         options["second"] = chance.random() < 0.3
