@@ -117,7 +117,8 @@ def result_dtype(
     half, result = input.dtype in HALVES, input.dtype
     of_weight = result if weight is None else weight.dtype
     of_third = third.dtype if third is not None and traits.has_third_slope else result
-    if weight is not None and traits.result == "promoted" and not weight.dim() and (input.dim() or target.dim()):
+    some_dims = any(each.dim() for each in (input, target, *([] if third is None else [third])))
+    if weight is not None and traits.result == "promoted" and not weight.dim() and some_dims:
         of_weight = result  # a weight without dimensions gives way to losses that have some
     if half and torch.is_autocast_enabled(input.device.type):
         if traits.of_variances:

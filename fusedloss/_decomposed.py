@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._captures import REDUCTIONS
-from ._fake import statistics
+from ._fake import statistics, with_third
 from ._library import extension
 from ._traced import is_exporting
 
@@ -84,7 +84,7 @@ def pointwise(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
             options["ignore_index"] = ignore_index
         return formula(input, target, weight, _NAMES[reduction], *params, **options)
 
-    return decomposed
+    return with_third(decomposed)
 
 
 def softmax(formula: Callable[..., Any], saved_by: Callable[[list[float]], int]) -> Callable[..., Any]:

@@ -18,6 +18,17 @@ def nothing(*arguments: Any, **options: Any) -> None:
     return None
 
 
+def with_third(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For the kernels of an op, whose third operand is called pos_weight where it weighs the positive term."""
+
+    def named(*arguments: Any, **options: Any) -> Any:
+        if "pos_weight" in options:
+            options["third"] = options.pop("pos_weight")
+        return function(*arguments, **options)
+
+    return named
+
+
 def pointwise(traits: Any) -> Fakes:
     """Losses lie in memory as torch's: in the order of the input and the target, or of one alone."""
 
@@ -42,19 +53,20 @@ def pointwise(traits: Any) -> Fakes:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return input.new_empty((), dtype=torch.float32 if wide else input.dtype), torch.empty_like(input)
 
-    def carrying(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return forward(input, *rest), input.new_empty(1, dtype=torch.float32)
+    def carrying(input: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return forward(input, *rest, **options), input.new_empty(1, dtype=torch.float32)
 
     def backward(
         upstream: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, params: list[float],
-        third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of: int = 0,
-        carrier: Tensor | None = None,
+        third: Tensor | None = None, wide: bool = False, ignore_index: int | None = None, of_target: bool = False,
+        carrier: Tensor | None = None, of_third: bool = False, unrounded: bool = False,
     ) -> Tensor:  # fmt: skip
-        operand = (input, target, third, target, third)[of]
-        dtype = torch.float32 if of > 2 and operand.dtype in HALVES else operand.dtype  # type: ignore[union-attr]
-        return torch.empty_like(operand.expand(input.shape), dtype=dtype)  # type: ignore[union-attr]
+        operand = target if of_target else input if third is None or not of_third else third
+        dtype = torch.float32 if unrounded and operand.dtype in HALVES else operand.dtype
+        return torch.empty_like(operand.expand(input.shape), dtype=dtype)
 
-    return {"": forward, "_with_grad": with_grad, ".carrying": carrying, "_backward": backward}
+    fakes: Fakes = {"": forward, "_with_grad": with_grad, ".carrying": carrying, "_backward": backward}
+    return {suffix: with_third(fake) for suffix, fake in fakes.items()}
 
 
 def statistics(logits: Tensor, saved: int) -> tuple[int, torch.dtype]:

@@ -182,7 +182,7 @@ double over_tiles(const Loss& loss, PointwiseResult result, const PointwiseArgs&
     const double of_tile = run_arrays<T>(loss, result, arrays, last - first);
     if (tile.any_ignored()) tile.clear_ignored(arrays, last - first);
     sum = checks ? (sum > of_tile ? sum : of_tile) : sum + of_tile;
-    tile.write(first, last);
+    if (!checks) tile.write(first, last);
   }
   return sum;
 }

@@ -3,9 +3,9 @@
 //
 //   static void forward(const PointwiseLoss&, PointwiseInputs&, int64_t reduction, Tensor& value, Tensor* grad);
 //   static void backward(const PointwiseLoss&, PointwiseInputs&, const Tensor& upstream, int64_t reduction,
-//                        int64_t of, Tensor& grad);
+//                        Of, Tensor& grad);
 //
-// where a null grad is not wanted; in forward it is made for an upstream gradient of 1. `of` is an Of.
+// where a null grad is not wanted; in forward it is made for an upstream gradient of 1.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -19,10 +19,8 @@
 
 namespace fusedloss {
 
-// Which operand a gradient is that to. A wide one is of the arithmetic type, to be summed before it is rounded.
-enum Of : int64_t { kOfInput = 0, kOfTarget = 1, kOfThird = 2, kOfWideTarget = 3, kOfWideThird = 4 };
-inline bool is_of_target(int64_t of) { return of == kOfTarget || of == kOfWideTarget; }
-inline bool is_of_third(int64_t of) { return of == kOfThird || of == kOfWideThird; }
+// Which operand a gradient is that to.
+enum class Of { Input, Target, Third };
 
 // A call but for its input and target.
 struct PointwiseCall {
@@ -74,9 +72,9 @@ void implement_pointwise_on_cpu(torch::Library& m, const PointwiseLoss& loss);
 void implement_pointwise_on_cuda(torch::Library& m, const PointwiseLoss& loss);
 
 // Whether a loss has a gradient to its target or its third operand.
-inline bool has_gradient(const PointwiseLoss& loss, int64_t of) {
-  if (is_of_third(of)) return loss.traits.has_third_slope;
-  return is_of_target(of) && (loss.traits.of_difference || loss.traits.has_target_slope);
+inline bool has_gradient(const PointwiseLoss& loss, Of of) {
+  if (of == Of::Third) return loss.traits.has_third_slope;
+  return loss.traits.of_difference || loss.traits.has_target_slope;
 }
 
 // What a backward pass makes and the sign of its scale: a difference's slopes are one, but for the sign.
@@ -84,9 +82,9 @@ struct Slope {
   PointwiseResult result;
   double sign;
 };
-inline Slope slope_of(const PointwiseLoss& loss, int64_t of) {
-  if (of == kOfInput) return {PointwiseResult::Grad, 1};
-  if (is_of_third(of)) return {PointwiseResult::ThirdGrad, 1};
+inline Slope slope_of(const PointwiseLoss& loss, Of of) {
+  if (of == Of::Input) return {PointwiseResult::Grad, 1};
+  if (of == Of::Third) return {PointwiseResult::ThirdGrad, 1};
   return loss.traits.of_difference ? Slope{PointwiseResult::Grad, -1} : Slope{PointwiseResult::TargetGrad, 1};
 }
 
@@ -101,7 +99,8 @@ struct PointwiseInputs {
 
   at::ScalarType result_dtype(bool wide) const { return wide ? at::kFloat : input.scalar_type(); }
   Tensor empty_losses(const PointwiseLoss& loss, bool wide) const;  // in torch's order
-  Tensor empty_gradient_of(int64_t of, const Tensor& given_input) const;
+  // `unrounded`: in the arithmetic type, for a sum.
+  Tensor empty_gradient_of(Of, const Tensor& given_input, bool unrounded) const;
   // What a mean divides by; over class indices only a device knows how many rows count.
   double divisor(int64_t reduction) const { return reduction == kMean ? double(input.numel()) : 1.0; }
   // With the losses or gradients that are written, and the upstream gradient, if any. The arguments point into this.
@@ -162,18 +161,20 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   m.impl((name + "_backward").c_str(),
          [&loss, with_grad](const Tensor& upstream, const Tensor& input, const Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, Params params, const OptionalTensor& third,
-                            bool wide, std::optional<int64_t> ignore_index, int64_t of, const OptionalTensor& carrier) {
+                            bool wide, std::optional<int64_t> ignore_index, bool of_target,
+                            const OptionalTensor& carrier, bool of_third, bool unrounded) {
            PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
            check_upstream(loss.op.c_str(), upstream, inputs.result_dtype(wide), reduction, input.sizes(), input);
-           TORCH_CHECK(of == kOfInput || has_gradient(loss, of), loss.op, " is not differentiable with respect to its ",
-                       is_of_target(of) ? "target" : "third operand");
-           TORCH_CHECK(!is_of_third(of) || third, loss.op, "_backward: expected a third operand, got none");
-           const GradientOfForward carried = carrier && of == kOfInput ? take_carried(*carrier) : GradientOfForward{};
+           const Of of = of_third ? Of::Third : of_target ? Of::Target : Of::Input;
+           TORCH_CHECK(of == Of::Input || has_gradient(loss, of), loss.op,
+                       " is not differentiable with respect to its ", of_third ? "third operand" : "target");
+           TORCH_CHECK(!of_third || third, loss.op, "_backward: expected a third operand, got none");
+           const GradientOfForward carried = carrier && of == Of::Input ? take_carried(*carrier) : GradientOfForward{};
            if (carried.made && scales_exactly(input, upstream)) {
              return scaled(carried, upstream,
                            [&] { return std::get<1>(with_grad(loss, inputs, input, reduction, wide)); });
            }
-           Tensor grad = inputs.empty_gradient_of(of, input);
+           Tensor grad = inputs.empty_gradient_of(of, input, unrounded);
            if (input.numel() != 0) OnDevice::backward(loss, inputs, upstream, reduction, of, grad);
            return grad;
          });

@@ -13,7 +13,7 @@ using ForwardOp = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, in
 using WithGradOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
                                               const OptionalTensor&, bool, std::optional<int64_t>);
 using BackwardOp = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, Params,
-                          const OptionalTensor&, bool, std::optional<int64_t>, int64_t, const OptionalTensor&);
+                          const OptionalTensor&, bool, std::optional<int64_t>, bool, const OptionalTensor&, bool, bool);
 
 struct PointwiseHandles {
   c10::TypedOperatorHandle<ForwardOp> forward;
@@ -65,10 +65,11 @@ std::tuple<Tensor, Tensor> with_grad(const PointwiseLoss& loss, const Tensor& in
 }
 
 Tensor backward_of(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                   const PointwiseCall& call, int64_t of, const OptionalTensor& carrier) {
+                   const PointwiseCall& call, Of of, const OptionalTensor& carrier, bool unrounded = false) {
   const AlignedAsRead aligned;
   return handles_of(loss).backward.call(upstream, input, target, call.weight, call.reduction, call.params, call.third,
-                                        call.wide, call.ignore_index, of, carrier);
+                                        call.wide, call.ignore_index, of == Of::Target, carrier, of == Of::Third,
+                                        unrounded);
 }
 
 Tensor native(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
@@ -109,7 +110,7 @@ Tensor gradient_by_input(const PointwiseLoss& loss, const PointwiseCall& call, c
                          const Tensor& input, const Tensor& target, const GradientOfForward& of_forward,
                          const OptionalTensor& carrier) {
   if (!of_forward.made || !scales_exactly(input, upstream)) {
-    return backward_of(loss, upstream, input, target, call, kOfInput, carrier);
+    return backward_of(loss, upstream, input, target, call, Of::Input, carrier);
   }
   return scaled(of_forward, upstream, [&] { return std::get<1>(with_grad(loss, input, target, call)); });
 }
@@ -126,7 +127,7 @@ Tensor derivative_by_upstream(const PointwiseLoss& loss, const PointwiseCall& ca
   }
   each.wide = false;
   const Tensor x = wide(input), t = wide(target);
-  Tensor products = backward_of(loss, v.to(arithmetic_type(upstream.scalar_type())), x, t, each, kOfInput, {});
+  Tensor products = backward_of(loss, v.to(arithmetic_type(upstream.scalar_type())), x, t, each, Of::Input, {});
   if (call.reduction == kMean) products = products.sum().div_(double(input.numel()));
   if (call.reduction == kSum) products = products.sum();
   return products.to(upstream.scalar_type());
@@ -177,10 +178,10 @@ Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss
 // The gradient to the target or the third operand. One that broadcasts gets a sum, of numbers that are not rounded to a
 // half type.
 Tensor gradient_by(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                   const PointwiseCall& call, Of of, Of wide) {
-  const Tensor& operand = of == kOfTarget ? target : *call.third;
+                   const PointwiseCall& call, Of of) {
+  const Tensor& operand = of == Of::Target ? target : *call.third;
   if (!differ(operand.sym_sizes(), input.sym_sizes())) return backward_of(loss, upstream, input, target, call, of, {});
-  const Tensor gradients = backward_of(loss, upstream, input, target, call, wide, {});
+  const Tensor gradients = backward_of(loss, upstream, input, target, call, of, {}, /*unrounded=*/true);
   return at::sum_to(gradients, operand.sym_sizes()).to(operand.scalar_type());
 }
 
@@ -214,13 +215,13 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
     return by_formula(loss, call, upstream, input, target);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  if (of_third) gradients[2] = gradient_by(loss, upstream, input, target, call, kOfThird, kOfWideThird);
+  if (of_third) gradients[2] = gradient_by(loss, upstream, input, target, call, Of::Third);
   if (of_input || (mirrored && of_forward.made)) {
     const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
     if (mirrored) return mirror(gradient);
     gradients[0] = gradient;
   }
-  if (of_target) gradients[1] = gradient_by(loss, upstream, input, target, call, kOfTarget, kOfWideTarget);
+  if (of_target) gradients[1] = gradient_by(loss, upstream, input, target, call, Of::Target);
   return gradients;
 }
 
@@ -272,7 +273,7 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
     }
   }
   if (differentiates(input) || differentiates(target) || (has_third(loss, call) && differentiates(*call.third))) {
-    TORCH_CHECK(!target.requires_grad() || has_gradient(loss, kOfTarget), loss.op,
+    TORCH_CHECK(!target.requires_grad() || has_gradient(loss, Of::Target), loss.op,
                 " is not differentiable with respect to its target");
     // With a reduction, a gradient in forward costs hardly more than the sum alone on a CPU. On a GPU it moves 3
     // elements where forward and backward apart move 5, and as many as they do where the upstream gradient is not 1.
@@ -288,13 +289,14 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
 
 void define_pointwise(torch::Library& m, const PointwiseLoss& loss) {
   const std::string name = base_name(loss.op);
-  const std::string arguments =
-      "Tensor input, Tensor target, Tensor? weight, int reduction, float[] params, Tensor? third=None, "
-      "bool wide=False, int? ignore_index=None";
+  const std::string third = loss.traits.has_third_slope ? "third" : "pos_weight";
+  const std::string arguments = "Tensor input, Tensor target, Tensor? weight, int reduction, float[] params, Tensor? " +
+                                third + "=None, bool wide=False, int? ignore_index=None";
   m.def((name + "(" + arguments + ") -> Tensor").c_str());
   m.def((name + "_with_grad(" + arguments + ") -> (Tensor loss, Tensor grad)").c_str());
   m.def((name + ".carrying(" + arguments + ") -> (Tensor loss, Tensor carrier)").c_str());
-  const std::string of_backward = ", int of=0, Tensor? carrier=None) -> Tensor";
+  const std::string of_backward =
+      ", bool of_target=False, Tensor? carrier=None, bool of_third=False, bool unrounded=False) -> Tensor";
   m.def((name + "_backward(Tensor upstream, " + arguments + of_backward).c_str());
 }
 

@@ -112,7 +112,8 @@ const char* declines_dtypes(const PointwiseLoss& loss, const Tensor& input, cons
     if (!broadcasts_first && type != of_target && target.is_floating_point() &&
         (input.dim() == 0) != (target.dim() == 0))
       return kDifferentDtypes;
-    if (of_third != type && (call.third->dim() == 0) != sizes.empty()) return kDifferentDtypes;
+    if (of_third != type && (call.third->dim() == 0) != (input.dim() == 0 && target.dim() == 0))
+      return kDifferentDtypes;
     result = c10::promoteTypes(c10::promoteTypes(type, of_target), of_third);
     if (call.weight && !gives_way) result = c10::promoteTypes(result, of_weight);
   } else if (rule == ResultDType::OfTarget) {
@@ -284,10 +285,9 @@ Tensor PointwiseInputs::empty_losses(const PointwiseLoss& loss, bool wide) const
   return empty_beside(input, of_torch.sizes(), dtype, of_torch.strides());
 }
 
-Tensor PointwiseInputs::empty_gradient_of(int64_t of, const Tensor& given_input) const {
-  const Tensor& like = is_of_target(of) ? target : is_of_third(of) ? *third : given_input;
-  const bool wide = of == kOfWideTarget || of == kOfWideThird;
-  return wide ? empty_in_order_of(like, arithmetic_type(like.scalar_type())) : empty_gradient(like, input);
+Tensor PointwiseInputs::empty_gradient_of(Of of, const Tensor& given_input, bool unrounded) const {
+  const Tensor& like = of == Of::Target ? target : of == Of::Third ? *third : given_input;
+  return unrounded ? empty_in_order_of(like, arithmetic_type(like.scalar_type())) : empty_gradient(like, input);
 }
 
 // An operand of the kernels and the tensor that it reads, all in one order of elements.

@@ -158,8 +158,10 @@ def poisson_nll_loss(
 
 
 def _raises_for_negative(var: Tensor) -> bool:
-    """Whether the host may look at the variances, and somebody hears of it."""
-    return var.device.type == "cpu" and not is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether the host may look at the variances: they are numbers on a CPU, that no transform or mode stands for."""
+    if var.device.type != "cpu" or is_compiling() or hasattr(var, "fake_mode"):
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._len_torch_dispatch_stack() == 0
 
 
 @_route.pointwise("gaussian_nll", left="few")

@@ -286,7 +286,7 @@ def exact_margin_ranking(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Numb
 
 
 def exact_gaussian_nll(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, Number]:
-    value, slope, _ = of_variance(x, t, call.pos_weight.double(), call)
+    value, slope, _ = of_variance(x, t, third_of(call).double(), call)
     return value, slope, slope.times(-1.0)
 
 
@@ -308,7 +308,12 @@ def of_variance(x: Tensor, t: Tensor, var: Tensor, call: Call) -> tuple[Number, 
 
 def labels_of(call: Call) -> Tensor:
     """1 or -1, as the third operand is above 1."""
-    return (2 * (call.pos_weight > 1) - 1).to(call.pos_weight.dtype)
+    third = third_of(call)
+    return (2 * (third > 1) - 1).to(third.dtype)
+
+
+def third_of(call: Call) -> Tensor:
+    return torch.ones_like(call.input) if call.pos_weight is None else call.pos_weight
 
 
 def of_as_many_dims(*operands: Tensor) -> list[Tensor]:
@@ -486,8 +491,8 @@ LOSSES = {
         of_difference=True,
     ),
     "gaussian_nll": Loss(
-        lambda x, t, c: L.gaussian_nll_loss(x, t, c.pos_weight, c.gamma == 1, c.param, c.reduction),
-        lambda x, t, c: F.gaussian_nll_loss(x, t, c.pos_weight, c.gamma == 1, c.param, c.reduction),
+        lambda x, t, c: L.gaussian_nll_loss(x, t, third_of(c), c.gamma == 1, c.param, c.reduction),
+        lambda x, t, c: F.gaussian_nll_loss(x, t, third_of(c), c.gamma == 1, c.param, c.reduction),
         exact_gaussian_nll,
         ["none", "none", "equal", "tiny", "nan"],
         MIXED,
@@ -504,7 +509,7 @@ LOSSES = {
         lambda x, t, c: F.gaussian_nll_loss(t, torch.zeros_like(t), x, c.gamma == 1, c.param, c.reduction),
         exact_by_variance,
         ["none", "none", "tiny", "nan"],
-        MIXED,
+        ["same", "same", "float32"],
         ["none"],
         SAME,
         params=(1e-6, 1e-3, 0.5),

@@ -61,8 +61,9 @@ def one_call(chance: random.Random, name: str) -> tuple[list[Any], dict[str, Any
         of_weight = dtype if chance.random() < 0.6 else chance.choice(DTYPES)
         classes = shape[1:2] if len(shape) > 1 else shape
         weight = tensor(chance, chance.choice([classes, shape, near(chance, shape)]), of_weight)
-    if known.family == "pointwise" and chance.random() < 0.2:
-        options["third"] = tensor(chance, near(chance, shape), dtype)
+    if known.family == "pointwise" and chance.random() < (0.8 if known.traits.has_third_slope else 0.2):
+        of_third = dtype if chance.random() < 0.6 else chance.choice(DTYPES)
+        options["third"] = tensor(chance, near(chance, shape), of_third)
     if known.family == "softmax":
         options["wide"] = chance.random() < 0.3
         options["second"] = chance.random() < 0.3

@@ -74,8 +74,8 @@ def _public(loss: Loss) -> Callable[..., Tensor]:
     if loss.op == "margin_ranking":
         return lambda x, t, reduction: L.margin_ranking_loss(x, t, _third(loss, t), *loss.params, reduction=reduction)
     if loss.op == "gaussian_nll":
-        eps, full = loss.params
-        return lambda x, t, reduction: L.gaussian_nll_loss(x, t, _third(loss, t), bool(full), eps, reduction)
+        eps, full = loss.params[0], bool(loss.params[1])
+        return lambda x, t, reduction: L.gaussian_nll_loss(x, t, _third(loss, t), full, eps, reduction)
     if loss in _WITH_DEFAULTS:
         function = getattr(L, f"{loss.op}_loss", None) or getattr(L, loss.op)
         return lambda x, t, reduction: function(x, t, reduction=reduction)

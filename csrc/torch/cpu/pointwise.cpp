@@ -71,7 +71,7 @@ struct OnCpu {
   }
 
   static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                       int64_t of, Tensor& grad) {
+                       Of of, Tensor& grad) {
     PointwiseArgs args = {};
     inputs.fill(args, &grad, &upstream);
     const Slope slope = slope_of(loss, of);

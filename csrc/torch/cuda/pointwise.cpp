@@ -26,7 +26,7 @@ struct OnCuda {
   }
 
   static void backward(const PointwiseLoss& loss, PointwiseInputs& inputs, const Tensor& upstream, int64_t reduction,
-                       int64_t of, Tensor& grad) {
+                       Of of, Tensor& grad) {
     const CudaCall call(inputs.input);
     CudaPointwiseArgs args = {};
     const Tensor read = inputs.ignore_index ? in_order_of(inputs.input, upstream) : upstream;
