@@ -253,7 +253,7 @@ def run(
             params, pointer(statistics), pointer(losses), pointer(grad), pointer(sample_weight),
         )  # fmt: skip
     else:
-        slopes = [traits(loss.op).has_target_slope, traits(loss.op).has_third_slope]
+        slopes = [traits(loss.op).has_target_slope, traits(loss.op).has_third_slope and third is not None]
         grad_target = torch.empty_like(x) if any(slopes) else x.new_empty(0)
         total = kernels.run_pointwise(
             *head, ctypes.c_int64(x.numel()), pointer(x), pointer(target),

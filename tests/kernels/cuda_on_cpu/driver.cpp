@@ -135,9 +135,8 @@ int run_pointwise(PointwiseCall* call) {
   args.divisor = call->divisor;
   args.workspace = workspace.bytes;
   const auto result = fusedloss::PointwiseResult(call->result);
-  const int error = call->loss < 0
-                        ? fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr)
-                        : fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr);
+  const int error = call->loss < 0 ? fusedloss::cuda::run_pointwise<Custom>(result, args, nullptr)
+                                   : fusedloss::cuda_pointwise(fusedloss::Pointwise(call->loss), result, args, nullptr);
   call->bad_target[0] = bad.row;
   call->bad_target[1] = bad.target;
   return workspace.error_or(error);
