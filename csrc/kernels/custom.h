@@ -7,7 +7,7 @@
 namespace fusedloss {
 
 // Changes with the structs, so that a library compiled against others is refused.
-constexpr int64_t kCustomVersion = 2'000'000 + sizeof(PointwiseArgs);
+constexpr int64_t kCustomVersion = 3'000'000 + sizeof(PointwiseArgs);
 struct CustomPointwise {
   int64_t version;
   PointwiseTraits traits;
