@@ -37,7 +37,6 @@ FILES = (
     "contract/test_options.py",
     "contract/test_pointwise_dtypes.py",
     "contract/test_sample_weight.py",
-    "contract/test_three_operands.py",
     "contract/test_weighted_dtypes.py",
 )
 TESTS = ["tests/gpu", *(f"tests/{file}" for file in FILES), "-k", "not gradcheck and not sparse"]
