@@ -48,6 +48,16 @@ bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
   return false;
 }
 
+// The input as the kernels read it: of the size that the operands broadcast to.
+Tensor input_as_read(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
+  Tensor read = input;
+  if (!call.ignore_index && differ(read.sym_sizes(), target.sym_sizes()))
+    read = read.expand_symint(at::infer_size_symdimvector(read.sym_sizes(), target.sym_sizes()));
+  if (has_third(loss, call) && differ(read.sym_sizes(), call.third->sym_sizes()))
+    read = read.expand_symint(at::infer_size_symdimvector(read.sym_sizes(), call.third->sym_sizes()));
+  return read;
+}
+
 // kMirrored: the gradient to the target is that to the input, negated.
 SavedCall saved_call(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
   const bool mirrored = loss.traits.of_difference && target.scalar_type() == input.scalar_type() &&
@@ -175,11 +185,9 @@ Tensor differentiable_gradient(const SavedCall& saved, const PointwiseLoss& loss
   return gradient;
 }
 
-// The gradient to the target or the third operand. One that broadcasts gets a sum, of numbers that are not rounded to a
-// half type.
+// The gradient to one operand. One that broadcasts gets a sum, of numbers that are not rounded to a half type.
 Tensor gradient_by(const PointwiseLoss& loss, const Tensor& upstream, const Tensor& input, const Tensor& target,
-                   const PointwiseCall& call, Of of) {
-  const Tensor& operand = of == Of::Target ? target : *call.third;
+                   const PointwiseCall& call, Of of, const Tensor& operand) {
   if (!differ(operand.sym_sizes(), input.sym_sizes())) return backward_of(loss, upstream, input, target, call, of, {});
   const Tensor gradients = backward_of(loss, upstream, input, target, call, of, {}, /*unrounded=*/true);
   return at::sum_to(gradients, operand.sym_sizes()).to(operand.scalar_type());
@@ -205,23 +213,28 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
     return mirror(scaled(of_forward.left, upstream));
   }
   const SavedTensors tensors = kept.tensors();
-  const Tensor &input = tensors[0], &target = tensors[1];
+  const Tensor &given = tensors[0], &target = tensors[1];
   const PointwiseLoss& loss = pointwise_loss(saved.loss);
   const PointwiseCall call = call_of(saved, tensors, 2);
   const OptionalTensor carrier = tensors[4].defined() ? OptionalTensor(tensors[4]) : std::nullopt;
+  const Tensor input = input_as_read(loss, given, target, call);
+  const bool sums_input = differ(given.sym_sizes(), input.sym_sizes());
   if (differentiable) {
-    if (!batched && !is_traced(upstream) && (mirrored || !of_target) && has_second_derivative(loss, call))
+    if (!batched && !is_traced(upstream) && !sums_input && (mirrored || !of_target) &&
+        has_second_derivative(loss, call))
       return mirror(differentiable_gradient(saved, loss, call, upstream, input, target, of_forward));
-    return by_formula(loss, call, upstream, input, target);
+    return by_formula(loss, call, upstream, given, target);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  if (of_third) gradients[2] = gradient_by(loss, upstream, input, target, call, Of::Third);
-  if (of_input || (mirrored && of_forward.made)) {
+  if (of_third) gradients[2] = gradient_by(loss, upstream, input, target, call, Of::Third, *call.third);
+  if (of_input && sums_input) {
+    gradients[0] = gradient_by(loss, upstream, input, target, call, Of::Input, given);
+  } else if (of_input || (mirrored && of_forward.made)) {
     const Tensor gradient = gradient_by_input(loss, call, upstream, input, target, of_forward, carrier);
     if (mirrored) return mirror(gradient);
     gradients[0] = gradient;
   }
-  if (of_target) gradients[1] = gradient_by(loss, upstream, input, target, call, Of::Target);
+  if (of_target) gradients[1] = gradient_by(loss, upstream, input, target, call, Of::Target, target);
   return gradients;
 }
 
@@ -234,8 +247,8 @@ Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const
   {
     const BelowAutograd guard;
     if (gradient == GradientIn::Backward) {
-      value = handles_of(loss).forward.call(input, target, call.weight, call.reduction, call.params, call.third,
-                                            call.wide, call.ignore_index);
+      value = handles_of(loss).forward.call(input_as_read(loss, input, target, call), target, call.weight,
+                                            call.reduction, call.params, call.third, call.wide, call.ignore_index);
     } else if (gradient == GradientIn::Forward) {
       of_forward.made = true;
       std::tie(value, of_forward.left) = with_grad(loss, input, target, call);
@@ -256,18 +269,13 @@ Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const
 Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& target_, const PointwiseCall& call,
                  GradientIn gradient) {
   Tensor input = input_, target = target_;
-  if (has_third(loss, call)) {
-    const auto of_two = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
-    const auto sizes = at::infer_size_symdimvector(of_two, call.third->sym_sizes());
-    if (differ(input.sym_sizes(), sizes)) input = input.expand_symint(sizes);
-  }
+  // A gradient in a half type that is a sum is summed by the backward here: expand's would sum rounded numbers.
+  const auto sums = [](const Tensor& operand) { return differentiates(operand) && is_half(operand.scalar_type()); };
+  const Tensor read = input_as_read(loss, input, target, call);
+  const bool expanded = differ(input.sym_sizes(), read.sym_sizes()), sums_input = expanded && sums(input);
+  if (!sums_input) input = read;
   if (!call.ignore_index) {
-    if (differ(input.sym_sizes(), target.sym_sizes())) {
-      const auto sizes = at::infer_size_symdimvector(input.sym_sizes(), target.sym_sizes());
-      input = input.expand_symint(sizes);
-      // A gradient that is a sum is summed by the backward here, where its numbers would be rounded before.
-      if (!(differentiates(target) && is_half(target.scalar_type()))) target = target.expand_symint(sizes);
-    }
+    if (!sums(target) && differ(target.sym_sizes(), read.sym_sizes())) target = target.expand_symint(read.sym_sizes());
     if (at::isIntegralType(target.scalar_type(), false)) {
       target = target.to(call.wide ? at::kFloat : input.scalar_type());
     }
@@ -278,7 +286,7 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
     // With a reduction, a gradient in forward costs hardly more than the sum alone on a CPU. On a GPU it moves 3
     // elements where forward and backward apart move 5, and as many as they do where the upstream gradient is not 1.
     const bool pays =
-        input.requires_grad() && gradient_in_forward_pays(input, call.reduction) &&
+        input.requires_grad() && !sums_input && gradient_in_forward_pays(input, call.reduction) &&
         (!(call.ignore_index || gradient == GradientIn::Carried) || device_for(input).row_gradient_in_forward_pays);
     return differentiable_loss(loss, input, target, call, pays ? gradient : GradientIn::Backward);
   }

@@ -17,7 +17,7 @@ from choices import Choices, one_draw
 from compare import EPSILON, places
 from hypothesis import given
 from layouts import laid_out
-from losses import DTYPES, HALVES, NATIVE, REDUCTIONS
+from losses import DTYPES, NATIVE, REDUCTIONS
 from marks import needs_extension, on_cpu_alone
 from pointwise_calls import OF_TWO_DTYPES
 from torch import Tensor
@@ -37,8 +37,6 @@ pytestmark = [
 # float32 a number is the end of some eight roundings that go either way (gap, exponential, logarithm, product, weight,
 # divisor, upstream, sum), where torch's may happen to have cancelled. In float64 the exact formula has some of its own.
 SLACK = {torch.float32: 8.0, torch.float64: 12.0, torch.bfloat16: 0.01, torch.float16: 0.01}
-# Where an input broadcasts, its gradient is a sum of numbers of its dtype, each rounded for itself, here and in torch.
-OF_SUMMED_GRADIENTS = 2.0
 LAYOUTS = ["contiguous", "transposed", "sliced", "channels_last", "expanded rows"]
 LARGEST = 3000  # elements: more than a tile of either type, and little enough for thousands of calls
 
@@ -635,7 +633,7 @@ def exact(loss: Loss, call: Call, upstream: Tensor) -> tuple[Number, Number, Num
     return value, slopes, target_slope and target_slope.times(of_element).summed(call.target.shape)
 
 
-def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: Tensor | float, summed: bool) -> float:
+def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: Tensor | float) -> float:
     """By what part of the slack the error of `got` exceeds that of torch: of the number where it is the largest."""
     assert got.shape == of_torch.shape == expected.exact.shape and got.dtype == of_torch.dtype
     finite, finite_in_torch = got.isfinite(), of_torch.isfinite()
@@ -647,7 +645,7 @@ def excess(got: Tensor, of_torch: Tensor, expected: Number, smallest: Tensor | f
         assert (finite | same | true).all()
     if not finite.any():
         return 0.0
-    slack = SLACK[got.dtype] + (OF_SUMMED_GRADIENTS if summed and got.dtype in HALVES else 0)
+    slack = SLACK[got.dtype]
     finfo = torch.finfo(got.dtype)
     step = finfo.eps / 2 * expected.size.clamp_min(finfo.tiny)
     error = (got.double() - expected.exact).abs()
@@ -677,17 +675,14 @@ def excesses(loss: Loss, recipe: Recipe) -> list[float]:
     # What the arithmetic takes for 0, such as e^-88 in float32, times the largest factors of the above.
     tiny = torch.finfo(torch.float64 if call.input.dtype == torch.float64 else torch.float32).tiny
     smallest = 16 * tiny * (6e4 if loss.inputs == "logits" else 1)
-    found = [excess(value, value_of_torch, of_value, smallest * LARGEST, False)]
+    found = [excess(value, value_of_torch, of_value, smallest * LARGEST)]
     smallest *= max(1.0, upstream.abs().max().item())
     broadcast = call.input.shape != call.target.shape
     for got, of_torch, expected in zip(grads, grads_of_torch, of_grads, strict=False):
         below = torch.tensor(smallest, dtype=torch.float64)  # in float32 it would be 0
-        if broadcast:  # Each term of the sum is rounded by itself, below the normal range by half of a fixed step.
-            finfo = torch.finfo(got.dtype)
-            terms = torch.broadcast_shapes(call.input.shape, call.target.shape).numel() // got.numel()
-            step = (expected.size < terms * finfo.smallest_normal) * torch.tensor(terms * finfo.eps / 2).double()
-            below = smallest * LARGEST + step * finfo.smallest_normal
-        found.append(excess(got, of_torch, expected, below, broadcast))
+        if broadcast:
+            below = below * LARGEST
+        found.append(excess(got, of_torch, expected, below))
     return found
 
 
@@ -712,7 +707,7 @@ def test_equal_losses_add_up(loss, count):
         call = Call(x, t, None, None, "mean", 0.25, 2.0)
         value, of_torch = LOSSES[loss].ours(x, t, call), LOSSES[loss].torchs(x, t, call)
         expected, _, _ = exact(LOSSES[loss], call, torch.ones_like(value))
-        assert excess(value, of_torch, expected, 0.0, False) <= 1
+        assert excess(value, of_torch, expected, 0.0) <= 1
 
 
 @pytest.mark.parametrize("x", [math.inf, -math.inf])

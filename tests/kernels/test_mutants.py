@@ -281,10 +281,10 @@ def agrees_with_native(kernels: ctypes.CDLL, op: str) -> bool:
                 return False
     if op == "binary_cross_entropy_with_logits":
         return agrees_with_pos_weight(kernels)
-    if traits(op).has_third_slope:
-        return agrees_with_third(kernels, op)
     if op in ("cross_entropy", "nll"):
         return agrees_with_sample_weight(kernels, loss_named(op))
+    if op not in {loss.op for loss in SOFTMAX} and traits(op).has_third_slope:
+        return agrees_with_third(kernels, op)
     return op != "sigmoid_focal" or agrees_with_class_indices(kernels)
 
 
