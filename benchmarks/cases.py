@@ -120,6 +120,7 @@ CPU_POINTWISE = {
     "bce_with_logits": 4.0,
     "bce_with_logits_and_weights": 4.0,
     "sigmoid_focal": 12.0,
+    "asymmetric": 12.0,
 }
 CPU_OF_MARGINS = {
     "margin_ranking": 8.0,

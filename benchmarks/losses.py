@@ -189,6 +189,17 @@ def sigmoid_focal(f: Any, x: Tensor, t: Tensor) -> Tensor:
     return (alpha_t * (ce * ((1 - p_t) ** GAMMA))).mean()
 
 
+def asymmetric(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    """For torch, its authors' formula, which timm has too."""
+    if f is L:
+        return L.asymmetric_loss(x, t)
+    positive = torch.sigmoid(x)
+    negative = (1 - positive + 0.05).clamp(max=1)
+    loss = t * torch.log(positive.clamp(min=1e-8)) + (1 - t) * torch.log(negative.clamp(min=1e-8))
+    weight = torch.pow(1 - (positive * t + negative * (1 - t)), t + 4 * (1 - t))
+    return -(loss * weight).sum()
+
+
 def multilabel_soft_margin(f: Any, x: Tensor, t: Tensor) -> Tensor:
     columns = math.gcd(x.numel(), 1024)
     loss: Tensor = f.multilabel_soft_margin_loss(x.view(-1, columns), t.view(-1, columns))
@@ -205,6 +216,7 @@ POINTWISE: dict[str, tuple[Call, Target]] = {
     "bce_with_logits_and_weights": (with_both_weights, zeros_and_ones),
     "bce_with_logits_and_pos_weight": (with_pos_weight, zeros_and_ones),
     "sigmoid_focal": (sigmoid_focal, zeros_and_ones),
+    "asymmetric": (asymmetric, zeros_and_ones),
     "hinge_embedding": (lambda f, x, t: f.hinge_embedding_loss(x, t), labels),
     "soft_margin": (lambda f, x, t: f.soft_margin_loss(x, t), labels),
     "kl_div": (lambda f, x, t: f.kl_div(x, t, reduction="batchmean"), probabilities),

@@ -10,6 +10,7 @@ from ._route import explain
 from .adoption import patch, scope
 from .custom import PointwiseLoss, pointwise_loss
 from .modules import (
+    AsymmetricLoss,
     BCELoss,
     BCEWithLogitsLoss,
     CrossEntropyLoss,
@@ -33,6 +34,7 @@ from .modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",

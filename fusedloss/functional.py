@@ -1,6 +1,8 @@
 """The losses as functions, with the names and positional arguments of ``torch.nn.functional``."""
 
 from . import _scripted
+from .losses.asymmetric import *  # noqa: F403
+from .losses.asymmetric import __all__ as _asymmetric
 from .losses.binary import *  # noqa: F403
 from .losses.binary import __all__ as _binary
 from .losses.cross_entropy import *  # noqa: F403
@@ -23,6 +25,7 @@ from .losses.sigmoid_focal import *  # noqa: F403
 from .losses.sigmoid_focal import __all__ as _sigmoid_focal
 
 __all__ = [
+    *_asymmetric,
     *_binary,
     *_cross_entropy,
     *_difference,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import deprecated  # torch depends on it
 
 from . import functional
+from ._asymmetric_module import AsymmetricLoss
 from ._divergence_modules import GaussianNLLLoss, KLDivLoss, PoissonNLLLoss
 from ._margin_modules import HingeEmbeddingLoss, MarginRankingLoss, MultiLabelSoftMarginLoss, SoftMarginLoss
 from ._scripted import as_native as _as_native
@@ -230,7 +231,8 @@ class BCELoss(nn.BCELoss):
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """:class:`torch.nn.BCEWithLogitsLoss`, computed by :func:`fusedloss.functional.binary_cross_entropy_with_logits`.
 
-    Beside an ``ignore_index``, which torch's module does not take, integer targets are class indices.
+    Beside an ``ignore_index``, which torch's module does not take, integer targets are class indices, and there may be
+    a ``label_smoothing`` of them. ``target_threshold`` is not torch's either.
 
     >>> BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(torch.tensor([0.0]), torch.tensor([1.0]))
     tensor(1.3863)
@@ -238,7 +240,10 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     tensor(0.6931)
     """
 
-    ignore_index: int | None = None  # on the class, for modules that were pickled without it
+    # On the class, for modules that were pickled without them.
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    target_threshold: float | None = None
 
     def __init__(
         self,
@@ -249,10 +254,16 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         pos_weight: Tensor | None = None,
         *,
         ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        target_threshold: float | None = None,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         if ignore_index is not None:  # otherwise the module's attributes are torch's
             self.ignore_index = ignore_index
+        if label_smoothing != 0:
+            self.label_smoothing = checked("BCEWithLogitsLoss", "label_smoothing", label_smoothing)
+        if target_threshold is not None:
+            self.target_threshold = checked("BCEWithLogitsLoss", "target_threshold", target_threshold)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -262,10 +273,12 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             reduction=self.reduction,
             pos_weight=self.pos_weight,
             ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            target_threshold=self.target_threshold,
         )
 
     def __prepare_scriptable__(self) -> nn.Module:
-        _check_scriptable(self, "ignore_index")
+        _check_scriptable(self, "ignore_index", "label_smoothing", "target_threshold")
         return _as_native(self, nn.BCEWithLogitsLoss)
 
 
@@ -413,6 +426,7 @@ class SigmoidFocalLoss(nn.Module):
 
 
 __all__ = [
+    "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",

@@ -1,12 +1,13 @@
 // The pointwise losses: value(x, t) and grad(x, t) = d value / d x per element, grad_target(x, t) = d value / d t. One
 // of three operands takes the third after x and t, and has grad_third(x, t, third).
 //
-// Those of margins and of distributions stand in margin.h and divergence.h.
+// Those of margins and of distributions stand in margin.h and divergence.h, the asymmetric one in asymmetric.h.
 //
 // A functor takes its parameters in the order of the Python function and holds them in the arithmetic type T. To add a
 // loss, write its functor and its line in the list; ops, autograd, bindings, tests and benchmarks expand from the list.
 #pragma once
 
+#include "asymmetric.h"
 #include "divergence.h"
 #include "margin.h"
 #include "math.h"
@@ -173,6 +174,28 @@ struct BinaryCrossEntropyWithLogits {
   FUSEDLOSS_HD T grad_target(T x, T) const { return -x; }
 };
 
+// The same of a target that is `off` for 0 and `on` for 1: of smoothed labels, whose class indices stay what they are.
+template <class T>
+struct SmoothedBinaryCrossEntropy {
+  static constexpr bool of_difference = false;
+  static constexpr ResultDType result = ResultDType::OfInput;
+  static constexpr bool takes_class_indices = true;
+  T off, rest, span;  // rest: 1 - on, with all its digits
+
+  static constexpr Range params[] = {{0, 1}, {0, 1}};  // off, on
+  explicit FUSEDLOSS_HD SmoothedBinaryCrossEntropy(const double* params)
+      : off(T(params[0])), rest(T(1 - params[1])), span(T(params[1] - params[0])) {}
+
+  FUSEDLOSS_HD T wanted(T t) const { return off + span * t; }
+  FUSEDLOSS_HD T other(T t) const { return rest + span * (T(1) - t); }
+
+  FUSEDLOSS_HD T value(T x, T t) const { return select(x < T(0), -wanted(t) * x, other(t) * x) + sigmoid(x).softplus; }
+  FUSEDLOSS_HD T grad(T x, T t) const {
+    const Sigmoid<T> s = sigmoid(x);
+    return other(t) * s.p - wanted(t) * s.q;
+  }
+};
+
 // m^gamma and m^(gamma - 1), the second times pq: bounded, because pq <= m where it matters, and 0 at m = 0.
 template <class T>
 struct AnyGamma {
@@ -250,4 +273,6 @@ struct SigmoidFocal : SigmoidFocalWith<T, AnyGamma<T>> {
   X(poisson_nll, PoissonNll)                                        \
   X(poisson_nll_rate, PoissonNllRate)                               \
   X(margin_ranking, MarginRanking)                                  \
-  X(gaussian_nll, GaussianNll)
+  X(gaussian_nll, GaussianNll)                                      \
+  X(smoothed_binary_cross_entropy, SmoothedBinaryCrossEntropy)      \
+  X(asymmetric, Asymmetric)

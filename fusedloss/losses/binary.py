@@ -8,9 +8,10 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
-from .._dtypes import HALVES, widened
+from .._dtypes import HALVES, in_float, widened
 from .._sizes import same_shape
 from ._elementwise import INDEX_DTYPES, check_broadcasts
+from ._numbers import NUMBERS, checked
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
@@ -26,6 +27,25 @@ def _binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *, third: Tensor | None = None
 ) -> Tensor:
     return _torchs.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=third)
+
+
+# A target t is read as off + (on - off) t.
+@_route.pointwise("smoothed_binary_cross_entropy", class_indices=True)
+def _smoothed_binary_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, off: float = 0.05, on: float = 0.95,
+    *, third: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    x = in_float(input)
+    smoothed = off + (on - off) * target.to(x.dtype)
+    loss = _torchs.binary_cross_entropy_with_logits(x, smoothed, weight, reduction=reduction, pos_weight=third)
+    return loss.to(x.dtype if widened(input) else input.dtype)
+
+
+def _smoothed_targets(classes: int, label_smoothing: float, target_threshold: float | None) -> tuple[float, float]:
+    """What the target of a class is that an index does not name, and of the one that it does."""
+    off = label_smoothing / classes
+    on = 1 - label_smoothing + off
+    return (off, on) if target_threshold is None else (float(off > target_threshold), float(on > target_threshold))
 
 
 def _class_indices(target: Tensor) -> Tensor:
@@ -139,6 +159,8 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     *,
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    target_threshold: float | None = None,
 ) -> Tensor:
     r"""Binary cross-entropy of logits, as :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
@@ -162,11 +184,15 @@ def binary_cross_entropy_with_logits(
             (N, C), or (C, 1, 1) beside (N, C, H, W). It is read through its strides.
         ignore_index: targets of this value, class indices or elements, count nowhere and get no gradient, whatever the
             logits. ``None``: everything is as in torch.
+        label_smoothing: s from 0 to 1, of class indices: the target is 1 - s + s / C in the column that the index names
+            and s / C in every other, as timm has it. Beside a ``pos_weight`` it runs natively.
+        target_threshold: targets above it, after smoothing, count as 1, the others as 0.
 
     Raises:
         RuntimeError: a weight that does not broadcast, or, without ``ignore_index``, a target of an integer dtype.
         ValueError: the sizes do not fit, an unknown ``reduction``, or an ``ignore_index`` beside targets that are bools
-            or complex, or class indices and a weight that does not broadcast.
+            or complex, or class indices and a weight that does not broadcast. A ``label_smoothing`` outside [0, 1] or
+            of targets that are no class indices.
         TypeError: an ``ignore_index`` beside floating point targets that is no int.
         IndexError: a class index is out of range, as for :func:`binary_cross_entropy`.
 
@@ -185,16 +211,31 @@ def binary_cross_entropy_with_logits(
 
     >>> binary_cross_entropy_with_logits(x[:2], torch.tensor([[1.0, 1.0], [-1.0, 0.0]]), ignore_index=-1)
     tensor(0.3778)
+
+    Class indices whose targets are 0.95 and 0.05:
+
+    >>> binary_cross_entropy_with_logits(x[:2], torch.tensor([1, 0]), ignore_index=-100, label_smoothing=0.1)
+    tensor(0.5201)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight) and _route.overrides_apply():
         return _route.overridden(
             binary_cross_entropy_with_logits, (input, target, weight, pos_weight), input, target, weight=weight,
             size_average=size_average, reduce=reduce, reduction=reduction, pos_weight=pos_weight,
-            ignore_index=ignore_index,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, target_threshold=target_threshold,
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     loss = _binary_cross_entropy_with_logits
+    of_indices = ignore_index is not None and not target.is_floating_point()
+    if not isinstance(label_smoothing, NUMBERS):
+        label_smoothing = checked("binary_cross_entropy_with_logits", "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if label_smoothing > 0 and not of_indices:
+        raise ValueError("label_smoothing needs class indices, integer targets beside an ignore_index")
+    if target_threshold is not None and not of_indices:
+        above = (target > target_threshold).to(target.dtype)
+        target = above if ignore_index is None else torch.where(target == ignore_index, target, above)
     if ignore_index is None:
         return loss(input, target, weight, reduction, third=pos_weight)
     if target.is_floating_point():
@@ -204,4 +245,10 @@ def binary_cross_entropy_with_logits(
         )  # fmt: skip
     check_broadcasts("weight", weight, input)
     check_broadcasts("pos_weight", pos_weight, input)
+    if input.dim() >= 2 and (label_smoothing > 0 or target_threshold is not None):
+        params = _smoothed_targets(input.shape[1], label_smoothing, target_threshold)
+        if params != (0, 1):
+            return _smoothed_binary_cross_entropy(
+                input, _class_indices(target), weight, reduction, *params, third=pos_weight, ignore_index=ignore_index
+            )
     return loss(input, _class_indices(target), weight, reduction, third=pos_weight, ignore_index=ignore_index)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as L
+from fusedloss import _route
 
 pytestmark = [
     needs_extension,
@@ -218,6 +219,35 @@ def exact_focal(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]
     )
 
 
+def exact_asymmetric(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]:
+    """With a clip that is the parameter, for gamma_neg the call's and for gamma_pos half of it."""
+    p, q, other, clip = x.sigmoid(), (-x).sigmoid(), 1 - t, call.param
+    counts = (p > clip).double()
+    pm, rest = counts * (p - clip), q + clip
+    of_zero = softplus(x) if clip == 0 else counts * torch.where(pm < 0.5, -(-pm).log1p(), -rest.log())
+    gamma = call.gamma * (1 - t / 2)
+    m, ce = t * q + other * pm, t * softplus(-x) + other * of_zero
+    by_m = torch.where(m > 0, (counts * other - t) * p * q / m, 0)
+    of_ce, of_one = other * counts * p * (q / rest if clip else 1.0), t * q
+    # What rounds p rounds pm, which may be much smaller, and with it m, the power and the logarithm.
+    lost = torch.where(m > 0, 1 + other * clip / m.clamp_min(1e-100), 1)
+    power = (1 + gamma * torch.where(m > 0, lost + m.log().abs(), 1)) * m**gamma
+    size = power * (gamma * ce * by_m.abs() + of_ce + of_one) * lost
+    return (
+        Number(m**gamma * ce, power * ce * lost),
+        Number(m**gamma * (gamma * ce * by_m + of_ce - of_one), size),
+        None,
+    )
+
+
+def exact_smoothed(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]:
+    """Of an off that is half the parameter, and an on that is 1 less that."""
+    off, span = call.param / 2, 1 - call.param
+    wanted, other, p, q = off + span * t, off + span * (1 - t), x.sigmoid(), (-x).sigmoid()
+    value, slope = wanted * softplus(-x) + other * softplus(x), other * p - wanted * q
+    return signed(value), Number(slope, other * p + wanted * q), None
+
+
 def exact_hinge(x: Tensor, t: Tensor, call: Call) -> tuple[Number, Number, None]:
     x, t = torch.broadcast_tensors(x, t)
     within = call.param - x >= 0
@@ -302,6 +332,10 @@ def of_variance(x: Tensor, t: Tensor, var: Tensor, call: Call) -> tuple[Number, 
     value = Number(0.5 * (v.log() + z * z / v) + constant, 0.5 * (v.log().abs() + 1 + z * z / v) + constant)
     of_square = 0.5 * (z / v) ** 2
     return value, signed(z / v), Number(0.5 / v - of_square, 0.5 / v + of_square)
+
+
+def on_off(call: Call) -> tuple[float, float]:
+    return call.param / 2, 1 - call.param / 2
 
 
 def labels_of(call: Call) -> Tensor:
@@ -401,6 +435,30 @@ LOSSES = {
         BROADCAST,
         MIXED,
         params=(0.25, 0.25, -1.0, 0.5, 0.7, 0.0, 1.0),
+        inputs="logits",
+        target_grad=False,
+    ),
+    "asymmetric": Loss(
+        lambda x, t, c: L.asymmetric_loss(x, t, c.gamma, c.gamma / 2, c.param, c.reduction, weight=c.weight),
+        lambda x, t, c: NATIVE["asymmetric"](x, t, c.weight, c.reduction, c.gamma, c.gamma / 2, c.param),
+        exact_asymmetric,
+        [special for special in LOGITS if special != "infinite"],
+        MIXED,
+        BROADCAST,
+        MIXED,
+        params=(0.05, 0.05, 0.0, 0.2, 1e-4, 1.0),
+        inputs="logits",
+        target_grad=False,
+    ),
+    "smoothed_binary_cross_entropy": Loss(
+        lambda x, t, c: _route.LOSSES["smoothed_binary_cross_entropy"].routed(x, t, c.weight, c.reduction, *on_off(c)),
+        lambda x, t, c: NATIVE["smoothed_binary_cross_entropy"](x, t, c.weight, c.reduction, *on_off(c)),
+        exact_smoothed,
+        [special for special in LOGITS if special != "infinite"],
+        MIXED,
+        BROADCAST,
+        MIXED,
+        params=(0.1, 0.0, 0.5, 1.0),
         inputs="logits",
         target_grad=False,
     ),
