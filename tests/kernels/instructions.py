@@ -121,7 +121,7 @@ def steps(name: str) -> list[Step]:
         ]
     if family in ("pointwise_dense", "pointwise_strided"):
         width = VECTOR if family == "pointwise_dense" else size[1]
-        operands = 4 if "WithPositiveWeight" in of[2] else 3  # input, target and weight
+        operands = 4 if "WithPositiveWeight" in of[2] or is_of_three(of[2]) else 3  # input, target and weight
         return [
             Step("LDG", width, width / size[1] / operands) if of[0] == "Sum" else Step("STG", width, width / size[1])
         ]
@@ -142,6 +142,11 @@ def steps(name: str) -> list[Step]:
     raise AssertionError(f"expected a kernel whose hot loops are told, got {name}: tell them in {__file__}")
 
 
+def is_of_three(functor: str) -> bool:
+    """Whether an element has a third operand of its own; a weight of the positive term is shared by many."""
+    return functor.startswith(("GaussianNll", "MarginRanking"))
+
+
 def moved(name: str) -> int | None:
     """The bytes that an element moves; none where what is counted is a row."""
     family, of = arguments(name)
@@ -150,7 +155,7 @@ def moved(name: str) -> int | None:
         writes = family.startswith("backward") or (family != "forward_columns" and of[3] == "true")
         return size[0] * (1 + writes) + (size[1] if "Soft" in of[2] else 0)
     if family.startswith("pointwise"):
-        return size[1] * (2 if of[0] == "Sum" else 3)
+        return size[1] * ((2 if of[0] == "Sum" else 3) + is_of_three(of[2]))
     if family in ("indexed_rows", "indexed_columns"):
         return size[1] * (1 if of[0] == "Sum" else 2)
     return 2 * size[0] if family == "scale_kernel" else None
