@@ -67,7 +67,7 @@ class Patch:
                     setattr(module, name, held.ours)
 
     def _hold(self, place: Place) -> None:
-        key = (place.owner.__name__, place.name)
+        key = (place.path, place.name)
         held = _standing.get(key)
         if held is None or getattr(place.owner, place.name) is not held.ours:
             held = _standing[key] = _Standing(place)
@@ -83,7 +83,7 @@ class Patch:
                 continue
             for name, value in list(getattr(module, "__dict__", {}).items()):
                 held = by_original.get(id(value))
-                if held is not None and (module.__name__, name) != (held.place.owner.__name__, held.place.name):
+                if held is not None and (module.__name__, name) != (held.place.path, held.place.name):
                     yield module, name, held
 
     def undo(self) -> None:
@@ -102,8 +102,8 @@ class Patch:
                     setattr(owner, name, held.original)
                 else:
                     left.append(str(held.place))
-                if _standing.get((owner.__name__, name)) is held:
-                    del _standing[owner.__name__, name]
+                if _standing.get((held.place.path, name)) is held:
+                    del _standing[held.place.path, name]
             for module, name, held in self._rebound:
                 if getattr(module, name, None) is held.ours:
                     setattr(module, name, held.original)
@@ -140,8 +140,9 @@ def patch(*packages: str, model: nn.Module | None = None, rebind: bool = False) 
     reached: the report lists such names.
 
     Args:
-        packages: ``"torch"``, the functions of torch.nn.functional, which the modules of torch.nn call; or
-            ``"torchvision"``. None, and no model, is ``"torch"``.
+        packages: ``"torch"``, the functions of torch.nn.functional, which the modules of torch.nn call;
+            ``"torchvision"``, ``"transformers"`` and ``"timm"``, the losses that these packages define themselves.
+            None, and no model, is ``"torch"``.
         model: whose losses become modules of this package in place: those that are of a class of torch.nn itself.
         rebind: changes names that were imported before, too.
 

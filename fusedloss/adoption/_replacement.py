@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ _PLAIN = {Tensor, nn.Parameter, nn.Buffer, type(None), bool, int, float, str}
 
 
 def replacement(original: Callable[..., Any], ours: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
+    if original.__module__ == "torch.nn.functional":
+        return _of_torch(original, ours, tally)
+    return _of_another(original, ours, tally)
+
+
+def _of_torch(original: Callable[..., Any], ours: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
     """What it asks before a call takes a tenth of the smallest loss."""
 
     @functools.wraps(original)
@@ -47,6 +54,48 @@ def replacement(original: Callable[..., Any], ours: Callable[..., Any], tally: T
     stand_ins.add(call.__code__)  # type: ignore[attr-defined]
     call.__prepare_scriptable__ = lambda: original  # type: ignore[attr-defined]
     return call
+
+
+def _of_another(original: Callable[..., Any], ours: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
+    serve = _serve
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return serve(original, ours, tally, arguments, options)
+
+    # TorchScript compiles the original's source with the globals of what stands in its place.
+    call = FunctionType(call.__code__, original.__globals__, closure=call.__closure__)
+    return functools.update_wrapper(call, original)
+
+
+def _serve(
+    original: Callable[..., Any], ours: Callable[..., Any], tally: Tally, arguments: Any, options: dict[str, Any]
+) -> Any:
+    """The original answers what ours returns None for, or refuses."""
+    if is_dynamo_compiling() or compiler._is_compiling_flag:
+        result = None if is_exporting() else ours(*arguments, **options)
+        return original(*arguments, **options) if result is None else result
+    # No type overrides such a function: the original calls those of torch that one may override.
+    if knows_originals(arguments) or knows_originals(options.values()) or is_transformed():
+        return original(*arguments, **options)
+    why: Callable[[], str] | None
+    current.listens = True
+    try:
+        result = ours(*arguments, **options)
+        why = current.why
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        refused = str(error)
+        result, why = None, lambda: refused
+    finally:
+        current.listens = False
+        current.why = None
+    if why is not None:
+        answer = original(*arguments, **options) if result is None else result
+        tally.add_native(why)
+        return answer
+    if result is None:  # for a type or a mode, found within an argument
+        return original(*arguments, **options)
+    tally.fused += 1
+    return result
 
 
 def knows_originals(values: Iterable[Any]) -> bool:

@@ -128,7 +128,7 @@ def test_an_exception_inside_undoes_it():
 
 @pytest.mark.parametrize("packages", [("torch", "tensorflow"), ("",), (None,)], ids=str)
 def test_an_unknown_package_changes_nothing(packages):
-    with pytest.raises(ValueError, match="expected one of 'torch', 'torchvision', got"):
+    with pytest.raises(ValueError, match="expected one of 'torch', 'torchvision', 'transformers', 'timm', got"):
         fusedloss.patch(*packages)
 
 
