@@ -10,6 +10,7 @@ PYTHON := $(VENV)/bin/python
 endif
 # Names what the build was made for, so that another VENV or TORCH builds anew.
 READY := build/ready-$(subst /,_,$(VENV))-$(subst =,_,$(TORCH))
+CLIENTS := build/clients-$(subst /,_,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # What is never imported need not be compiled, half of the time; what is imported once is kept. Without that, each
@@ -20,12 +21,13 @@ endif
 PIP := $(PYTHON) -m pip install -q --no-compile
 PIP_ITSELF := $(PIP) --no-build-isolation --no-deps -e .
 # Installed while the extension compiles: half a minute of one core.
-DEV := $(shell sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
+extra = $(shell sed -n '/^$(1) = \[/,/^\]/s/^ *"\(.*\)",*$$/"\1"/p' pyproject.toml)
+DEV := $(call extra,dev)
 
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
-.PHONY: build test test-all test-rest demo bench cuda gpu lint clean
+.PHONY: build test test-all test-rest clients demo bench cuda gpu lint clean
 
 build: $(READY)
 
@@ -43,12 +45,23 @@ endif
 test: build
 	$(PYTEST)
 
-test-all: build
+test-all: build clients
 	$(PYTEST) --deep
 
 # What test-all adds to test.
-test-rest: build
+test-rest: build clients
 	$(PYTEST) --rest
+
+# Packages whose users' code the thorough tests run: a quarter of a minute. An environment of your own stays as it is,
+# and the tests that need them are skipped there.
+clients: $(CLIENTS)
+
+$(CLIENTS): pyproject.toml | $(READY)
+ifneq ($(VENV),none)
+	$(PIP) $(call extra,clients)
+	$(PIP) --no-deps $(call extra,timm)
+endif
+	mkdir -p build && touch $@
 
 demo: build
 	$(PYTHON) examples/demo.py
