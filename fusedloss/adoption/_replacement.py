@@ -17,6 +17,7 @@ from .._warnings import stand_ins
 from ._calls import Tally, current
 
 _modes = torch._C._len_torch_function_stack
+_NO_OVERRIDE = torch._C._disabled_torch_function_impl
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer, type(None), bool, int, float, str}
 
 
@@ -102,7 +103,7 @@ def knows_originals(values: Iterable[Any]) -> bool:
     """Whether a type or a mode overrides torch's functions, which it knows as they were."""
     for value in values:
         kind = type(value)
-        if kind not in _PLAIN and hasattr(kind, "__torch_function__"):
+        if kind not in _PLAIN and getattr(kind, "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE:
             return True
     return _modes() > 0 and any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 

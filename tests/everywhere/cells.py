@@ -1,5 +1,6 @@
 """A cell: a loss with a reduction in a situation, run beside plain PyTorch."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import fusedloss.functional as L
 
 PATHS = ("fused", "native", "refused")
 Cell = tuple[str, str, str]  # situation, loss, reduction
+Call = Callable[[Tensor, Tensor], Tensor]
 
 
 def _head(input: Tensor) -> Tensor:
@@ -40,27 +42,35 @@ def path_of(cell: Cell) -> str:
     """Which path the call takes; compares what it gives or raises with what plain PyTorch does."""
     situation, name, reduction = cell
     loss = next(each for each in LOSSES if each.name == name)
+    ours, torchs = (functools.partial(_call, function, reduction) for function in (_public(loss), _native(loss)))
+    return compared(situation, loss, ours, torchs)
+
+
+def compared(
+    situation: str, loss: Loss, ours: Call, torchs: Call, around: Callable[[], Any] = contextlib.nullcontext
+) -> str:
+    """The path of ``ours``, which runs within ``around``; its results or its error are those of ``torchs``."""
     input, target = loss.data((6, 5), torch.float32, seed=2)
 
-    def run(function: Callable[..., Tensor], where: dict[str, Any] = SITUATIONS) -> Any:
+    def run(call: Call, where: dict[str, Any] = SITUATIONS) -> Any:
         torch.manual_seed(0)
-        call = functools.partial(_call, function, reduction)
         try:
             return list(_tensors(where[situation](call, input.clone(), target.clone())))
         except Exception as error:
             return error
 
-    ours, fused = _watched(lambda: run(_public(loss)))
-    torchs = run(_native(loss))
-    if isinstance(torchs, Exception) and situation in PLAIN and not isinstance(ours, Exception):
-        torchs = run(_native(loss), PLAIN)
-    if isinstance(torchs, Exception):
-        assert type(ours) is type(torchs), f"expected {torchs!r} as from torch, got {ours!r}"
+    with around():
+        got, fused = _watched(lambda: run(ours))
+    expected = run(torchs)
+    if isinstance(expected, Exception) and situation in PLAIN and not isinstance(got, Exception):
+        expected = run(torchs, PLAIN)
+    if isinstance(expected, Exception):
+        assert type(got) is type(expected), f"expected {expected!r} as from torch, got {got!r}"
         return "refused"
-    if isinstance(ours, Exception):
-        raise ours
+    if isinstance(got, Exception):
+        raise got
     in_half = "autocast" in situation
-    torch.testing.assert_close(ours, torchs, rtol=2e-2 if in_half else 1e-4, atol=1e-2 if in_half else 1e-5)
+    torch.testing.assert_close(got, expected, rtol=2e-2 if in_half else 1e-4, atol=1e-2 if in_half else 1e-5)
     return "fused" if fused else "native"
 
 
@@ -72,10 +82,10 @@ def _public(loss: Loss) -> Callable[..., Tensor]:
     if loss.op == "log_probs":
         return functools.partial(_log_probs, loss.params[0])
     if loss.op == "margin_ranking":
-        return lambda x, t, reduction: L.margin_ranking_loss(x, t, _third(loss, t), *loss.params, reduction=reduction)
+        return lambda x, t, reduction: L.margin_ranking_loss(x, t, third_of(loss, t), *loss.params, reduction=reduction)
     if loss.op == "gaussian_nll":
         eps, full = loss.params[0], bool(loss.params[1])
-        return lambda x, t, reduction: L.gaussian_nll_loss(x, t, _third(loss, t), full, eps, reduction)
+        return lambda x, t, reduction: L.gaussian_nll_loss(x, t, third_of(loss, t), full, eps, reduction)
     if loss in _WITH_DEFAULTS:
         function = getattr(L, f"{loss.op}_loss", None) or getattr(L, loss.op)
         return lambda x, t, reduction: function(x, t, reduction=reduction)
@@ -86,10 +96,10 @@ def _native(loss: Loss) -> Callable[..., Tensor]:
     if loss.op not in OF_THREE:
         return loss.native
     formula = NATIVE[loss.op]
-    return lambda x, t, reduction: formula(x, t, None, reduction, *loss.params, third=_third(loss, t))
+    return lambda x, t, reduction: formula(x, t, None, reduction, *loss.params, third=third_of(loss, t))
 
 
-def _third(loss: Loss, target: Tensor) -> Tensor:
+def third_of(loss: Loss, target: Tensor) -> Tensor:
     """Labels or variances that follow from targets between 0 and 1."""
     return 2 * (target > 0.5).to(target.dtype) - 1 if loss.op == "margin_ranking" else target + 0.25
 
