@@ -89,6 +89,7 @@ def test_everywhere(situation, loss, reduction):
     check(situation, loss, reduction)
 
 
+@pytest.mark.deep("torch's modules under compilers, patched; the situations of eager mode ran")
 @pytest.mark.thinned(1, deep=1)
 @pytest.mark.parametrize("situation", OF_COMPILERS)
 @each_loss
