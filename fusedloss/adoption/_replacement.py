@@ -99,7 +99,7 @@ def _serve(
     return result
 
 
-def knows_originals(values: Iterable[Any]) -> bool:
+def knows_originals(values: Iterable[Any] = ()) -> bool:
     """Whether a type or a mode overrides torch's functions, which it knows as they were."""
     for value in values:
         kind = type(value)

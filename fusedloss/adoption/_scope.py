@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ._places import places
 from ._replacement import is_transformed, knows_originals
+
+_PLAIN = {(), (Tensor,)}  # the types that override, where none of a user's does
 
 
 class scope(TorchFunctionMode):
@@ -29,8 +32,7 @@ class scope(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         ours = self._ours.get(func)
-        if ours is None or knows_originals((*args, *kwargs.values())) or is_transformed():
-            return func(*args, **kwargs)
-        return ours(*args, **kwargs)
+        if ours is None or types not in _PLAIN or knows_originals() or is_transformed():
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return ours(*args, **kwargs) if kwargs else ours(*args)

@@ -132,6 +132,12 @@ def test_an_unknown_package_changes_nothing(packages):
         fusedloss.patch(*packages)
 
 
+def test_a_package_that_is_not_installed_changes_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match="timm"):
+        fusedloss.patch("torch", "timm")
+
+
 class Labelled(Tensor):
     """Knows torch's function, not ours."""
 
