@@ -9,6 +9,7 @@ from marks import needs_extension, on_cpu_alone
 from torch import Tensor
 
 import fusedloss
+from fusedloss.functional import linear_cross_entropy
 
 pytestmark = [
     pytest.mark.deep(
@@ -142,6 +143,23 @@ def test_the_linear_loss_makes_no_logits(name, more):
         assert outputs.logits.shape == (2, 8, 300)
         torch.testing.assert_close(loss(outputs, labels, num_items_in_batch=items), expected)
         model.train()
+
+
+def test_the_linear_loss_computes_under_the_autocast_of_the_forward():
+    from fusedloss.integrations.transformers import LinearLoss
+
+    torch.manual_seed(0)
+    model, ids = small("Llama"), torch.randint(3, 300, (2, 8))
+    loss = LinearLoss(model)
+    with torch.autocast("cpu", torch.bfloat16):  # the Trainer's ends with the model's forward
+        outputs = model(ids)
+        hidden, head = outputs.hidden_states[-1], model.lm_head.weight
+        expected = linear_cross_entropy(hidden, head, ids, shift=1)
+    assert torch.equal(loss(outputs, ids), expected)
+    assert not torch.equal(linear_cross_entropy(hidden, head, ids, shift=1), expected)
+    in_float32 = model(ids)
+    hidden = in_float32.hidden_states[-1]
+    assert torch.equal(loss(in_float32, ids), linear_cross_entropy(hidden, head, ids, shift=1))
 
 
 def test_the_linear_loss_refuses_what_it_cannot_compute():
