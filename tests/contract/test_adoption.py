@@ -277,6 +277,18 @@ def test_a_scope_is_of_one_thread_and_reaches_early_names():
 
 @needs_extension
 @on_cpu_alone("the operands are the CPU's")
+def test_a_scope_leaves_modes_transforms_and_tracing_to_torchs_functions():
+    with Watch() as watch, fusedloss.scope():
+        F.cross_entropy(X, T)
+    assert imported_before in watch.seen and not any(f.__module__.startswith("fusedloss") for f in watch.seen)
+    with fusedloss.scope():
+        traced = torch.jit.trace(lambda x: F.cross_entropy(x, T), X)
+        assert not ran_fused(lambda: torch.func.grad(F.cross_entropy)(X, T))
+    assert not ran_fused(lambda: traced(X))
+
+
+@needs_extension
+@on_cpu_alone("the operands are the CPU's")
 def test_torchvisions_focal_loss_in_both_its_places(monkeypatch):
     """torchvision does not import beside a CPU build of torch; these modules have its names."""
 
