@@ -283,8 +283,9 @@ def test_a_scope_leaves_modes_transforms_and_tracing_to_torchs_functions():
     assert imported_before in watch.seen and not any(f.__module__.startswith("fusedloss") for f in watch.seen)
     with fusedloss.scope():
         traced = torch.jit.trace(lambda x: F.cross_entropy(x, T), X)
+        exported = torch.export.export(nn.CrossEntropyLoss(), (X, T))
         assert not ran_fused(lambda: torch.func.grad(F.cross_entropy)(X, T))
-    assert not ran_fused(lambda: traced(X))
+    assert not ran_fused(lambda: traced(X)) and not ran_fused(lambda: exported.module()(X, T))
 
 
 @needs_extension
