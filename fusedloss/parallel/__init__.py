@@ -11,7 +11,8 @@ tensor(0.1269)
 
 - ``_shards``: which classes a rank holds, and what it says of them to the others
 - ``_local``: what a rank knows of the rows from its own classes
-- ``_exchange``: the one round of communication
+- ``_exchange``: what the ranks send each other
+- ``_combine``: the numbers of all ranks as one, in one round or in two
 - ``_row``: a row from what its parts are known by
 - ``_backward``: the gradient, by the kernels
 - ``_rows``: these as one function with its derivatives

@@ -18,7 +18,7 @@ from .._weighted import check, reduced_by_weight
 from ..losses._dtensors import refuse_dtensor
 from ..losses._ignored import MASKED, is_one, with_one_index
 from ..losses._rows import class_dim, class_index, reduced
-from . import _local, _shards
+from . import _exchange, _local, _shards
 from ._local import NONE, NOWHERE
 from ._row import Asked
 from ._rows import Given, of_rows
@@ -206,8 +206,10 @@ def _tell(logits: Tensor, given: Given) -> None:
         _route.tell_native(why)
     shard, device = given.shard, logits.device.type
     where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]
-    sent = (given.column.numel() * given.asked.numbers + _shards.HEAD) * in_float(logits).dtype.itemsize
+    rows, size = given.column.numel(), in_float(logits).dtype.itemsize
+    row_bytes = given.asked.numbers * size
+    rounds = "an all_to_all and an all_gather" if _exchange.in_blocks(row_bytes, rows, shard.ranks) else "an all_gather"
     _route.tell(
         f"fused: {where}, classes {shard.start} to {shard.start + shard.size} of {shard.total}, "
-        f"an all_gather of {sent} bytes from each of {shard.ranks} ranks"
+        f"{rounds} of {row_bytes * rows + _shards.HEAD * size} bytes from each of {shard.ranks} ranks"
     )

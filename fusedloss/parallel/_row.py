@@ -84,21 +84,28 @@ def raised_entropy(sum: Tensor, rest: Tensor, gap: Tensor) -> Tensor:
     return (sum + rest * gap) * gap.exp()
 
 
+def seen_from(top: Tensor, numbers: Tensor, mass: Tensor, asked: Asked) -> list[Tensor]:
+    """What a part (numbers, rows) adds to all numbers of its rows but the max, ``top``; or each of (numbers, ranks,
+    rows). ``mass``: the sum of its class weights."""
+    max = numbers[0].detach()
+    gap = max - top
+    seen = [raised(numbers[1], gap), numbers[2]]
+    if asked.entropy:
+        seen.append(raised_entropy(numbers[3], numbers[1], gap))
+    if asked.spread:
+        seen.append(numbers[3] + mass * (reference(top) - reference(max)))
+    return seen
+
+
 def merged(blocks: Tensor, valid: Tensor, asked: Asked, masses: Tensor) -> Tensor:
     """Blocks (ranks, numbers, rows) of all ranks as one, (numbers, rows).
 
     ``masses``: the sum of each rank's class weights. ``valid``: which rows have a target; the others' z is -infinity.
     """
-    maxima, rests, targets = blocks[:, 0].detach(), blocks[:, 1], blocks[:, 2]
-    top = maxima.amax(0)
-    gap = maxima - top
-    numbers = [top, raised(rests, gap).sum(0), torch.where(valid, targets.sum(0), -torch.inf)]
-    if asked.entropy:
-        numbers.append(raised_entropy(blocks[:, 3], rests, gap).sum(0))
-    if asked.spread:
-        mass = masses.view(-1, *[1] * top.dim())
-        numbers.append((blocks[:, 3] + mass * (reference(top) - reference(maxima))).sum(0))
-    return torch.stack(numbers)
+    top = blocks[:, 0].detach().amax(0)
+    seen = seen_from(top, blocks.movedim(1, 0), masses.view(-1, *[1] * top.dim()), asked)
+    rest, z, *sums = (each.sum(0) for each in seen)
+    return torch.stack([top, rest, torch.where(valid, z, -torch.inf), *sums])
 
 
 def completed(numbers: Tensor, asked: Asked, mass: Tensor) -> Row:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._derivatives import needs_formula, transformed
-from . import _backward, _exchange, _local
+from . import _backward, _combine, _exchange, _local
 from ._row import Asked, completed, merged
-from ._shards import HEAD, Shard, head, masses
+from ._shards import Shard, head, masses
 
 
 class Given(NamedTuple):
@@ -35,34 +35,28 @@ def of_rows(logits: Tensor, given: Given) -> Results:
     return results
 
 
-def _part(logits: Tensor, given: Given, numbers: Tensor) -> Tensor:
-    """What this rank sends: the rows' numbers, and its head."""
+def head_of(logits: Tensor, given: Given, numbers: Tensor) -> Tensor:
     mass = None if given.weight is None else given.weight.sum()
-    return torch.cat([numbers.flatten(), head(given.shard, logits.dtype, mass, given.seen, numbers)])
+    return head(given.shard, logits.dtype, mass, given.seen, numbers)
 
 
-def _blocks(gathered: Tensor, given: Given) -> tuple[Tensor, Tensor]:
-    shape = (given.shard.ranks, given.asked.numbers, *given.column.shape)
-    return gathered[:, :-HEAD].reshape(shape), gathered[:, -HEAD:]
-
-
-def _together(blocks: Tensor, heads: Tensor, given: Given) -> tuple[Tensor, Results]:
-    """The combined numbers, and the results."""
-    numbers = merged(blocks, given.valid, given.asked, masses(heads))
+def results_of(numbers: Tensor, heads: Tensor, given: Given) -> Results:
+    """From the combined numbers."""
     row = completed(numbers, given.asked, masses(heads).sum())
-    return numbers, (heads, *[getattr(row, name) for name in given.asked.results])
+    return heads, *[getattr(row, name) for name in given.asked.results]
 
 
 def _differentiable(logits: Tensor, given: Given) -> Results:
     """In PyTorch's operators, with derivatives of every order; that of a backward communicates."""
     numbers = _local.natively(logits, given.column, given.weight, given.asked)
-    part = _part(logits, given, numbers)
+    part = torch.cat([numbers.flatten(), head_of(logits, given, numbers)])
     if is_compiling():  # which differentiates once, and does not trace the derivatives of Gathered
         gathered = _exchange.with_own(_exchange.gather(part.detach(), given.shard), part, given.shard)
     else:
         gathered = _exchange.Gathered.apply(part, given.shard)
-    blocks, heads = _blocks(gathered, given)
-    return _together(blocks, heads.detach(), given)[1]
+    blocks, heads = _combine.split(gathered, numbers.shape)
+    heads = heads.detach()
+    return results_of(merged(blocks, given.valid, given.asked, masses(heads)), heads, given)
 
 
 def _by_autograd(results: Results, logits: Tensor, upstream: Upstreams, create_graph: bool) -> Tensor:
@@ -83,10 +77,11 @@ class _Rows(torch.autograd.Function):
             numbers = _local.by_kernels(logits, given.column, given.valid, given.weight, given.asked)
         else:
             numbers = _local.natively(logits, given.column, given.weight, given.asked)
-        blocks, heads = _blocks(_exchange.gather(_part(logits, given, numbers), given.shard), given)
-        combined, results = _together(blocks, heads, given)
-        # Natively, backward puts this rank's block, made anew, among those of the others.
-        ctx.save_for_backward(logits, *given[:4], combined if fused else blocks, heads)
+        numbers, heads = _combine.combined(
+            numbers, head_of(logits, given, numbers), given.valid, given.asked, given.shard
+        )
+        results = results_of(numbers, heads, given)
+        ctx.save_for_backward(logits, *given[:4], numbers, heads)
         ctx.rest = (given.asked, given.shard, fused)
         ctx.mark_non_differentiable(heads)
         ctx.set_materialize_grads(False)
@@ -94,13 +89,16 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> Any:
-        logits, column, valid, seen, weight, kept, heads = ctx.saved_tensors
+        logits, column, valid, seen, weight, numbers, heads = ctx.saved_tensors
         asked, shard, fused = ctx.rest
         given = Given(column, valid, seen, weight, asked, shard)
-        return _gradient(logits, given, fused, kept, heads, upstreams[1:]), *[None] * len(Given._fields)
+        return _gradient(logits, given, fused, numbers, heads, upstreams[1:]), *[None] * len(Given._fields)
 
 
-def _gradient(logits: Tensor, given: Given, fused: bool, kept: Tensor, heads: Tensor, upstream: Upstreams) -> Tensor:
+def _gradient(
+    logits: Tensor, given: Given, fused: bool, numbers: Tensor, heads: Tensor, upstream: Upstreams
+) -> Tensor:  # fmt: skip
+    """``numbers``: the combined ones."""
     if all(each is None for each in upstream):
         return torch.zeros_like(logits)
     if not is_compiling() and needs_formula(*upstream):  # on every rank, because it communicates
@@ -110,9 +108,11 @@ def _gradient(logits: Tensor, given: Given, fused: bool, kept: Tensor, heads: Te
             return _by_autograd(_differentiable(logits, given), logits, upstream, create_graph)
     if fused:
         mass = masses(heads).sum()
-        return _backward.by_kernels(logits, given.column, given.valid, given.weight, given.asked, kept, mass, upstream)
+        return _backward.by_kernels(
+            logits, given.column, given.valid, given.weight, given.asked, numbers, mass, upstream
+        )
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
-        numbers = _local.natively(logits, given.column, given.weight, given.asked)
-        blocks = _exchange.with_own(kept, numbers, given.shard)
-        return _by_autograd(_together(blocks, heads, given)[1], logits, upstream, False)
+        own = _local.natively(logits, given.column, given.weight, given.asked)
+        numbers = _combine.of_own(numbers, own, masses(heads)[given.shard.rank], given.asked)
+        return _by_autograd(results_of(numbers, heads, given), logits, upstream, False)

@@ -38,7 +38,8 @@ def cross_entropy(
 
     Every rank passes the logits of its own classes, and all else alike, and gets the whole loss, the same bits on
     every rank. Backward gives the gradient of its own logits, for an upstream gradient that is the same on every rank.
-    Forward communicates once, an all_gather of 3 numbers a row (4 with smoothing); backward does not.
+    Forward communicates once, an all_gather of 3 numbers a row (4 with smoothing), or twice with fewer bytes on many
+    ranks; backward does not.
 
     Args:
         input: this rank's logits (C_local), (N, C_local) or (N, C_local, d1, ...). A rank may hold no class at all.

@@ -25,7 +25,7 @@ from vocabulary_calls import CALLS, IGNORED, Call, Data, data, outputs, weighed
 import fusedloss
 import fusedloss.functional as whole
 from fusedloss import parallel
-from fusedloss.parallel import _local
+from fusedloss.parallel import _exchange, _local
 
 # Relative to the largest value or gradient.
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 * 1.5}
@@ -235,6 +235,41 @@ def collectives() -> None:
             with _Collectives() as backward:
                 results.backward()
             expect(not backward.sent, f"{name}, {dtype}, backward: {backward.sent}")
+
+
+def in_blocks() -> None:
+    """An all_to_all and an all_gather where a rule of bytes says so: here always, also of rows that do not divide."""
+    rule, ranks = _exchange.in_blocks, dist.get_world_size()
+    _exchange.in_blocks = lambda *_: True
+    try:
+        for name, call in CALLS.items():
+            for rows in (21, 2 * ranks, 1):
+                for dtype in (torch.float64, torch.bfloat16):
+                    d = data((rows, 13), dtype, seed=rows, masked=call.masked)
+                    for cut, ends in cuts(13).items():
+                        compare(f"{name}, {rows} rows in blocks, {dtype}, {cut}", call, d, ends, cut)
+            compare(f"{name}, dims in blocks", call, data((2, 13, 3), torch.float64, masked=False), cuts(13)["uneven"])
+            d = data((21, 13), torch.float32, masked=call.masked)
+            with _Collectives() as forward:
+                call.run(parallel, mine(d.logits, cuts(13)["even"]), d, **sharding(cuts(13)["even"]))
+            each = -(-21 // ranks)
+            sent = [
+                ("_c10d_functional.all_to_all_single.default", 4 * ranks * (each * call.numbers + 10)),
+                ("_c10d_functional.all_gather_into_tensor.default", 4 * each * call.numbers),
+            ]
+            expect(forward.sent == sent, f"{name}: {forward.sent}")
+        natively()
+        errors(told="an all_to_all and an all_gather")
+        ends = cuts(13)["even"]
+        none = torch.zeros(0, ends[dist.get_rank() + 1] - ends[dist.get_rank()], requires_grad=True)
+        loss = parallel.cross_entropy(none, torch.zeros(0, dtype=torch.int64), reduction="sum", vocab_size=13)
+        loss.backward()
+        expect(loss.item() == 0, f"expected 0 of no rows, got {loss}")
+    finally:
+        _exchange.in_blocks = rule
+    for ranks, blocks in ((2, False), (8, False), (9, True), (512, True)):
+        expect(rule(12, 16384, ranks) == blocks, f"12 bytes of 16384 rows on {ranks} ranks: expected {blocks}")
+    expect(not rule(12, 512, 64), "12 bytes of 512 rows on 64 ranks: expected one round")
 
 
 def groups() -> None:
@@ -572,7 +607,7 @@ def raises(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:
         raise AssertionError(f"expected {kind.__name__}: {words}, got {result}")
 
 
-def errors() -> None:
+def errors(told: str = "an all_gather") -> None:
     """The same on every rank, and the next call is right."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     classes = 3 * ranks - 1
@@ -632,7 +667,7 @@ def errors() -> None:
     sent = 4 * (3 * 8 + 10)
     expect(
         path.startswith("fused: cpu") and f"classes {start} to {ends[rank + 1]} of {classes}" in path
-        and f"an all_gather of {sent} bytes" in path, path,
+        and f"{told} of {sent} bytes" in path, path,
     )  # fmt: skip
 
 
