@@ -17,7 +17,7 @@ def _op(call: Call, suffix: str = "") -> Any:
     return getattr(torch.ops.fusedloss, call.loss + suffix)
 
 
-class _Logits:
+class Logits:
     """The logits of one chunk after the other, in the same memory."""
 
     def __init__(self, call: Call, rows: Rows) -> None:
@@ -51,7 +51,7 @@ def forward(
     memory = new(size(call) if keep else 0, dtype=call.arithmetic)
     kept = Kept(call, memory) if keep else None
     gradients = Gradients(call, [True, False, False], 1, _scale.of_reduction(call, rows, None)) if grad_input else None
-    logits = _Logits(call, rows)
+    logits = Logits(call, rows)
     for chunk in rows.chunks():
         flat, seen = logits.of(chunk)
         value, value_of_second, statistics = _op(call)(
@@ -88,7 +88,7 @@ def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tup
     rows = Rows(call, sums=wanted[1])
     right = Right(rows, correct)
     total = call.input.new_zeros((), dtype=torch.float64)
-    logits = _Logits(call, rows)
+    logits = Logits(call, rows)
     gradients = Gradients(call, wanted, len(rows.bounds()), _scale.of_reduction(call, rows, None))
     for chunk in rows.chunks():
         flat, seen = logits.of(chunk)
@@ -119,7 +119,7 @@ def backward(
     if by_classes:
         return _by_classes.backward(call, rows, upstream, upstream_second, kept, scale, wanted)
     gradients = Gradients(call, wanted, len(rows.bounds()), scale)
-    logits = _Logits(call, rows)
+    logits = Logits(call, rows)
     for chunk in rows.chunks():
         flat, seen = logits.of(chunk)
         of_losses = upstream if upstream.dim() == 0 else upstream[chunk.index]

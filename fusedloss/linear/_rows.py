@@ -61,16 +61,13 @@ class Rows:
     waiting for the device, so that all are computed.
     """
 
-    def __init__(self, call: Call, second: bool = False, sums: bool = False) -> None:
+    def __init__(self, call: Call, second: bool = False, sums: bool = False, kept: Tensor | None = None) -> None:
+        """``kept``: which losses count, where the target does not say it."""
         self.call, self.sums = call, sums
         every_row = second and call.known.traits.second_of_ignored
         self.index: Tensor | None = None  # of the rows that count; None: all
         self.ignored: Tensor | None = None
-        if call.on_host and not call.soft:
-            _check_targets(call)
-        self.kept = rows_kept(call.target, call.ignore_index, call.sample_weight)
-        if self.kept is not None and not call.on_host and not call.soft:
-            self.kept &= in_range(call)  # the kernels leave such a row out of a mean
+        self.kept = _kept(call) if kept is None else kept
         if self.kept is None or every_row:
             return
         rows = self.kept if self.kept.dim() == 1 else self.kept.any(1)
@@ -143,6 +140,15 @@ class Right:
         if self.wanted and self.rows.kept is not None:
             self.numbers.masked_fill_(~self.rows.kept, 0)
         return self.numbers
+
+
+def _kept(call: Call) -> Tensor | None:
+    if call.on_host and not call.soft:
+        _check_targets(call)
+    kept = rows_kept(call.target, call.ignore_index, call.sample_weight)
+    if kept is not None and not call.on_host and not call.soft:
+        kept &= in_range(call)  # the kernels leave such a row out of a mean
+    return kept
 
 
 def _check_targets(call: Call) -> None:

@@ -134,6 +134,27 @@ def checked_rows(chunk_rows: Any) -> Any:
     return chunk_rows
 
 
+def checked_scale(function: str, logit_scale: Any) -> Any:
+    return logit_scale if isinstance(logit_scale, NUMBERS) else checked(function, "logit_scale", logit_scale)
+
+
+def in_dtype(given: Given, weight: Tensor | None, out_dtype: torch.dtype | None) -> tuple[Given, Tensor | None, bool]:
+    """As cross_entropy: a result wider than float32 needs wider logits."""
+    if out_dtype is None:
+        return given, weight, False
+    computed = torch.promote_types(given.input.dtype, out_dtype)
+    wide = computed != given.input.dtype and computed == torch.float32
+    if computed == given.input.dtype or wide:
+        return given, weight, wide
+    bias = given.linear_bias
+    given = given._replace(
+        input=given.input.to(computed),
+        linear_weight=given.linear_weight.to(computed),
+        linear_bias=bias if bias is None else bias.to(computed),
+    )
+    return given, weight if weight is None else weight.to(computed), False
+
+
 def results(
     name: str, given: Given, weight: Tensor | None, reduction: str, params: Sequence[Any], options: linear.Options,
     logit_scale: Any, shift: int, misfit: Callable[[Tensor], Any],
@@ -142,22 +163,9 @@ def results(
 
     ``misfit(logits)`` raises torch's error for a target that does not fit.
     """
-    rows, positions = math.prod(given.leading), math.prod(given.positions)
-    classes = given.linear_weight.shape[0]
-    flat_rows = (rows, positions) if given.positions else (rows,)
     wanted = given.logits if given.soft else given.rows
     fits = isinstance(given.target, Tensor) and same_shape(given.target.shape, wanted)
-    sample_weight = given.sample_weight
-    if isinstance(sample_weight, Tensor) and same_shape(sample_weight.shape, given.rows):
-        sample_weight = _flat(sample_weight, flat_rows)
-    bias = given.linear_bias
-    head = linear.Head(
-        given.input if given.input.dim() == 2 else given.input.reshape(rows, given.input.shape[-1]),
-        given.linear_weight.flatten(0, -2) if given.positions else given.linear_weight,
-        bias if bias is None else bias.flatten(),
-        (rows, classes, positions) if given.positions else (rows, classes),
-        logit_scale,
-    )
+    head, sample_weight = flat_head(given, logit_scale), flat_rows(given, given.sample_weight)
     if not fits:
         if given.input.dim() <= 2:
             misfit(head.logits().reshape(given.logits))
@@ -168,7 +176,7 @@ def results(
             f"expected a target of class indices of shape {tuple(given.rows)} or of probabilities of shape "
             f"{tuple(given.logits)}, got {tuple(given.target.shape)}"
         )
-    target = _flat(given.target, head.logits_shape if given.soft else flat_rows)
+    target = _flat(given.target, head.logits_shape) if given.soft else flat_rows(given, given.target)
     index = given.ignore_index
     loss, second, right = linear.softmax(
         name, head, target, weight, reduction, index, params, options._replace(sample_weight=sample_weight)
@@ -176,17 +184,38 @@ def results(
     if right is not None and reduction != "none":
         kept = linear.rows_kept(target, index, sample_weight)
         right = right.mean() if kept is None else right.sum() / kept.sum()
-    of_rows = _of_rows(given, shift)
+    shaped = in_shape_of_rows(given, shift)
     if reduction == "none":
-        loss, right = of_rows(loss), right if right is None else of_rows(right)
-    return loss, second if second is None else of_rows(second), right
+        loss, right = shaped(loss), right if right is None else shaped(right)
+    return loss, second if second is None else shaped(second), right
+
+
+def flat_head(given: Given, logit_scale: Any) -> linear.Head:
+    """The matrix product over flat rows and flat columns."""
+    rows, positions = math.prod(given.leading), math.prod(given.positions)
+    classes, bias = given.linear_weight.shape[0], given.linear_bias
+    return linear.Head(
+        given.input if given.input.dim() == 2 else given.input.reshape(rows, given.input.shape[-1]),
+        given.linear_weight.flatten(0, -2) if given.positions else given.linear_weight,
+        bias if bias is None else bias.flatten(),
+        (rows, classes, positions) if given.positions else (rows, classes),
+        logit_scale,
+    )
+
+
+def flat_rows(given: Given, of_rows: Any) -> Any:
+    """What there is one of for each loss, over the flat rows of :func:`flat_head`; another shape as it is."""
+    if not isinstance(of_rows, Tensor) or not same_shape(of_rows.shape, given.rows):
+        return of_rows
+    rows = math.prod(given.leading)
+    return _flat(of_rows, (rows, math.prod(given.positions)) if given.positions else (rows,))
 
 
 def _flat(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor if tensor.dim() == len(shape) else tensor.reshape(shape)
 
 
-def _of_rows(given: Given, shift: int) -> Callable[[Tensor], Tensor]:
+def in_shape_of_rows(given: Given, shift: int) -> Callable[[Tensor], Tensor]:
     """In the shape of the rows, without those that a shift leaves no target."""
 
     def shaped(values: Tensor) -> Tensor:

@@ -11,7 +11,17 @@ from .. import _route
 from .._dtypes import HALVES
 from ..linear import Options
 from ._ignored import IgnoreIndex
-from ._linear import Given, check_head, checked_divisor, checked_rows, results, shifted, with_index
+from ._linear import (
+    Given,
+    check_head,
+    checked_divisor,
+    checked_rows,
+    checked_scale,
+    in_dtype,
+    results,
+    shifted,
+    with_index,
+)
 from ._numbers import NUMBERS, checked
 from .cross_entropy import checked_options, cross_entropy
 from .focal import checked_alpha, focal_loss
@@ -114,7 +124,7 @@ def linear_cross_entropy(
     if not isinstance(z_loss, NUMBERS):
         z_loss = checked("linear_cross_entropy", "z_loss", z_loss)
     cap = checked_options("linear_cross_entropy", z_loss, softcap, all_ignored, out_dtype)
-    given, weight, wide = _in_dtype(given, weight, out_dtype)
+    given, weight, wide = in_dtype(given, weight, out_dtype)
     loss, lse, accuracy = results(
         "soft_cross_entropy" if given.soft else "cross_entropy", given, weight, reduction,
         (label_smoothing, z_loss, cap),
@@ -123,7 +133,7 @@ def linear_cross_entropy(
             checked_divisor("linear_cross_entropy", normalizer, reduction), checked_rows(chunk_rows),
             None if options is None else options.batch_chunk_size, grad_in_forward,
         ),
-        _scale("linear_cross_entropy", logit_scale), shift,
+        checked_scale("linear_cross_entropy", logit_scale), shift,
         lambda logits: cross_entropy(
             logits, given.target, weight, ignore_index=given.ignore_index, reduction=reduction,
             label_smoothing=label_smoothing,
@@ -135,27 +145,6 @@ def linear_cross_entropy(
     if return_accuracy:
         wanted.append(accuracy)
     return tuple(wanted) if len(wanted) > 1 else loss if out_dtype is None else wanted[0]
-
-
-def _scale(function: str, logit_scale: Any) -> Any:
-    return logit_scale if isinstance(logit_scale, NUMBERS) else checked(function, "logit_scale", logit_scale)
-
-
-def _in_dtype(given: Given, weight: Tensor | None, out_dtype: torch.dtype | None) -> tuple[Given, Tensor | None, bool]:
-    """As cross_entropy: a result wider than float32 needs wider logits."""
-    if out_dtype is None:
-        return given, weight, False
-    computed = torch.promote_types(given.input.dtype, out_dtype)
-    wide = computed != given.input.dtype and computed == torch.float32
-    if computed == given.input.dtype or wide:
-        return given, weight, wide
-    bias = given.linear_bias
-    given = given._replace(
-        input=given.input.to(computed),
-        linear_weight=given.linear_weight.to(computed),
-        linear_bias=bias if bias is None else bias.to(computed),
-    )
-    return given, weight if weight is None else weight.to(computed), False
 
 
 def linear_focal_loss(
@@ -209,7 +198,7 @@ def linear_focal_loss(
             normalizer=checked_divisor("linear_focal_loss", normalizer, reduction),
             chunk_rows=checked_rows(chunk_rows), grad_in_forward=grad_in_forward,
         ),
-        _scale("linear_focal_loss", logit_scale), shift,
+        checked_scale("linear_focal_loss", logit_scale), shift,
         lambda logits: focal_loss(logits, given.target, alpha, gamma, reduction=reduction),
     )[0]  # fmt: skip
 
@@ -264,7 +253,7 @@ def linear_log_probs(
     value, entropy, _ = results(
         "log_probs", given, None, "none", (temperature, float(return_entropy)),
         Options(wide=input.dtype in HALVES, second=return_entropy, chunk_rows=checked_rows(chunk_rows)),
-        _scale("linear_log_probs", logit_scale), shift,
+        checked_scale("linear_log_probs", logit_scale), shift,
         lambda logits: log_probs(logits, given.target, ignore_index=ignore_index),
     )  # fmt: skip
     return (value, entropy) if return_entropy else value

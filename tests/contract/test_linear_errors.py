@@ -100,7 +100,7 @@ def test_a_label_in_the_last_chunk_is_found_before_the_first_is_computed(label, 
         if "return_lse" in options and function is L.linear_focal_loss:
             continue
         with (
-            patch.object(_passes._Logits, "of", side_effect=AssertionError("computed")),
+            patch.object(_passes.Logits, "of", side_effect=AssertionError("computed")),
             pytest.raises(IndexError, match=f"Target {label} is out of bounds"),
         ):
             function(input, weight, target, chunk_rows=3, **options)
