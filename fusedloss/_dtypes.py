@@ -15,6 +15,11 @@ def in_float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 or tensor.dtype == torch.float16 else tensor
 
 
+def arithmetic(tensor: Tensor) -> torch.dtype:
+    """The dtype of :func:`in_float`, without the copy."""
+    return torch.float32 if tensor.dtype == torch.bfloat16 or tensor.dtype == torch.float16 else tensor.dtype
+
+
 def widened(input: Tensor, wide: bool = False) -> bool:
     """Whether results are float32: where the caller asks for it, and under autocast, as in torch."""
     device = input.device.type

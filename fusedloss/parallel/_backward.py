@@ -5,6 +5,7 @@ row's statistics and its target. On a rank that does not hold the target, class 
 leave out class 0, the kernel adds it again, and what the kernel takes off there is put back, in one number a row.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,9 @@ class _Stand(NamedTuple):
 
 def by_kernels(
     logits: Tensor, column: Tensor, valid: Tensor, weight: Tensor | None, asked: Asked, numbers: Tensor, mass: Tensor,
-    upstreams: tuple[Tensor | None, ...],
+    upstreams: Sequence[Tensor | None], in_place: bool = False,
 ) -> Tensor:  # fmt: skip
+    """``in_place``: over the logits."""
     row = completed(numbers, asked, mass)
     given = zip(asked.results, upstreams, strict=True)
     upstream = _Upstream(**{name: torch.zeros_like(row.ce) if each is None else each for name, each in given})
@@ -49,11 +51,12 @@ def by_kernels(
         b = b + torch.where(row.p == 0, 0.0, upstream.q * row.p)  # that of q is infinite where the loss is
     b = torch.where(valid, b, 0.0)  # p may be no number
     stand = _standing(logits, column, valid, asked, numbers, row)
+    kernel = _Kernel(logits, stand.column, in_place)
     if asked.spread or asked.lse:
-        return _by_mass(logits, weight, asked, stand, row, mass, b, upstream)
+        return _by_mass(kernel, weight, asked, stand, row, mass, b, upstream)
     name, _ = loss_of(asked)
     make = _of_log_probs if name == "log_probs" else _of_cross_entropy
-    return make(logits, asked, stand, numbers, row, b, upstream)
+    return make(kernel, asked, stand, numbers, row, b, upstream)
 
 
 def _standing(logits: Tensor, column: Tensor, valid: Tensor, asked: Asked, numbers: Tensor, row: Row) -> _Stand:
@@ -67,41 +70,49 @@ def _standing(logits: Tensor, column: Tensor, valid: Tensor, asked: Asked, numbe
     return _Stand(torch.where(stands_in, 0, column), owned, stands_in, logit, gap, e, e / row.total, statistics)
 
 
-def _kernel(
-    name: str, params: list[float], upstream: Tensor, upstream_second: Tensor | None, logits: Tensor, index: Tensor,
-    weight: Tensor | None, statistics: list[Tensor],
-) -> Tensor:  # fmt: skip
-    flat = torch.cat([torch.stack(statistics).flatten(), upstream.new_ones(1)])
-    made: Tensor = getattr(torch.ops.fusedloss, f"{name}_backward")(
-        upstream.contiguous(), upstream_second if upstream_second is None else upstream_second.contiguous(), logits,
-        index, weight, flat, NONE, NOWHERE, params, None,
-    )  # fmt: skip
-    return made
+class _Kernel(NamedTuple):
+    logits: Tensor
+    column: Tensor
+    in_place: bool
+
+    def __call__(
+        self, name: str, params: list[float], upstream: Tensor, upstream_second: Tensor | None, weight: Tensor | None,
+        statistics: list[Tensor],
+    ) -> Tensor:  # fmt: skip
+        flat = torch.cat([torch.stack(statistics).flatten(), upstream.new_ones(1)])
+        made: Tensor | None = getattr(torch.ops.fusedloss, f"{name}_backward{'_' * self.in_place}")(
+            upstream.contiguous(), upstream_second if upstream_second is None else upstream_second.contiguous(),
+            self.logits, self.column, weight, flat, NONE, NOWHERE, params, None,
+        )  # fmt: skip
+        return self.logits if made is None else made
 
 
 def _put(of_logits: Tensor, index: Tensor, where: Tensor, values: Tensor) -> Tensor:
-    """Sets one column of each row of ``where``."""
-    dim = class_dim(of_logits)
-    index = index.clamp_min(0).unsqueeze(dim)
-    values = torch.where(where.unsqueeze(dim), values.unsqueeze(dim).to(of_logits.dtype), of_logits.gather(dim, index))
-    return of_logits.scatter_(dim, index, values)
+    """Sets one column of each row of ``where``. Not by scatter_, which copies half-precision data whole to float32."""
+    sizes = index.shape
+    places = [
+        torch.arange(size, device=index.device).view(-1, *[1] * (len(sizes) - 1 - i)) for i, size in enumerate(sizes)
+    ]
+    values = torch.where(where, values.to(of_logits.dtype), target_logits(of_logits, index))
+    of_logits.movedim(class_dim(of_logits), -1).index_put_((*places, index.clamp_min(0)), values)
+    return of_logits
 
 
 def _of_cross_entropy(
-    logits: Tensor, asked: Asked, stand: _Stand, numbers: Tensor, row: Row, b: Tensor, upstream: _Upstream
+    kernel: _Kernel, asked: Asked, stand: _Stand, numbers: Tensor, row: Row, b: Tensor, upstream: _Upstream
 ) -> Tensor:
     name, params = loss_of(asked)
     statistics = stand.statistics
     if asked.softcap:  # whose kernel reads the mass of a smoothing, too
         statistics = [*statistics, torch.zeros_like(b)]
-    made = _kernel(name, params, b, upstream.lse, logits, stand.column, None, statistics)
     slope = b if upstream.lse is None else b + upstream.lse
     own = torch.where(stand.p == 0, 0.0, slope * stand.p * asked.slope(stand.logit))
+    made = kernel(name, params, b, upstream.lse, None, statistics)
     return _put(made, stand.column, stand.stands_in, own)
 
 
 def _of_log_probs(
-    logits: Tensor, asked: Asked, stand: _Stand, numbers: Tensor, row: Row, b: Tensor, upstream: _Upstream
+    kernel: _Kernel, asked: Asked, stand: _Stand, numbers: Tensor, row: Row, b: Tensor, upstream: _Upstream
 ) -> Tensor:
     name, params = loss_of(asked)
     statistics, of_entropy, slope = stand.statistics, None, b
@@ -110,13 +121,13 @@ def _of_log_probs(
         statistics = [*statistics, torch.where(stand.owned, numbers[3], row.sum - stand.e * stand.gap)]
         of_entropy = upstream.third
         slope = b - of_entropy * (stand.gap - row.sum / row.total)
-    made = _kernel(name, params, -b, of_entropy, logits, stand.column, None, statistics)
     own = torch.where(stand.p == 0, 0.0, slope * stand.p * asked.slope(stand.logit))
+    made = kernel(name, params, -b, of_entropy, None, statistics)
     return _put(made, stand.column, stand.stands_in, own)
 
 
 def _by_mass(
-    logits: Tensor, weight: Tensor | None, asked: Asked, stand: _Stand, row: Row, mass: Tensor, b: Tensor,
+    kernel: _Kernel, weight: Tensor | None, asked: Asked, stand: _Stand, row: Row, mass: Tensor, b: Tensor,
     upstream: _Upstream,
 ) -> Tensor:  # fmt: skip
     """By cross-entropy smoothed all the way, which takes nothing off at the target: it is put there afterwards.
@@ -125,7 +136,8 @@ def _by_mass(
     gradient of an lse would make gradients of ignored rows, too, whose logits may be no numbers. It is handed over only
     where the caller has them all.
     """
-    classes = logits.shape[class_dim(logits)]
+    classes = kernel.logits.shape[class_dim(kernel.logits)]
+    slope = asked.slope(target_logits(kernel.logits, stand.column))
     of_all = b
     if asked.spread:
         assert upstream.third is not None
@@ -138,11 +150,8 @@ def _by_mass(
         of_all, of_lse = of_all + of_lse, None
     of_class = torch.ones_like(b) if weight is None else weight[stand.column.clamp_min(0)]
     third = torch.where(s == 0, 0.0, of_all / s - of_class)
-    made = _kernel(
-        "cross_entropy", [1.0, 0.0, asked.softcap], s * classes, of_lse, logits, stand.column, weight,
-        [*stand.statistics, third],
-    )  # fmt: skip
+    made = kernel("cross_entropy", [1.0, 0.0, asked.softcap], s * classes, of_lse, weight, [*stand.statistics, third])
     if of_lse is not None:
         of_all = of_all + of_lse
-    own = ((of_all - b) * row.p - b * row.q - s * of_class) * asked.slope(target_logits(logits, stand.column))
+    own = ((of_all - b) * row.p - b * row.q - s * of_class) * slope
     return _put(made, stand.column, stand.owned, own)

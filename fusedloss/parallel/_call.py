@@ -4,6 +4,7 @@ Nothing that another rank may see otherwise raises before all ranks have heard o
 leaves the others waiting.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _route, _torchs
-from .._dtypes import HALVES, in_float, widened
+from .._dtypes import HALVES, arithmetic, widened
 from .._library import extension
 from .._sizes import rows_of, same_shape
 from .._weighted import check, reduced_by_weight
@@ -44,9 +45,23 @@ class Rows(NamedTuple):
     doubt: Tensor  # 0, or NaN where a label is out of range or the ranks do not agree, and nobody could raise it
     total: int  # classes
 
+    def part(self, index: Any, results: Sequence[Tensor]) -> "Rows":
+        """Some of the rows, with these results."""
+        of_class, s = self.of_class, self.sample_weight
+        return Rows(
+            dict(zip(self.results, results, strict=True)), self.valid[index], self.kept[index],
+            of_class if of_class is None else of_class[index], s if s is None else s[index], self.doubt[index],
+            self.total,
+        )  # fmt: skip
+
     def of(self, name: str) -> Tensor:
         """A result, and 0 where a row does not count."""
         return self.counted(self.results[name])
+
+    @property
+    def lse(self) -> Tensor:
+        """Of every row."""
+        return self.results["lse"] + self.doubt
 
     def counted(self, values: Tensor) -> Tensor:
         return torch.where(self.valid, values, 0.0)
@@ -66,39 +81,68 @@ class Rows(NamedTuple):
         return reduced(losses, divisor, reduction, zero)
 
 
-def rows(
+class Checked(NamedTuple):
+    """A call whose arguments are checked as far as this rank knows."""
+
+    function: str
+    given: Given
+    target: Tensor  # in int64
+    ignore_index: int
+    weight: Tensor | None  # of all classes
+    sample_weight: Tensor | None
+    kept: Tensor
+
+    def agreed(self, logits: Tensor, heads: Tensor) -> Tensor:
+        """Raises what all ranks raise once they have heard each other; what is in doubt of each row, 0 or NaN."""
+        shard = self.given.shard
+        looks = _may_look(logits, shard)
+        if looks:
+            _shards.check(self.function, heads)
+        if self.weight is not None and not same_shape(self.weight.shape, torch.Size([shard.total])):
+            raise RuntimeError(
+                f"weight tensor should be defined either for all {shard.total} classes or no classes but got weight "
+                f"tensor of shape: {list(self.weight.shape)}"
+            )
+        doubt = _labels(logits, self.target, self.ignore_index, shard)
+        if not looks:
+            doubt = doubt + torch.where(_shards.agree(heads), 0.0, torch.nan).to(doubt.dtype)
+        return doubt
+
+    def rows(self, results: Sequence[Tensor], doubt: Tensor) -> Rows:
+        given, weight = self.given, self.weight
+        of_class = None if weight is None else weight[torch.where(given.valid, self.target, 0)]
+        by_name = dict(zip(given.asked.results, results, strict=False))
+        return Rows(by_name, given.valid, self.kept, of_class, self.sample_weight, doubt, given.shard.total)
+
+
+def checked(
     function: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any,
     sample_weight: Tensor | None, asked: Asked, sharding: Sharding,
-) -> Rows:  # fmt: skip
+) -> Checked:  # fmt: skip
+    """``logits``: those of this rank, or a tensor that is like them."""
     _check_tensors(function, logits, target, weight)
     shard = shard_of(function, logits.shape[class_dim(logits)], *sharding)
     target, ignore_index, sample_weight, kept, counts = _targets(
         function, logits, target, ignore_index, sample_weight, shard
     )
-    weight = weight if weight is None else weight.to(in_float(logits).dtype)
+    weight = weight if weight is None else weight.to(arithmetic(logits))
     valid = counts & (target >= 0) & (target < shard.total)
     here = target - shard.start
     column = torch.where(valid & (here >= 0) & (here < shard.size), here, NOWHERE)
     seen = torch.where(counts, target, MASKED)
     given = Given(column, valid, seen, _of_shard(weight, shard), asked, shard)
+    return Checked(function, given, target, ignore_index, weight, sample_weight, kept)
+
+
+def rows(
+    function: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any,
+    sample_weight: Tensor | None, asked: Asked, sharding: Sharding,
+) -> Rows:  # fmt: skip
+    call = checked(function, logits, target, weight, ignore_index, sample_weight, asked, sharding)
     if not is_compiling() and _route.asked():
-        _tell(logits, given)
-    heads, *results = of_rows(logits, given)
-    looks = _may_look(logits, shard)
-    if looks:
-        _shards.check(function, heads)
-    if weight is not None and not same_shape(weight.shape, torch.Size([shard.total])):
-        raise RuntimeError(
-            f"weight tensor should be defined either for all {shard.total} classes or no classes but got weight tensor "
-            f"of shape: {list(weight.shape)}"
-        )
-    doubt = _labels(logits, target, ignore_index, shard)
-    if not looks:
-        doubt = doubt + torch.where(_shards.agree(heads), 0.0, torch.nan).to(doubt.dtype)
-    return Rows(
-        dict(zip(asked.results, results, strict=True)), valid, kept,
-        None if weight is None else weight[torch.where(valid, target, 0)], sample_weight, doubt, shard.total,
-    )  # fmt: skip
+        _tell(logits, call.given)
+    heads, *results = of_rows(logits, call.given)
+    return call.rows(results, call.agreed(logits, heads))
 
 
 class _Targets(NamedTuple):
@@ -122,7 +166,7 @@ def _targets(
     kept = counts = target != ignore_index
     if sample_weight is not None:
         check(sample_weight, logits)
-        sample_weight = sample_weight.to(in_float(logits).dtype)
+        sample_weight = sample_weight.to(arithmetic(logits))
         if not sample_weight.requires_grad:  # a weight of 0 has a derivative
             counts = kept & (sample_weight != 0)
     return _Targets(target, ignore_index, sample_weight, kept, counts)
@@ -157,7 +201,7 @@ def _refuse(logits: Tensor, target: Tensor, shard: Shard) -> None:
     """In torch's words, of a target whose shape or dtype no rank takes."""
     dim = class_dim(logits)
     sizes = [*logits.shape[:dim], shard.total, *logits.shape[dim + 1 :]]
-    _torchs.nll_loss(in_float(logits).new_zeros(()).expand(sizes), target)
+    _torchs.nll_loss(logits.new_zeros((), dtype=arithmetic(logits)).expand(sizes), target)
     raise ValueError(
         f"expected a target of class indices of shape {tuple(rows_of(logits))} in int64 or uint8, got shape "
         f"{tuple(target.shape)} of {target.dtype}"
@@ -175,7 +219,7 @@ def _of_shard(weight: Tensor | None, shard: Shard) -> Tensor | None:
 def _labels(logits: Tensor, target: Tensor, ignore_index: int, shard: Shard) -> Tensor:
     """0 for each row whose label names a class or is ignored. Any other raises torch's IndexError, on a GPU as for
     every loss: it is NaN, and a later call raises. A loss that reads no logits but these zeros."""
-    zeros = in_float(logits).new_zeros(1, 1).expand(target.numel(), shard.total)
+    zeros = logits.new_zeros(1, 1, dtype=arithmetic(logits)).expand(target.numel(), shard.total)
     flat = target.flatten()
     if extension is not None and logits.device.type in extension.devices:
         found, _ = torch.ops.fusedloss.nll.without_second(zeros, flat, None, NONE, ignore_index, [], False, None)
@@ -200,16 +244,20 @@ def _may_look(logits: Tensor, shard: Shard) -> bool:
     return True
 
 
+def place_of(shard: Shard, device: str) -> str:
+    where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]
+    return f"{where}, classes {shard.start} to {shard.start + shard.size} of {shard.total}"
+
+
 def _tell(logits: Tensor, given: Given) -> None:
     why = _local.declines(logits, given.column, given.asked)
     if why is not None:
         _route.tell_native(why)
     shard, device = given.shard, logits.device.type
-    where = f"cpu {extension.cpu_isa()}" if device == "cpu" else device  # type: ignore[union-attr]
-    rows, size = given.column.numel(), in_float(logits).dtype.itemsize
+    where = place_of(given.shard, device)
+    rows, size = given.column.numel(), arithmetic(logits).itemsize
     row_bytes = given.asked.numbers * size
     rounds = "an all_to_all and an all_gather" if _exchange.in_blocks(row_bytes, rows, shard.ranks) else "an all_gather"
     _route.tell(
-        f"fused: {where}, classes {shard.start} to {shard.start + shard.size} of {shard.total}, "
-        f"{rounds} of {row_bytes * rows + _shards.HEAD * size} bytes from each of {shard.ranks} ranks"
+        f"fused: {where}, {rounds} of {row_bytes * rows + _shards.HEAD * size} bytes from each of {shard.ranks} ranks"
     )

@@ -51,6 +51,16 @@ def gather(part: Tensor, shard: Shard) -> Tensor:
     return gathered.view(shard.ranks, -1)
 
 
+def start_sum(parts: Tensor, shard: Shard) -> None:
+    """Begins to sum over the ranks, in place. The next :func:`arrived` of its memory waits for it."""
+    torch.ops._c10d_functional.all_reduce_(parts, "sum", shard.group)
+
+
+def arrived(parts: Tensor) -> Tensor:
+    summed: Tensor = torch.ops._c10d_functional.wait_tensor(parts)
+    return summed
+
+
 def with_own(gathered: Tensor, part: Tensor, shard: Shard) -> Tensor:
     """What was gathered as a function of this rank's part."""
     return torch.cat([gathered[: shard.rank], part.unsqueeze(0), gathered[shard.rank + 1 :]])
@@ -88,3 +98,33 @@ class _OwnPart(_AcrossRanks):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
         return _OwnPart.apply(tangent, ctx.shard)
+
+
+class Shared(_AcrossRanks):
+    """What every rank has whole and uses for its own part: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(whole: Tensor, shard: Shard) -> Tensor:
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return _Summed.apply(upstream, ctx.shard), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return tangent.view_as(tangent)
+
+
+class _Summed(_AcrossRanks):
+    @staticmethod
+    def forward(part: Tensor, shard: Shard) -> Tensor:
+        return arrived(torch.ops._c10d_functional.all_reduce(part.contiguous(), "sum", shard.group))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return Shared.apply(upstream, ctx.shard), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return _Summed.apply(tangent, ctx.shard)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _captures
 from .._derivatives import transformed
-from .._dtypes import in_float
+from .._dtypes import arithmetic
 from .._library import extension, why_native
 from .._sizes import is_empty
 from ..losses._rows import class_dim
@@ -32,7 +32,8 @@ def natively(logits: Tensor, column: Tensor, weight: Tensor | None, asked: Asked
     if logits.shape[dim] == 0:  # one class that is masked and of weight 0, for what torch refuses of none
         rows = list(logits.shape)
         rows[dim] = 1
-        logits, weight = torch.cat([logits, logits.new_full(rows, -torch.inf)], dim), in_float(logits).new_zeros(1)
+        logits = torch.cat([logits, logits.new_full(rows, -torch.inf)], dim)
+        weight = logits.new_zeros(1, dtype=arithmetic(logits))
     z = asked.z(logits)
     owned = column >= 0
     places = torch.arange(z.shape[dim], device=z.device).view(-1, *[1] * (z.dim() - 1 - dim))

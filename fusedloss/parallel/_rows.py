@@ -22,6 +22,10 @@ class Given(NamedTuple):
     asked: Asked
     shard: Shard
 
+    def of(self, index: Any) -> "Given":
+        """Of some rows."""
+        return self._replace(column=self.column[index], valid=self.valid[index])
+
 
 Results = tuple[Tensor, ...]  # what the ranks say of themselves, and what is asked for
 Upstreams = tuple[Tensor | None, ...]  # of what is asked for
@@ -30,14 +34,15 @@ Upstreams = tuple[Tensor | None, ...]  # of what is asked for
 def of_rows(logits: Tensor, given: Given) -> Results:
     # A compiler differentiates PyTorch's operators itself, once, and does not trace a call of autograd.
     if transformed([logits]) or (is_compiling() and _local.declines(logits, given.column, given.asked)):
-        return _differentiable(logits, given)
+        return differentiable(logits, given)
     results: Results = _Rows.apply(logits, *given)
     return results
 
 
-def head_of(logits: Tensor, given: Given, numbers: Tensor) -> Tensor:
+def head_of(dtype: torch.dtype, given: Given, like: Tensor) -> Tensor:
+    """``dtype``: of the logits. ``like``: the numbers that are sent with it."""
     mass = None if given.weight is None else given.weight.sum()
-    return head(given.shard, logits.dtype, mass, given.seen, numbers)
+    return head(given.shard, dtype, mass, given.seen, like)
 
 
 def results_of(numbers: Tensor, heads: Tensor, given: Given) -> Results:
@@ -46,10 +51,10 @@ def results_of(numbers: Tensor, heads: Tensor, given: Given) -> Results:
     return heads, *[getattr(row, name) for name in given.asked.results]
 
 
-def _differentiable(logits: Tensor, given: Given) -> Results:
+def differentiable(logits: Tensor, given: Given) -> Results:
     """In PyTorch's operators, with derivatives of every order; that of a backward communicates."""
     numbers = _local.natively(logits, given.column, given.weight, given.asked)
-    part = torch.cat([numbers.flatten(), head_of(logits, given, numbers)])
+    part = torch.cat([numbers.flatten(), head_of(logits.dtype, given, numbers)])
     if is_compiling():  # which differentiates once, and does not trace the derivatives of Gathered
         gathered = _exchange.with_own(_exchange.gather(part.detach(), given.shard), part, given.shard)
     else:
@@ -78,7 +83,7 @@ class _Rows(torch.autograd.Function):
         else:
             numbers = _local.natively(logits, given.column, given.weight, given.asked)
         numbers, heads = _combine.combined(
-            numbers, head_of(logits, given, numbers), given.valid, given.asked, given.shard
+            numbers, head_of(logits.dtype, given, numbers), given.valid, given.asked, given.shard
         )
         results = results_of(numbers, heads, given)
         ctx.save_for_backward(logits, *given[:4], numbers, heads)
@@ -105,7 +110,7 @@ def _gradient(
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             logits = logits.view_as(logits)
-            return _by_autograd(_differentiable(logits, given), logits, upstream, create_graph)
+            return _by_autograd(differentiable(logits, given), logits, upstream, create_graph)
     if fused:
         mass = masses(heads).sum()
         return _backward.by_kernels(

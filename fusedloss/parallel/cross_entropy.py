@@ -1,6 +1,6 @@
 """Cross-entropy over a sharded vocabulary."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,42 @@ from torch.nn import _reduction as _Reduction
 from ..losses._ignored import IgnoreIndex
 from ..losses._numbers import NUMBERS, checked
 from ..losses.cross_entropy import checked_options
-from ._call import Sharding, result_dtype, rows
+from ._call import Rows, Sharding, result_dtype, rows
 from ._numbers import fixed
 from ._row import Asked
+
+
+class Terms(NamedTuple):
+    """What a row's loss is made of."""
+
+    smoothing: float
+    z_loss: float | Tensor
+    asked: Asked
+
+    @classmethod
+    def checked(
+        cls, function: str, label_smoothing: Any, z_loss: Any, softcap: Any, all_ignored: str,
+        out_dtype: torch.dtype | None, return_lse: bool,
+    ) -> "Terms":  # fmt: skip
+        smoothing = max(fixed(function, "label_smoothing", label_smoothing), 0.0)
+        if smoothing > 1:
+            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing}")
+        if not isinstance(z_loss, NUMBERS):
+            z_loss = checked(function, "z_loss", z_loss)
+        if softcap is not None:
+            softcap = fixed(function, "softcap", softcap)
+        cap = checked_options(function, z_loss, softcap, all_ignored, out_dtype)
+        squared = isinstance(z_loss, Tensor) or z_loss != 0
+        asked = Asked(softcap=cap, spread=smoothing > 0, lse=squared and not return_lse, every_lse=return_lse)
+        return cls(smoothing, z_loss, asked)
+
+    def losses(self, row: Rows) -> Tensor:
+        losses = row.of("ce") if row.of_class is None else row.of_class * row.of("ce")
+        if self.asked.spread:
+            losses = (1 - self.smoothing) * losses + self.smoothing / row.total * row.of("third")
+        if isinstance(self.z_loss, Tensor) or self.z_loss != 0:
+            losses = losses + self.z_loss * row.of("lse").square()
+        return losses
 
 
 def cross_entropy(
@@ -65,27 +98,13 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    smoothing = max(fixed("cross_entropy", "label_smoothing", label_smoothing), 0.0)
-    if smoothing > 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {smoothing}")
-    if not isinstance(z_loss, NUMBERS):
-        z_loss = checked("cross_entropy", "z_loss", z_loss)
-    if softcap is not None:
-        softcap = fixed("cross_entropy", "softcap", softcap)
-    cap = checked_options("cross_entropy", z_loss, softcap, all_ignored, out_dtype)
+    terms = Terms.checked("cross_entropy", label_smoothing, z_loss, softcap, all_ignored, out_dtype, return_lse)
     dtype = result_dtype(input, out_dtype)
     if out_dtype == torch.float64:
         input = input.double()
-    squared = isinstance(z_loss, Tensor) or z_loss != 0
-    asked = Asked(softcap=cap, spread=smoothing > 0, lse=squared and not return_lse, every_lse=return_lse)
     row = rows(
-        "cross_entropy", input, target, weight, ignore_index, sample_weight, asked,
+        "cross_entropy", input, target, weight, ignore_index, sample_weight, terms.asked,
         Sharding(group, vocab_start, vocab_size),
     )  # fmt: skip
-    losses = row.of("ce") if row.of_class is None else row.of_class * row.of("ce")
-    if asked.spread:
-        losses = (1 - smoothing) * losses + smoothing / row.total * row.of("third")
-    if squared:
-        losses = losses + z_loss * row.of("lse").square()
-    loss = row.reduced(losses, reduction, all_ignored == "zero", by_weight=True).to(dtype)
-    return (loss, (row.results["lse"] + row.doubt).to(dtype)) if return_lse else loss
+    loss = row.reduced(terms.losses(row), reduction, all_ignored == "zero", by_weight=True).to(dtype)
+    return (loss, row.lse.to(dtype)) if return_lse else loss

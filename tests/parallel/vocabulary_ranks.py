@@ -362,11 +362,11 @@ def derivatives_of_factors() -> None:
 def memory() -> None:
     """What a step allocates beyond the logits is their gradient, and some numbers a row."""
     ends = cuts(8000)["even"]
-    d = data((256, 8000), torch.float32, masked=False)
-    for name, call in CALLS.items():
+    for dtype, (name, call) in product((torch.bfloat16, torch.float32), CALLS.items()):
+        d = data((256, 8000), dtype, masked=False)
         x = mine(d.logits, ends).clone().requires_grad_()
-        peak = peak_bytes(lambda x=x, call=call: weighed(call.run(parallel, x, d, **sharding(ends))).backward())
-        expect(peak < 1.1 * x.nbytes + 2**17, f"{name}: {peak} bytes beyond logits of {x.nbytes}")
+        peak = peak_bytes(lambda x=x, call=call, d=d: weighed(call.run(parallel, x, d, **sharding(ends))).backward())
+        expect(peak < 1.1 * x.nbytes + 2**17, f"{name}, {dtype}: {peak} bytes beyond logits of {x.nbytes}")
 
 
 def situations() -> None:
