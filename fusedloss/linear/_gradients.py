@@ -28,7 +28,7 @@ class Gradients:
         self.sums: list[Tensor] = []
         self.blocks: list[slice] = []
         if wanted[1]:
-            if like.dtype in HALVES and chunks > 1:
+            if like.dtype in HALVES and chunks > 1 and self.weight.shape[0]:
                 self.blocks = blocks(self.weight.shape, sum_elements(like.device.type))
                 self.sums = [
                     like.new_zeros((each.stop - each.start, like.shape[1]), dtype=call.arithmetic)

@@ -35,23 +35,23 @@ Formula = Callable[[Call, bool, bool], Callable[..., tuple[Tensor, Tensor | None
 
 def _linear(*given: Any) -> tuple[Tensor, ...]:
     call = Call(*given[:_FIELDS])
-    with _no_autocast(call):
+    with no_autocast(call):
         return _passes.forward(call, *given[_FIELDS:])
 
 
 def _linear_with_grad(*given: Any) -> tuple[Tensor, ...]:
     call = Call(*given[:_FIELDS])
-    with _no_autocast(call):
+    with no_autocast(call):
         return _passes.forward_with_gradients(call, *given[_FIELDS:])
 
 
 def _linear_backward(upstream: Tensor, upstream_second: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     call = Call(*given[:_FIELDS])
-    with _no_autocast(call):
+    with no_autocast(call):
         return _passes.backward(upstream, upstream_second, call, *given[_FIELDS:])
 
 
-def _no_autocast(call: Call) -> AbstractContextManager[Any]:
+def no_autocast(call: Call) -> AbstractContextManager[Any]:
     """The operands have their dtypes by now. A backward may run under autocast, which would round its products."""
     device = call.input.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -172,7 +172,7 @@ def register(formula: Formula) -> None:
             upstream = call.input.new_zeros(call.row_shape if call.reduction == NONE else (), dtype=call.result)
         of_input = None
         if ctx.grad_input and wanted[0]:
-            of_input = _scaled(_taken(ctx, upstream, lambda: _linear_again(call)), upstream)
+            of_input = scaled(_taken(ctx, upstream, lambda: _linear_again(call)), upstream)
             wanted = [False, *wanted[1:]]
         made = _only(
             torch.ops.fusedloss.linear_backward(upstream, upstream_second, *call, ctx.second, kept, wanted), wanted
@@ -193,7 +193,7 @@ def register(formula: Formula) -> None:
         left = _taken(ctx, upstream, lambda: torch.ops.fusedloss.linear_with_grad(*call, wanted, False)[2:])
         made = _only(left, wanted)
         del left
-        return _none_for(arguments, tuple(each if each is None else _scaled(each, upstream) for each in made))
+        return _none_for(arguments, tuple(each if each is None else scaled(each, upstream) for each in made))
 
     def refuse(ctx: Any, *upstreams: Any) -> Any:
         raise RuntimeError("derivative for fusedloss::linear_backward is not implemented")
@@ -217,7 +217,7 @@ def _taken(ctx: Any, upstream: Tensor, make: Callable[[], Any]) -> Any:
     return make() if left is None else left
 
 
-def _scaled(made: Tensor, upstream: Tensor) -> Tensor:
+def scaled(made: Tensor, upstream: Tensor) -> Tensor:
     if _is_traced(upstream):
         return made * upstream.to(made.dtype)
     torch.ops.fusedloss.scale_(made, upstream)

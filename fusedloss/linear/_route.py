@@ -70,7 +70,7 @@ def softmax(
     params: Sequence[Any], options: Options,
 ) -> Results:  # fmt: skip
     """The loss, its second result, and which rows are right, the latter two where they are asked for."""
-    head = _under_autocast(head)
+    head = under_autocast(head)
     why = _declines(name, head, target, weight, reduction, ignore_index, params, options)
     if why is not None:
         _route.tell_native(why)
@@ -94,7 +94,7 @@ def softmax(
         call = call._replace(by_classes=True)
     if not is_compiling():
         _route.tell(_path(call))
-    in_forward = _makes_gradients(call, options)
+    in_forward = makes_gradients(call, options)
     if in_forward and not call.by_classes:
         loss, right, *_ = torch.ops.fusedloss.linear_with_grad(*call, call.wanted, options.correct)
         return loss, None, right.detach() if options.correct else None
@@ -112,7 +112,7 @@ def _needs_gradients(call: Call) -> bool:
     return torch.is_grad_enabled() and any(call.wanted)
 
 
-def _makes_gradients(call: Call, options: Options) -> bool:
+def makes_gradients(call: Call, options: Options) -> bool:
     """Whether forward makes the gradients: where one factor is all that backward has to add.
 
     Not in float16, whose gradients need the upstream gradient of a GradScaler before they are rounded.
@@ -131,7 +131,7 @@ def _is_recorded() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-def _under_autocast(head: Head) -> Head:
+def under_autocast(head: Head) -> Head:
     """The operands in the dtype of autocast, as torch's matrix product takes them."""
     device = head.input.device.type
     if device not in _captures.DEVICES or not torch.is_autocast_enabled(device):

@@ -16,12 +16,14 @@ tensor(0.1269)
 - ``_row``: a row from what its parts are known by
 - ``_backward``: the gradient, by the kernels
 - ``_rows``: these as one function with its derivatives
+- ``_linear``: the chunks of a linear loss, with an exchange or a sum over the ranks in each
 - ``_call``: what the losses share
 - ``_placed``: DTensor logits in the functions of :mod:`fusedloss.functional`
 """
 
 from .cross_entropy import cross_entropy
 from .focal import focal_loss
+from .linear import linear_cross_entropy
 from .log_probs import log_probs
 
-__all__ = ["cross_entropy", "focal_loss", "log_probs"]
+__all__ = ["cross_entropy", "focal_loss", "linear_cross_entropy", "log_probs"]

@@ -45,13 +45,12 @@ class Rows(NamedTuple):
     doubt: Tensor  # 0, or NaN where a label is out of range or the ranks do not agree, and nobody could raise it
     total: int  # classes
 
-    def part(self, index: Any, results: Sequence[Tensor]) -> "Rows":
+    def part(self, index: Any, results: dict[str, Tensor]) -> "Rows":
         """Some of the rows, with these results."""
         of_class, s = self.of_class, self.sample_weight
         return Rows(
-            dict(zip(self.results, results, strict=True)), self.valid[index], self.kept[index],
-            of_class if of_class is None else of_class[index], s if s is None else s[index], self.doubt[index],
-            self.total,
+            results, self.valid[index], self.kept[index], of_class if of_class is None else of_class[index],
+            s if s is None else s[index], self.doubt[index], self.total,
         )  # fmt: skip
 
     def of(self, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # noqa: F401  (defines the ops)
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ._shards import Shard
 
@@ -61,6 +62,10 @@ def arrived(parts: Tensor) -> Tensor:
     return summed
 
 
+def _sum(part: Tensor, shard: Shard) -> Tensor:
+    return arrived(torch.ops._c10d_functional.all_reduce(part.contiguous(), "sum", shard.group))
+
+
 def with_own(gathered: Tensor, part: Tensor, shard: Shard) -> Tensor:
     """What was gathered as a function of this rank's part."""
     return torch.cat([gathered[: shard.rank], part.unsqueeze(0), gathered[shard.rank + 1 :]])
@@ -100,9 +105,26 @@ class _OwnPart(_AcrossRanks):
         return _OwnPart.apply(tangent, ctx.shard)
 
 
-class Shared(_AcrossRanks):
+def shared(whole: Tensor, shard: Shard) -> Tensor:
     """What every rank has whole and uses for its own part: its gradient is the sum of theirs."""
+    made: Tensor = (_SharedOnce if is_compiling() else _Shared).apply(whole, shard)
+    return made
 
+
+class _SharedOnce(torch.autograd.Function):
+    """For a compiler, which differentiates once, and does not trace the derivatives of the next."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return _sum(upstream, ctx.shard), None
+
+
+class _Shared(_AcrossRanks):
     @staticmethod
     def forward(whole: Tensor, shard: Shard) -> Tensor:
         return whole.view_as(whole)
@@ -119,11 +141,11 @@ class Shared(_AcrossRanks):
 class _Summed(_AcrossRanks):
     @staticmethod
     def forward(part: Tensor, shard: Shard) -> Tensor:
-        return arrived(torch.ops._c10d_functional.all_reduce(part.contiguous(), "sum", shard.group))
+        return _sum(part, shard)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return Shared.apply(upstream, ctx.shard), None
+        return _Shared.apply(upstream, ctx.shard), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:

@@ -111,4 +111,7 @@ def check(function: str, heads: Tensor) -> None:
                 f"{shards}; pass vocab_size, and vocab_start where shards are not cut as by torch.chunk"
             )
         end += size
-    raise ValueError(f"{function}: expected the same target, ignore_index and sample_weight of 0 on every rank")
+    beside_a_head = "; and the same weight, chunk_rows and ways to make gradients" if "linear" in function else ""
+    raise ValueError(
+        f"{function}: expected the same target, ignore_index and sample_weight of 0 on every rank{beside_a_head}"
+    )

@@ -1,4 +1,4 @@
-"""Losses over a sharded vocabulary, in processes that meet over gloo; vocabulary_ranks.py has what they check."""
+"""Losses over a sharded vocabulary, in processes that meet over gloo, which check what is in the files of ranks."""
 
 import os
 import subprocess
@@ -10,12 +10,18 @@ import torch
 from compiler import ROOT
 from marks import needs_extension, on_cpu_alone
 
-RANKS = Path(__file__).with_name("vocabulary_ranks.py")
+HERE = Path(__file__).parent
 SMOKE = ["few_values", "collectives", "errors"]
 VALUES = ["values", "long_rows", "shapes", "one_class", "masks", "edges", "natively"]
 CALLS = ["collectives", "in_blocks", "groups", "memory", "errors", "situations"]
 DTENSORS = ["placements", "labels_of_dtensors", "weights_of_dtensors"]
 DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled", "compiled_placements"]
+
+LINEAR_SMOKE = ["few_values", "errors"]
+LINEAR = [
+    "values", "shapes", "edges", "scaled_means", "collectives", "parts_of_the_input", "frozen", "in_blocks", "memory",
+    "situations", "errors",
+]  # fmt: skip
 
 pytestmark = [
     needs_extension,
@@ -24,9 +30,9 @@ pytestmark = [
 ]
 
 
-def run(ranks: int, folder: Path, checks: list[str]) -> None:
+def run(ranks: int, folder: Path, checks: list[str], file: str = "vocabulary_ranks.py") -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, str(RANKS), str(ranks), str(folder), *checks]
+    command = [sys.executable, str(HERE / file), str(ranks), str(folder), *checks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -45,3 +51,19 @@ def test_ranks(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_derivatives_and_compiled(tmp_path, ranks):
     run(ranks, tmp_path, DERIVATIVES)
+
+
+def test_two_ranks_of_a_head(tmp_path):
+    run(2, tmp_path, LINEAR_SMOKE, "linear_ranks.py")
+
+
+@pytest.mark.deep("sharded heads on 2 to 4 ranks; a few calls of two ranks ran", minutes=1)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_of_a_head(tmp_path, ranks):
+    run(ranks, tmp_path, LINEAR, "linear_ranks.py")
+
+
+@pytest.mark.deep("sharded heads: second derivatives and torch.compile on 2 and 3 ranks", minutes=0.5)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_derivatives_of_a_head(tmp_path, ranks):
+    run(ranks, tmp_path, ["derivatives", "compiled"], "linear_ranks.py")

@@ -5,20 +5,16 @@ python vocabulary_ranks.py RANKS FOLDER CHECK...    runs checks; what fails is p
 Every rank runs the same checks. A check is a function of this file.
 """
 
-import datetime
-import multiprocessing
 import sys
-import traceback
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from observe import peak_bytes
+from processes import LIMITS, Collectives, cuts, error, expect, main, mine, raises, same_bits, sharding, within
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from vocabulary_calls import CALLS, IGNORED, Call, Data, data, outputs, weighed
 
@@ -26,31 +22,6 @@ import fusedloss
 import fusedloss.functional as whole
 from fusedloss import parallel
 from fusedloss.parallel import _exchange, _local
-
-# Relative to the largest value or gradient.
-LIMITS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 * 1.5}
-Sharding = dict[str, Any]
-
-
-def cuts(classes: int) -> dict[str, list[int]]:
-    """Where each rank's classes begin, and where the last one's end."""
-    ranks = dist.get_world_size()
-    chunk = -(-classes // ranks)
-    even = [min(rank * chunk, classes) for rank in range(ranks + 1)]
-    uneven = [0, *[classes - (ranks - rank) for rank in range(1, ranks)], classes]
-    empty = [0, 0, *[classes] * (ranks - 1)]
-    return {"even": even, "uneven": uneven, "empty": empty}
-
-
-def mine(x: Tensor, ends: list[int]) -> Tensor:
-    """A view into the logits of all classes, whose strides are those of all."""
-    rank = dist.get_rank()
-    return x.narrow(min(x.dim() - 1, 1), ends[rank], ends[rank + 1] - ends[rank])
-
-
-def sharding(ends: list[int], cut: str = "") -> Sharding:
-    start = {} if cut == "even" else {"vocab_start": ends[dist.get_rank()]}
-    return {**start, "vocab_size": ends[-1]}
 
 
 def whole_results(call: Call, d: Data) -> tuple[list[Tensor], Tensor]:
@@ -71,24 +42,6 @@ def sharded_results(call: Call, d: Data, ends: list[int], cut: str = "") -> tupl
     return [each.detach() for each in outputs(results)], x.grad
 
 
-def expect(holds: bool, message: str) -> None:
-    if not holds:
-        raise AssertionError(message)
-
-
-def error(got: Tensor, exact: Tensor, scale: Tensor) -> float:
-    """Relative to the largest finite number of ``scale``."""
-    got = got.detach()
-    same = (got.double() == exact) | (got.isnan() & exact.isnan())
-    largest = scale[scale.isfinite()].abs().max().clamp_min(1e-2) if scale.isfinite().any() else torch.ones(())
-    off = torch.where(same, 0.0, (got.double() - exact).abs()) / largest
-    return float(off.max().nan_to_num(nan=torch.inf)) if off.numel() else 0.0
-
-
-LARGEST: dict[str, float] = {}
-OFF: list[str] = []
-
-
 def compare(name: str, call: Call, d: Data, ends: list[int], cut: str = "", slack: float = 1) -> None:
     dtype = d.logits.dtype
     values, gradient = whole_results(call, d)
@@ -96,18 +49,8 @@ def compare(name: str, call: Call, d: Data, ends: list[int], cut: str = "", slac
     same_bits(name, got)
     pairs = [*zip(got, values, values, strict=True), (of_logits, mine(gradient, ends), gradient)]
     for place, (found, exact, scale) in enumerate(pairs):
-        off = error(found, exact, scale)
-        LARGEST[str(dtype)] = max(LARGEST.get(str(dtype), 0.0), off)
         limit = slack * max(LIMITS[dtype], LIMITS[found.dtype])
-        if off > limit:  # not raised here, because the other ranks go on
-            OFF.append(f"{name}, result {place + 1} of {len(pairs)}: off by {off:.1e}")
-
-
-def same_bits(name: str, results: list[Tensor]) -> None:
-    flat = torch.cat([each.double().flatten() for each in results]).nan_to_num(nan=12345.0)
-    everywhere = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, flat)
-    expect(all(torch.equal(each, flat) for each in everywhere), f"{name}: expected the same bits on every rank")
+        within(f"{name}, result {place + 1} of {len(pairs)}", found, exact, scale, limit)
 
 
 # ---- checks
@@ -208,17 +151,6 @@ def edges() -> None:
         expect(abs(float(got - exact)) < 1e-12, f"ignore_index {ignore}: expected {exact}, got {got}")
 
 
-class _Collectives(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "c10d" in str(func) and "wait" not in str(func):
-            self.sent.append((str(func), args[0].numel() * args[0].element_size()))
-        return func(*args, **(kwargs or {}))
-
-
 def collectives() -> None:
     """One all_gather of 3 or 4 numbers a row and ten more; backward communicates nothing."""
     ends = cuts(13)["even"]
@@ -226,13 +158,13 @@ def collectives() -> None:
         for dtype, size in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)):
             d = data((21, 13), dtype, masked=call.masked)
             x = mine(d.logits, ends).clone().requires_grad_()
-            with _Collectives() as forward:
+            with Collectives() as forward:
                 results = weighed(call.run(parallel, x, d, **sharding(ends)))
             expect(
                 forward.sent == [("_c10d_functional.all_gather_into_tensor.default", size * (21 * call.numbers + 10))],
                 f"{name}, {dtype}: {forward.sent}",
             )
-            with _Collectives() as backward:
+            with Collectives() as backward:
                 results.backward()
             expect(not backward.sent, f"{name}, {dtype}, backward: {backward.sent}")
 
@@ -250,7 +182,7 @@ def in_blocks() -> None:
                         compare(f"{name}, {rows} rows in blocks, {dtype}, {cut}", call, d, ends, cut)
             compare(f"{name}, dims in blocks", call, data((2, 13, 3), torch.float64, masked=False), cuts(13)["uneven"])
             d = data((21, 13), torch.float32, masked=call.masked)
-            with _Collectives() as forward:
+            with Collectives() as forward:
                 call.run(parallel, mine(d.logits, cuts(13)["even"]), d, **sharding(cuts(13)["even"]))
             each = -(-21 // ranks)
             sent = [
@@ -412,7 +344,7 @@ def placements() -> None:
                 x = distribute_tensor(d.logits.detach().clone(), mesh, place).requires_grad_()
                 others = Data(x, *[distribute_tensor(each, mesh, whole_of) for each in d[1:]])
                 label = f"{name}, {place}, {context.__name__}"
-                with context(), _Collectives() as collectives:
+                with context(), Collectives() as collectives:
                     results = outputs(call.run(whole, x, others))
                 over_classes = any(each in (Shard(1), Shard(-1)) for each in place)
                 sent = [op for op, _ in collectives.sent]
@@ -598,15 +530,6 @@ def sizes_stay_open() -> None:
             expect(abs(float(got - exact)) < 1e-12, f"{rows} rows, compiled: expected {exact}, got {got}")
 
 
-def raises(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:
-    try:
-        result = call()
-    except Exception as error:
-        expect(type(error) is kind and words in str(error), f"expected {kind.__name__}: {words}, got {error!r}")
-    else:
-        raise AssertionError(f"expected {kind.__name__}: {words}, got {result}")
-
-
 def errors(told: str = "an all_gather") -> None:
     """The same on every rank, and the next call is right."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -671,43 +594,5 @@ def errors(told: str = "an all_gather") -> None:
     )  # fmt: skip
 
 
-# ---- processes
-
-
-def process(rank: int, ranks: int, folder: Path, checks: list[str]) -> None:
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=20)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks, timeout=patience
-    )
-    failed = 0
-    for check in checks:
-        try:
-            globals()[check]()
-            expect(not OFF, "\n".join(OFF))
-        except Exception:
-            failed += 1
-            print(f"rank {rank} of {ranks}, {check}:\n{traceback.format_exc()}", flush=True)
-        heard = torch.tensor([failed])
-        dist.all_reduce(heard)
-        if heard.item():
-            break
-    if rank == 0:
-        print(f"largest errors, {ranks} ranks: {LARGEST}")
-    dist.destroy_process_group()
-    sys.exit(int(heard.item() > 0))
-
-
-def main(ranks: int, folder: Path, checks: list[str]) -> int:
-    """Forks, so that torch is imported once."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank, ranks, folder, checks)) for rank in range(ranks)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join()
-    return max(abs(each.exitcode or 0) for each in processes)
-
-
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(globals(), *sys.argv[1:]))
