@@ -10,6 +10,7 @@ from torch.overrides import has_torch_function_variadic
 from .. import _route
 from .._dtypes import HALVES
 from ..linear import Options
+from ._dtensors import is_dtensor
 from ._ignored import IgnoreIndex
 from ._linear import (
     Given,
@@ -65,7 +66,8 @@ def linear_cross_entropy(
 
     Args:
         input: hidden states h, (D) or (..., D), of any number of leading dimensions.
-        linear_weight: the head W, (C, D), or (C, d1, ..., dK, D) for K-dimensional losses.
+        linear_weight: the head W, (C, D), or (C, d1, ..., dK, D) for K-dimensional losses. A DTensor that is sharded
+            over its classes, beside DTensors, takes :func:`fusedloss.parallel.linear_cross_entropy`.
         target: class indices of the leading dimensions, followed by (d1, ..., dK), in int64 or uint8; or class
             probabilities (..., C, d1, ..., dK).
         linear_bias: b, (C) or (C, d1, ..., dK).
@@ -88,7 +90,7 @@ def linear_cross_entropy(
         The loss, or a tuple of the loss, the lse and the accuracy, the latter two where they are asked for.
 
     Raises:
-        RuntimeError: as torch, for shapes that do not fit; or the head is a DTensor.
+        RuntimeError: as torch, for shapes that do not fit; or the head is a DTensor of other placements.
         IndexError: a target is out of range and not ``ignore_index``, before anything is computed; on a GPU as for
             :func:`cross_entropy`.
         ValueError: ``chunk_rows`` is below 1, ``shift`` is negative or as long as the sequences, or ``normalizer`` is
@@ -111,6 +113,17 @@ def linear_cross_entropy(
             return_accuracy=return_accuracy, chunk_rows=chunk_rows, grad_in_forward=grad_in_forward,
         )  # fmt: skip
     given = Given(input, linear_weight, linear_bias, target, ignore_index, sample_weight)
+    if is_dtensor(linear_weight):
+        return _of_dtensors(
+            given, weight, chunk_rows if options is None or chunk_rows is not None else options.batch_chunk_size,
+            return_accuracy,
+            {
+                "reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing,
+                "z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "shift": shift,
+                "normalizer": normalizer, "out_dtype": out_dtype, "all_ignored": all_ignored, "return_lse": return_lse,
+                "grad_in_forward": grad_in_forward,
+            },
+        )  # fmt: skip
     check_head("linear_cross_entropy", given)
     is_mask = isinstance(ignore_index, Tensor) and ignore_index.dtype == torch.bool
     if ignore_index is not None and not is_mask and target.shape == given.logits:
@@ -145,6 +158,23 @@ def linear_cross_entropy(
     if return_accuracy:
         wanted.append(accuracy)
     return tuple(wanted) if len(wanted) > 1 else loss if out_dtype is None else wanted[0]
+
+
+def _of_dtensors(
+    given: Given, weight: Tensor | None, chunk_rows: int | None, return_accuracy: bool, options: dict[str, Any]
+) -> Any:
+    from ..parallel import _placed_linear
+
+    if return_accuracy:
+        raise RuntimeError(
+            "linear_cross_entropy: expected linear_weight to be whole on every rank for return_accuracy, got a DTensor "
+            f"of placements {given.linear_weight.placements}; pass linear_weight.full_tensor()"  # type: ignore[attr-defined]
+        )
+    operands = {
+        "input": given.input, "linear_weight": given.linear_weight, "linear_bias": given.linear_bias,
+        "target": given.target, "weight": weight, "sample_weight": given.sample_weight,
+    }  # fmt: skip
+    return _placed_linear.served(operands, {**options, "chunk_rows": chunk_rows})
 
 
 def linear_focal_loss(

@@ -399,6 +399,51 @@ def situations() -> None:
     expect(path.startswith("fused: cpu") and all(each in path for each in words), path)
 
 
+def placements() -> None:
+    """A head that is a DTensor, in functional's loss: right where its classes are cut, refused elsewhere."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    ranks = dist.get_world_size()
+    meshes = [(init_device_mesh("cpu", (ranks,)), [Shard(0)])]
+    if ranks % 2 == 0:
+        mesh = init_device_mesh("cpu", (2, ranks // 2))
+        meshes += [(mesh, [Shard(0), Replicate()]), (mesh, [Replicate(), Shard(0)])]
+    for (mesh, place), name in product(meshes, CALLS):
+        everywhere = [Replicate()] * mesh.ndim
+        d = data(torch.float64)
+        exact, gradients = whole_results(name, d, True)
+        operands = [
+            distribute_tensor(each.clone(), mesh, everywhere if i == 0 else place).requires_grad_()
+            for i, each in enumerate(d.operands)
+        ]
+        others = [distribute_tensor(each, mesh, everywhere) for each in d[1:]]
+        options = options_of(name, d._replace(classes=others[1], rows=others[2]))
+        got = whole.linear_cross_entropy(*operands[:2], others[0], linear_bias=operands[2], chunk_rows=6, **options)
+        for found, wanted in zip(outputs(got), exact, strict=True):
+            limit = LIMITS[found.dtype]
+            within(f"{name}, {place}", found.full_tensor().detach(), wanted, wanted, limit)
+            expect(found.placements == tuple(everywhere), f"{name}, {place}: {found.placements}")
+        made = torch.autograd.grad(weighed(tuple(each.full_tensor() for each in outputs(got))), operands)
+        for found, operand, wanted in zip(made, operands, gradients, strict=True):
+            within(f"{name}, {place}, gradient", found.full_tensor(), wanted, wanted, limit)
+            expect(found.placements == operand.placements, f"{name}, {place}: {found.placements}")
+    mesh, d = meshes[0][0], data(torch.float64)
+    x, t = (distribute_tensor(each, mesh, [Replicate()]) for each in (d.operands[0], d.target))
+    head, across = (distribute_tensor(d.operands[1], mesh, [Shard(dim)]) for dim in (0, 1))
+    run = whole.linear_cross_entropy
+    for words, call in (
+        ("linear_weight to be sharded over its classes", lambda: run(x, across, t)),
+        ("pass linear_weight.full_tensor()", lambda: run(x, distribute_tensor(d.operands[1], mesh, [Replicate()]), t)),
+        ("expected input to be a DTensor of placements", lambda: run(d.operands[0], head, t)),
+        ("expected target to be a DTensor of placements", lambda: run(x, head, d.target)),
+        ("expected input to be a DTensor of placements", lambda: run(x.redistribute(mesh, [Shard(0)]), head, t)),
+        ("for return_accuracy", lambda: run(x, head, t, return_accuracy=True)),
+        ("expected input to be whole on every rank", lambda: run(x, d.operands[1], t)),
+    ):
+        raises(RuntimeError, words, call)
+
+
 def errors() -> None:
     """The same on every rank, and the next call is right."""
     rank, ranks = dist.get_rank(), dist.get_world_size()

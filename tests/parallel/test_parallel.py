@@ -20,7 +20,7 @@ DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled", "compiled_pl
 LINEAR_SMOKE = ["few_values", "errors"]
 LINEAR = [
     "values", "shapes", "edges", "scaled_means", "collectives", "parts_of_the_input", "frozen", "in_blocks", "memory",
-    "situations", "errors",
+    "situations", "placements", "errors",
 ]  # fmt: skip
 
 pytestmark = [
