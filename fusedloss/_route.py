@@ -35,6 +35,7 @@ from ._sizes import broadcasts_to as broadcasts_to
 from ._sizes import same_shape
 from ._traced import asked_once, is_exporting
 from ._weighted import over_weighted_rows
+from .losses._dtensors import is_dtensor, over_whole_classes, refused_softmax, served_pointwise
 
 Formula = Callable[..., Tensor]
 
@@ -76,7 +77,7 @@ def pointwise(
 
     def route(formula: Formula) -> Formula:
         native = over_class_indices(formula) if class_indices else formula
-        routed = _unfused(native) if extension is None else _fused(name, native, left, _POINTWISE)
+        routed = _unfused(native, _POINTWISE) if extension is None else _fused(name, native, left, _POINTWISE)
         if listed:
             params = _defaults(formula)
             LOSSES[name] = Loss("pointwise", routed, native, params, False, of_probabilities, class_indices, positive)
@@ -100,8 +101,8 @@ def softmax(
     """
 
     def route(formula: Formula) -> Formula:
-        native = over_weighted_rows(formula, soft, mean_by_weight)
-        routed = _unfused(native) if extension is None else _fused(name, native, left, _SOFTMAX)
+        native = over_whole_classes(over_weighted_rows(formula, soft, mean_by_weight))
+        routed = _unfused(native, _SOFTMAX) if extension is None else _fused(name, native, left, _SOFTMAX)
         LOSSES[name] = Loss("softmax", routed, native, _defaults(formula), soft=soft)
         return routed
 
@@ -208,10 +209,11 @@ def _without_hints(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("grad_in_forward", "inplace")}
 
 
-def _unfused(formula: Formula) -> Formula:
-    def loss(*arguments: Any, **options: Any) -> Any:
+def _unfused(formula: Formula, family: "_Family") -> Formula:
+    def loss(*call: Any, **options: Any) -> Any:
         tell_native(why_native)
-        return formula(*arguments, **_without_hints(options))
+        placed = family.placed(loss, formula, *call, **options)
+        return formula(*call, **_without_hints(options)) if placed is None else placed
 
     return loss
 
@@ -223,6 +225,8 @@ class _Family(NamedTuple):
     capture: Callable[[Any, Any, str], Callable[..., Any]]
     fakes: Callable[[Any], _fake.Fakes]  # of a loss as the extension knows it
     decomposed: Callable[[Formula, Any], Callable[..., Any]]
+    # placed(loss, formula, *arguments, **options): the loss of DTensors by their shards, or None; or it refuses them
+    placed: Callable[..., Any]
 
 
 def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
@@ -238,16 +242,24 @@ def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
     def loss(*call: Any, **options: Any) -> Any:  # named arguments would take half as long as a small loss
         if is_dynamo_compiling() or compiler._is_compiling_flag:  # is_compiling, which asks TorchScript too
             value = capture(*call, **options)
-        elif asking := _asking.get():
+        elif (asking := _asking.get()) and not is_dtensor(call[0]):
             path = explained(*call, **options)
             input, _, _, _, *rest = call
             reason = asking == "compiled" and _captures.left_to_compiler(left, input, rest, options)
             raise Path(f"native: {reason}" if reason and not path.startswith("native") else path)
         else:
             value = kernel(*call, **options)
-            if value is None and heard_native:
+        if value is not None:
+            return value
+        placed = family.placed(loss, formula, *call, **options)
+        if placed is not None:
+            return placed
+        if not is_compiling():
+            if asked():  # about a DTensor
+                tell(explained(*call, **options))
+            if heard_native:
                 _hear(lambda: explained(*call, **options).removeprefix("native: "))
-        return formula(*call, **_without_hints(options)) if value is None else value
+        return formula(*call, **_without_hints(options))
 
     return loss
 
@@ -333,9 +345,11 @@ _POINTWISE = _Family(
     _capture_pointwise,
     lambda known: _fake.pointwise(known.traits),
     lambda formula, known: _decomposed.pointwise(formula),
+    served_pointwise,
 )
 _SOFTMAX = _Family(
     _capture_softmax,
     lambda known: _fake.softmax(known.saved_by),
     lambda formula, known: _decomposed.softmax(formula, known.saved_by),
+    refused_softmax,
 )

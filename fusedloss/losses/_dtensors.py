@@ -1,8 +1,12 @@
 """DTensors: what is made of their logits, and what a loss of plain tensors says to them."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ._rows import class_dim
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -19,6 +23,50 @@ def served(loss: str, logits: Any, tensors: dict[str, Any], options: dict[str, A
     from ..parallel import _placed
 
     return _placed.served(loss, logits, tensors, options)
+
+
+def served_pointwise(loss: Callable[..., Any], formula: Callable[..., Any], *call: Any, **options: Any) -> Any:
+    """A routed pointwise loss of DTensors by their shards; None where PyTorch's operators are to make it."""
+    if not is_dtensor(call[0]):
+        return None
+    from ..parallel import _placed_pointwise
+
+    return _placed_pointwise.served(loss, formula, *call, **options)
+
+
+def refused_softmax(loss: Callable[..., Any], formula: Callable[..., Any], *call: Any, **options: Any) -> None:
+    """Refuses what torch's loss_parallel would give silently wrong gradients: its handlers take the backward of any
+    log-softmax for that of a cross-entropy."""
+    logits, aten = call[0], torch.ops.aten
+    if not is_dtensor(logits) or not any(_cuts_classes(logits)):
+        return
+    if aten._log_softmax.default in getattr(type(logits)._op_dispatcher, "_custom_op_handlers", {}):
+        raise RuntimeError(
+            "expected logits whose classes are whole on every rank for a loss that runs in PyTorch's operators inside "
+            f"loss_parallel, got a DTensor of placements {logits.placements}; leave loss_parallel, or pass DTensors of "
+            "class indices and numbers for parameters to cross_entropy, focal_loss or log_probs"
+        )
+
+
+def over_whole_classes(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A formula of DTensor logits whose classes are cut gathers them first, as torch does in log_softmax: not each of
+    torch's reductions takes a rank without classes."""
+
+    def native(logits: Any, *rest: Any, **options: Any) -> Any:
+        if is_dtensor(logits) and any(cut := _cuts_classes(logits)):
+            from torch.distributed.tensor import Replicate
+
+            places = [Replicate() if yes else place for yes, place in zip(cut, logits.placements, strict=True)]
+            logits = logits.redistribute(logits.device_mesh, places)
+        return formula(logits, *rest, **options)
+
+    return native
+
+
+def _cuts_classes(logits: Any) -> list[bool]:
+    """By dimensions of the mesh."""
+    dim = class_dim(logits)
+    return [place.is_shard(dim) or place.is_shard(dim - logits.dim()) for place in logits.placements]
 
 
 def refuse_dtensor(function: str, name: str, tensor: Any, expected: str, remedy: str) -> None:

@@ -67,3 +67,13 @@ def test_ranks_of_a_head(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_derivatives_of_a_head(tmp_path, ranks):
     run(ranks, tmp_path, ["derivatives", "compiled"], "linear_ranks.py")
+
+
+def test_two_ranks_of_dtensors(tmp_path):
+    run(2, tmp_path, ["layouts", "errors"], "placed_ranks.py")
+
+
+@pytest.mark.deep("DTensors in every loss on 2 to 4 ranks; a few calls of two ranks ran", minutes=0.5)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_of_dtensors(tmp_path, ranks):
+    run(ranks, tmp_path, ["pointwise", "softmax", "layouts", "compiled", "errors"], "placed_ranks.py")
