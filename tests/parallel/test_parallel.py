@@ -13,7 +13,7 @@ from marks import needs_extension, on_cpu_alone
 HERE = Path(__file__).parent
 SMOKE = ["few_values", "collectives", "errors"]
 VALUES = ["values", "long_rows", "shapes", "one_class", "masks", "edges", "natively"]
-CALLS = ["collectives", "in_blocks", "groups", "memory", "errors", "situations"]
+CALLS = ["collectives", "in_blocks", "accounting", "groups", "memory", "errors", "situations"]
 DTENSORS = ["placements", "labels_of_dtensors", "weights_of_dtensors"]
 DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled", "compiled_placements"]
 

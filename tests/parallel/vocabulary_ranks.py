@@ -22,6 +22,7 @@ import fusedloss
 import fusedloss.functional as whole
 from fusedloss import parallel
 from fusedloss.parallel import _exchange, _local
+from fusedloss.parallel._row import Asked
 
 
 def whole_results(call: Call, d: Data) -> tuple[list[Tensor], Tensor]:
@@ -202,6 +203,29 @@ def in_blocks() -> None:
     for ranks, blocks in ((2, False), (8, False), (9, True), (512, True)):
         expect(rule(12, 16384, ranks) == blocks, f"12 bytes of 16384 rows on {ranks} ranks: expected {blocks}")
     expect(not rule(12, 512, 64), "12 bytes of 512 rows on 64 ranks: expected one round")
+
+
+def accounting() -> None:
+    """What benchmarks/sharded_scale.py says of a step is what is sent."""
+    from benchmarks.sharded_scale import ours
+
+    rule, ranks, ends = _exchange.in_blocks, dist.get_world_size(), cuts(13)["even"]
+    for in_blocks in (False, True):
+        _exchange.in_blocks = lambda *_, in_blocks=in_blocks: in_blocks
+        try:
+            for smoothing in (0.0, 0.1):
+                d = data((6 * ranks, 13), torch.float32, masked=False)
+                with Collectives() as collectives:
+                    parallel.cross_entropy(
+                        mine(d.logits, ends), d.target, label_smoothing=smoothing, **sharding(ends)
+                    )  # fmt: skip
+                received = [
+                    size * (ranks - 1) // (ranks if "all_to_all" in name else 1) for name, size in collectives.sent
+                ]
+                step = ours(6 * ranks, ranks, Asked(spread=smoothing > 0))
+                expect((step.rounds, step.bytes) == (len(received), sum(received)), f"{step}, {received}")
+        finally:
+            _exchange.in_blocks = rule
 
 
 def groups() -> None:
