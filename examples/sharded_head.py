@@ -2,8 +2,8 @@
 
 torchrun --standalone --nproc-per-node 4 examples/sharded_head.py
 
-It learns to predict the tokens of Python's standard library. torch's tensor parallelism cuts the head over the ranks; the
-loss takes the sharded logits, and in a third run hidden states and the sharded head. All three have the same curve.
+It learns to predict the tokens of Python's standard library. torch's tensor parallelism cuts the head over the ranks.
+The loss takes the sharded logits, and in a third run hidden states and the sharded head. All three have the same curve.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from ._call import MEAN, MEAN_OR_ZERO, Call
 from ._rows import Rows
 
 # A float16 gradient of the logits is made this many times as large, so that small probabilities do not underflow.
-_OF_HALF = 2.0**8
+OF_HALF = 2.0**8
 # The largest float16 is 2**16. A gradient that is in range for this lse is in range for each lse of float16 logits.
 _LSE = 2.0**9
 
@@ -37,7 +37,7 @@ def of_kernel(call: Call) -> Tensor | None:
     else:
         _, z_loss, _ = call.params
         largest = largest * (1 + 2 * abs(z_loss) * _LSE)
-    return torch.exp2(torch.log2(_OF_HALF / largest).floor())
+    return torch.exp2(torch.log2(OF_HALF / largest).floor())
 
 
 def of_reduction(call: Call, rows: Rows, upstream: Tensor | None, kernel: Tensor | None = None) -> Scale:
@@ -52,5 +52,5 @@ def of_reduction(call: Call, rows: Rows, upstream: Tensor | None, kernel: Tensor
     if call.on_host:
         return Scale(call.logit_scale * float(factor))
     # Without the known part, products might overflow before the factor comes in.
-    known = 1.0 if kernel is None else _OF_HALF
+    known = 1.0 if kernel is None else OF_HALF
     return Scale(call.logit_scale / known, (factor * known).to(call.arithmetic))

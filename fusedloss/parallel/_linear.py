@@ -22,7 +22,7 @@ from ..linear._ops import no_autocast, scaled
 from ..linear._passes import Logits
 from ..linear._route import Head
 from ..linear._rows import Chunk, Rows
-from ..linear._scale import _OF_HALF, Scale
+from ..linear._scale import OF_HALF, Scale
 from . import _backward, _combine, _exchange, _local
 from ._local import NOWHERE
 from ._row import Asked
@@ -138,7 +138,7 @@ def _scale_of(call: Call, largest: Tensor) -> tuple[Scale, Tensor]:
     The gradient of the logits is made for upstream gradients up to 1, of which half types hold the target's -1 exactly,
     and float16's up to the number that keeps small probabilities.
     """
-    most = _OF_HALF if call.input.dtype == torch.float16 else 1.0
+    most = OF_HALF if call.input.dtype == torch.float16 else 1.0
     largest = torch.where(largest.isfinite() & (largest > 0), largest, 1.0).double()
     divisor = (largest / most).to(call.arithmetic)
     if call.on_host:

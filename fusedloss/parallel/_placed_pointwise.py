@@ -51,7 +51,7 @@ def served(
 
 def _aligned(input: Any, *others: Any) -> bool:
     """Whether every rank has the elements of its shard of the input of all operands, or can have them."""
-    if not all(type(each) is Shard or type(each) is Replicate for each in input.placements):
+    if not input.numel() or not all(type(each) is Shard or type(each) is Replicate for each in input.placements):
         return False
     return all(each is None or (each.shape == input.shape and each.device_mesh == input.device_mesh) for each in others)
 

@@ -395,6 +395,14 @@ def situations() -> None:
     within("a mesh", sharded("mean", d, mine(d, ends, False), ends, group=mesh), exact, exact, 1e-12)
     operands = mine(d, ends, False)
     path = fusedloss.explain(parallel.linear_cross_entropy, *operands[:2], d.target, chunk_rows=6, **sharding(ends))
+    uneven = cuts(60_000)["uneven"]
+    large = torch.zeros(4096, 1), torch.zeros(uneven[rank + 1] - uneven[rank], 1)
+    told: list[Any] = [None] * ranks
+    chunks = fusedloss.explain(parallel.linear_cross_entropy, *large, torch.zeros(4096).long(), **sharding(uneven))
+    dist.all_gather_object(told, chunks.split(", ")[2:])
+    expect(
+        told == [told[0]] * ranks and "chunks of" in told[0][0], f"expected the same chunks on every rank, got {told}"
+    )
     words = [f"classes {ends[rank]} to {ends[rank + 1]} of 13", "4 chunks of 6 rows", "4 exchanges of 144 bytes"]
     expect(path.startswith("fused: cpu") and all(each in path for each in words), path)
 
