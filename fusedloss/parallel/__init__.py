@@ -16,9 +16,11 @@ tensor(0.1269)
 - ``_row``: a row from what its parts are known by
 - ``_backward``: the gradient, by the kernels
 - ``_rows``: these as one function with its derivatives
-- ``_linear``: the chunks of a linear loss, with an exchange or a sum over the ranks in each
+- ``_work``: a linear loss over this rank's part of a head
+- ``_upstream``: what keeps its gradients of half precision in range
+- ``_linear``: its passes over chunks, with an exchange or a sum over the ranks in each
 - ``_call``: what the losses share
-- ``_placed``: DTensor logits in the functions of :mod:`fusedloss.functional`
+- ``_placed``, ``_placed_linear``, ``_placed_pointwise``: DTensors in the functions of :mod:`fusedloss.functional`
 """
 
 from .cross_entropy import cross_entropy

@@ -6,7 +6,6 @@ chunk, while the head's gradient and the next chunk are computed. The sum waits 
 numbers, 12 bytes a row, are waited for at once, because a second buffer would cost more than that wait.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,106 +14,14 @@ from torch import Tensor
 
 from .._derivatives import needs_formula
 from .._sizes import is_empty
-from ..linear._call import NONE, Call
-from ..linear._chunks import rule
-from ..linear._gradients import Gradients
 from ..linear._ops import no_autocast, scaled
 from ..linear._passes import Logits
-from ..linear._route import Head
-from ..linear._rows import Chunk, Rows
-from ..linear._scale import OF_HALF, Scale
-from . import _backward, _combine, _exchange, _local
-from ._local import NOWHERE
-from ._row import Asked
-from ._rows import Given, differentiable, head_of, results_of
-from ._shards import Shard, masses
-
-
-class Work(NamedTuple):
-    """A loss over this rank's part of a head."""
-
-    call: Call  # its target: the columns
-    given: Given
-    sums_input: bool  # whether the gradient of the input is that of all ranks
-
-    def rows(self, sums: bool = False) -> Rows:
-        return Rows(self.call, self.given.asked.every_lse, sums, kept=self.given.valid)
-
-    def sums(self, rows: Rows, scale: Scale, wanted: list[bool]) -> "_Sums":
-        return _Sums(self.call, wanted, len(rows.bounds()), scale, self.given.shard if self.sums_input else None)
-
-    def head(self) -> Tensor:
-        return head_of(self.call.input.dtype, self.given, self.blank(0))
-
-    def blank(self, *sizes: int) -> Tensor:
-        return self.call.input.new_zeros(sizes, dtype=self.call.arithmetic)
-
-    def without_operands(self) -> "Work":
-        """For a context, which saves them as autograd asks it to."""
-        nothing = self.call.input.new_empty(0).detach()
-        return self._replace(call=self.call._replace(input=nothing, linear_weight=nothing, linear_bias=None))
-
-    def results(self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Through the logits of this rank: with derivatives of every order, which communicate."""
-        if self.sums_input:
-            input = _exchange.shared(input, self.given.shard)
-        rows, *positions = self.given.column.shape
-        shape = (rows, linear_weight.shape[0] // max(1, math.prod(positions)), *positions)
-        return differentiable(
-            Head(input, linear_weight, linear_bias, shape, self.call.logit_scale).logits(), self.given
-        )
-
-
-def work(
-    head: Head, given: Given, classes_weighed: int, chunk_rows: int | None, sums_input: bool, in_forward: bool
-) -> Work:  # fmt: skip
-    """With a number of rows of a chunk that is the same on every rank, as if the classes were cut evenly."""
-    shard, (rows, features) = given.shard, head.input.shape
-    columns = max(1, -(-shard.total // shard.ranks)) * math.prod(head.logits_shape[2:])
-    summed = features if head.linear_weight.requires_grad else 0
-    step = chunk_rows or rule(rows, columns, summed, head.input.dtype, head.input.device.type)
-    # What the order of the collectives depends on is told the other ranks, as a target is.
-    plan = classes_weighed * 2**32 + step * 8 + 4 * in_forward + 2 * sums_input + head.input.requires_grad
-    seen = torch.cat([given.seen.flatten(), given.seen.new_full((1,), plan)])
-    return Work(call_of(head, given, step), given._replace(seen=seen), sums_input)
-
-
-def call_of(head: Head, given: Given, chunk_rows: int) -> Call:
-    return Call(
-        head.input, head.linear_weight, head.linear_bias, given.column, None, None, None, "cross_entropy", NONE,
-        NOWHERE, [0.0, 0.0, given.asked.softcap], float(head.logit_scale), chunk_rows, True, False,
-    )  # fmt: skip
-
-
-class _Sums(Gradients):
-    """Gradients, of which that of the input is summed over the ranks of ``shard``, one chunk at a time."""
-
-    def __init__(self, call: Call, wanted: list[bool], chunks: int, scale: Scale, shard: Shard | None) -> None:
-        super().__init__(call, wanted, chunks, scale)
-        self.shard = shard
-        self.sent: tuple[Chunk, Tensor] | None = None
-
-    def _add_to_input(self, of_input: Tensor, chunk: Chunk, of_logits: Tensor) -> None:
-        super()._add_to_input(of_input, chunk, of_logits)
-        if self.shard is not None:
-            self._receive(of_input)
-            parts = of_input[chunk.index]
-            _exchange.start_sum(parts, self.shard)
-            self.sent = chunk, parts
-
-    def _receive(self, of_input: Tensor) -> None:
-        if self.sent is None:
-            return
-        chunk, parts = self.sent
-        _exchange.arrived(parts)
-        if not isinstance(chunk.index, slice):  # a slice is a view
-            chunk.put(of_input, parts)
-        self.sent = None
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.of_input is not None:
-            self._receive(self.of_input)
-        return super().finish()
+from ..linear._rows import Chunk
+from . import _backward, _combine, _local
+from ._rows import Given, results_of
+from ._shards import masses
+from ._upstream import Upstream, scale_of, upstream_of
+from ._work import Work
 
 
 def _numbers_of(logits: Tensor, given: Given) -> Tensor:
@@ -130,42 +37,6 @@ def _to_gradient(
         _backward.by_kernels(
             logits, given.column, given.valid, given.weight, given.asked, numbers, mass, upstreams, in_place=True
         )
-
-
-def _scale_of(call: Call, largest: Tensor) -> tuple[Scale, Tensor]:
-    """What the products are multiplied by, and what the upstream gradients are divided by.
-
-    The gradient of the logits is made for upstream gradients up to 1, of which half types hold the target's -1 exactly,
-    and float16's up to the number that keeps small probabilities.
-    """
-    most = OF_HALF if call.input.dtype == torch.float16 else 1.0
-    largest = torch.where(largest.isfinite() & (largest > 0), largest, 1.0).double()
-    divisor = (largest / most).to(call.arithmetic)
-    if call.on_host:
-        return Scale(call.logit_scale * float(largest) / most), divisor
-    return Scale(call.logit_scale / most, largest.to(call.arithmetic)), divisor
-
-
-def _largest(asked: Asked, upstreams: Sequence[Tensor | None], mass: Tensor) -> Tensor:
-    """A bound of the gradient of any logit before the class weights."""
-    bounds = {"third": mass.clamp_min(1) if asked.spread else mass.new_ones(())}
-    total: Tensor = mass.new_zeros(())
-    for name, each in zip(asked.results, upstreams, strict=True):
-        if each is not None and each.numel():
-            total = total + each.abs().max().to(mass.dtype) * bounds.get(name, 1.0)
-    return total
-
-
-class Upstream(NamedTuple):
-    """The upstream gradients of the rows' results, divided by a number that ``scale`` brings in again."""
-
-    of_results: Sequence[Tensor | None]
-    scale: Scale
-
-
-def _upstream(work: Work, of_results: Sequence[Tensor | None], mass: Tensor) -> Upstream:
-    scale, divisor = _scale_of(work.call, _largest(work.given.asked, of_results, mass))
-    return Upstream([each if each is None else each.to(divisor.dtype) / divisor for each in of_results], scale)
 
 
 def gradients(
@@ -213,7 +84,7 @@ class Recomputed(torch.autograd.Function):
             return *_by_autograd(lambda *head: work.results(*head)[1:], operands, wanted, upstreams), None
         with no_autocast(work.call):
             mass = masses(heads).sum()
-            made = gradients(work, numbers, mass, _upstream(work, upstreams, mass), wanted)
+            made = gradients(work, numbers, mass, upstream_of(work.call, work.given.asked, upstreams, mass), wanted)
         return *(each if want else None for each, want in zip(made, wanted, strict=True)), None
 
 
@@ -263,7 +134,7 @@ def with_gradients(
     mass = masses(heads).sum()
     wanted = call.wanted
     rows = work.rows(wanted[1])
-    scale, divisor = _scale_of(call, coefficients.abs().max() if coefficients.numel() else mass)
+    scale, divisor = scale_of(call, coefficients.abs().max() if coefficients.numel() else mass)
     coefficients = (coefficients / divisor).to(call.arithmetic)
     sums = work.sums(rows, scale, wanted)
     head = work.head()

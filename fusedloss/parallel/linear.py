@@ -27,7 +27,7 @@ from ..losses._linear import (
     shifted,
     with_index,
 )
-from . import _exchange, _linear, _local
+from . import _exchange, _linear, _local, _work
 from ._call import Checked, Rows, Sharding, checked, place_of, result_dtype
 from ._local import NONE
 from ._numbers import fixed
@@ -131,11 +131,11 @@ def linear_cross_entropy(
     else:
         factors = (z_loss, divisor, sample_weight)
         in_forward = not any(isinstance(each, Tensor) and each.requires_grad for each in factors) and makes_gradients(
-            _linear.call_of(head, call.given, 0)._replace(reduction=_captures.REDUCTIONS.get(reduction, NONE)),
+            _work.call_of(head, call.given, 0)._replace(reduction=_captures.REDUCTIONS.get(reduction, NONE)),
             Options(second=return_lse, grad_in_forward=grad_in_forward),
         )
         weighed = 0 if weight is None else weight.numel()
-        work = _linear.work(head, call.given, weighed, chunk_rows, reduce_input_grad, in_forward)
+        work = _work.work(head, call.given, weighed, chunk_rows, reduce_input_grad, in_forward)
         call = call._replace(given=work.given)
         if _route.asked():
             _route.tell(_path(work, in_forward))
@@ -162,7 +162,7 @@ def _through_logits(
 
 
 def _recomputed(
-    work: _linear.Work, like: Tensor, call: Checked, terms: Terms, reduced: Reduced
+    work: _work.Work, like: Tensor, call: Checked, terms: Terms, reduced: Reduced
 ) -> tuple[Tensor, Rows]:  # fmt: skip
     heads, *results = _linear.Recomputed.apply(*work.call[:3], work)
     row = call.rows(results, call.agreed(like, heads))
@@ -170,7 +170,7 @@ def _recomputed(
 
 
 def _with_gradients(
-    work: _linear.Work, like: Tensor, call: Checked, terms: Terms, reduced: Reduced
+    work: _work.Work, like: Tensor, call: Checked, terms: Terms, reduced: Reduced
 ) -> tuple[Tensor, Rows]:  # fmt: skip
     heads = _exchange.gather(work.head(), call.given.shard)
     doubt = call.agreed(like, heads)
@@ -211,7 +211,7 @@ def _declines(head: Head, like: Tensor, given: Given) -> str | None:
     return _local.declines(like, given.column, given.asked) if like.shape[1] else None
 
 
-def _path(work: _linear.Work, in_forward: bool) -> str:
+def _path(work: _work.Work, in_forward: bool) -> str:
     call, given = work.call, work.given
     rows = call.input.shape[0]
     most = min(rows, call.chunk_rows)
