@@ -310,6 +310,9 @@ def derivatives() -> None:
         leaves = [each.clone().requires_grad_() for each in d.operands]
         torch.autograd.gradcheck(run, leaves, check_forward_ad=True)
         torch.autograd.gradgradcheck(run, leaves)
+        of_func = torch.func.grad(lambda *each, run=run: weighed(run(*each)), (0, 1, 2))(*d.operands)
+        for got, exact in zip(of_func, torch.autograd.grad(weighed(run(*leaves)), leaves), strict=True):
+            within(f"{name}, torch.func.grad", got, exact, exact, 1e-12)
 
         d = data(torch.float64)
         found = []
@@ -332,6 +335,25 @@ def derivatives() -> None:
             found.append(mixed)
         for place, (exact, got) in enumerate(zip(*found, strict=True)):
             within(f"{name}, twice", got, exact if place == 0 else exact[part], exact, 1e-11)
+
+
+def derivatives_of_factors() -> None:
+    """What every rank has whole may require a gradient, which is whole on every rank."""
+    ends = cuts(CLASSES)["uneven"]
+    d = data(torch.float64)
+    found = []
+    for one in (True, False):
+        rows, z_loss, divisor = (
+            each.clone().requires_grad_() for each in (d.rows, torch.tensor(0.1), torch.tensor(9.0))
+        )
+        options = {"sample_weight": rows, "z_loss": z_loss, "normalizer": divisor}
+        if one:
+            loss = whole.linear_cross_entropy(*d.operands[:2], d.target, **options)
+        else:
+            loss = sharded("mean", d, mine(d, ends, False), ends, chunk_rows=6, **options)
+        found.append(torch.autograd.grad(loss, (rows, z_loss, divisor)))
+    for exact, got in zip(*found, strict=True):
+        within("a factor", got, exact.double(), exact.double(), 1e-6)
 
 
 def compiled() -> None:

@@ -66,7 +66,7 @@ def test_ranks_of_a_head(tmp_path, ranks):
 @pytest.mark.deep("sharded heads: second derivatives and torch.compile on 2 and 3 ranks", minutes=0.5)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_derivatives_of_a_head(tmp_path, ranks):
-    run(ranks, tmp_path, ["derivatives", "compiled"], "linear_ranks.py")
+    run(ranks, tmp_path, ["derivatives", "derivatives_of_factors", "compiled"], "linear_ranks.py")
 
 
 def test_two_ranks_of_dtensors(tmp_path):
