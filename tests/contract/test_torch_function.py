@@ -33,6 +33,7 @@ def _tensors() -> dict[str, Tensor]:
 
 # The tensors by name, which may each be a subclass, and the other arguments.
 CALLS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "asymmetric_loss": (("x", "t"), {"weight": "of_classes", "clip": 0.1}),
     "binary_cross_entropy": (("p", "t"), {"weight": "of_classes", "reduction": "sum"}),
     "binary_cross_entropy_with_logits": (("x", "t"), {"weight": "like_x", "pos_weight": "of_classes"}),
     "cross_entropy": (
