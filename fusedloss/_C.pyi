@@ -8,7 +8,7 @@ class Loss:
     """A loss as the kernels know it."""
 
     name: str
-    family: str  # "pointwise" or "softmax"
+    family: str  # "pointwise", "softmax" or "row_sums"
     number: int  # in its family
     run: Callable[..., Any]
     """Computes the loss of ``(input, target, weight, reduction, [ignore_index,] *params, **options)``, or returns None

@@ -228,6 +228,84 @@ def _sample_weight(logits: Tensor, sample_weight: Tensor) -> str | None:
     return None
 
 
+def row_sums(
+    traits: Any, first: Tensor, second: Tensor | None, third: Tensor | None, target: Tensor | None,
+    weight: Tensor | None, reduction: str, params: Sequence[Any],
+) -> str | None:  # fmt: skip
+    others = (second, third)
+    if why := _call((first, None, second, third, target, weight), reduction, params):
+        return why
+    for k, other in enumerate(others):
+        if (other is not None) != (k + 1 < traits.operands):
+            return "more or fewer operands than the loss takes"
+        if other is not None and other.device != first.device:
+            return DIFFERENT_DEVICES
+    if first.dtype not in _DTYPES:
+        return "an input that is no float64, float32, bfloat16 or float16"
+    if first.dim() == 0 or is_empty(first):
+        return "an input that is empty or a single number"
+    for other in others:
+        if other is not None and other.dtype != first.dtype:
+            return "inputs of different dtypes"
+        if other is not None and not same_shape(other.shape, first.shape):
+            return "inputs of different shapes"
+    device = DEVICES[first.device.type]
+    if exceeds(first.shape[-1], device.most_classes):
+        return "more columns than a kernel counts"
+    if not _in_range(params, traits.params):
+        return "a parameter that is out of range"
+    if not traits.takes([float(value) for value in params]):
+        return "a norm for which there is no kernel"
+    if why := _target_of_rows(traits, first, target):
+        return why
+    wide = widens(first)
+    if traits.takes_class and first.dtype in HALVES and not wide and not device.margins_of_halves:
+        return "half precision, which torch refuses on a CPU"
+    return _weight_of_rows(traits, first, weight, wide)
+
+
+def _target_of_rows(traits: Any, first: Tensor, target: Tensor | None) -> str | None:
+    if not traits.takes_labels and not traits.takes_class:
+        return None if target is None else "a target, which the loss does not take"
+    if target is None:
+        return "no target"
+    if target.device != first.device:
+        return DIFFERENT_DEVICES
+    rows = first.shape[:-1]
+    if traits.takes_class:
+        if target.dtype != torch.int64:
+            return "class indices that are not int64"
+        one = len(rows) == 0 or (target.dim() == 0 and same_size(rows[0], 1))
+        fits = target.dim() == 0 or same_size(target.shape[0], 1) if one else same_shape(target.shape, rows)
+        return None if len(rows) <= 1 and target.dim() <= 1 and fits else "class indices that do not fit the input"
+    if target.dtype not in (*_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8):
+        return "labels in a dtype that the kernels do not read"
+    if len(rows) > 1 or not same_shape(target.shape, rows):
+        return "labels that do not fit the input"
+    return None
+
+
+def _weight_of_rows(traits: Any, first: Tensor, weight: Tensor | None, wide: bool) -> str | None:
+    if weight is None:
+        return None
+    if not traits.takes_class:
+        return "a weight, which the loss does not take"
+    if weight.device != first.device:
+        return DIFFERENT_DEVICES
+    if weight.requires_grad:
+        return "a weight that requires a gradient"
+    if weight.dtype != first.dtype and not (wide and weight.dtype == torch.float32):
+        return "a weight of another dtype than the input"
+    if weight.dim() != 1 or not same_size(weight.shape[0], first.shape[-1]):
+        return "a weight that does not fit the classes"
+    return None
+
+
+def widens(tensor: Tensor) -> bool:
+    """Whether autocast makes results float32."""
+    return tensor.dtype in HALVES and torch.is_autocast_enabled(tensor.device.type)
+
+
 def is_wide(traits: Any, logits: Tensor, target: Tensor, wide: bool) -> bool:
     """Whether results are float32 of half-precision logits: asked for, under autocast, beside wider probabilities."""
     if wide or (traits.soft and target.dtype != logits.dtype):

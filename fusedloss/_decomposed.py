@@ -87,6 +87,19 @@ def pointwise(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return with_third(decomposed)
 
 
+def row_sums(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def decomposed(
+        first: Tensor, second: Tensor | None, third: Tensor | None, target: Tensor | None, weight: Tensor | None,
+        reduction: int, params: list[float], wide: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if wide:
+            first = first.float()
+            second, third, weight = (each if each is None else each.float() for each in (second, third, weight))
+        return formula(first, second, third, target, weight, _NAMES[reduction], *params)
+
+    return decomposed
+
+
 def softmax(formula: Callable[..., Any], saved_by: Callable[[list[float]], int]) -> Callable[..., Any]:
     """The statistics, which only the op's own backward reads, are zeros."""
 

@@ -54,6 +54,7 @@ class Loss(NamedTuple):
 
 
 LOSSES: dict[str, Loss] = {}
+ROW_SUMS: dict[str, Loss] = {}  # those of row sums, which take other arguments
 
 if extension is not None:
     torch.library.register_fake("fusedloss::scale_", _fake.nothing)
@@ -104,6 +105,20 @@ def softmax(
         native = over_whole_classes(over_weighted_rows(formula, soft, mean_by_weight))
         routed = _unfused(native, _SOFTMAX) if extension is None else _fused(name, native, left, _SOFTMAX)
         LOSSES[name] = Loss("softmax", routed, native, _defaults(formula), soft=soft)
+        return routed
+
+    return route
+
+
+def row_sums(name: str, left: str = "") -> Callable[[Formula], Formula]:
+    """Route ``formula(first, second, third, target, weight, reduction, *params)`` through the kernels of row sums.
+
+    Operands that the loss does not take are None. ``left``: as for :func:`pointwise`.
+    """
+
+    def route(formula: Formula) -> Formula:
+        routed = _unfused(formula) if extension is None else _fused(name, formula, left, _ROW_SUMS)
+        ROW_SUMS[name] = Loss("row_sums", routed, formula, _defaults(formula))
         return routed
 
     return route
@@ -341,6 +356,34 @@ def _capture_softmax(op: Any, known: Any, left: str) -> Callable[..., Any]:
     return capture
 
 
+def _capture_row_sums(op: Any, known: Any, left: str) -> Callable[..., Any]:
+    traits = known.traits
+
+    def owned(
+        first: Any, second: Any, third: Any, target: Any, weight: Any, reduction: str, exports: bool, *params: Any
+    ) -> tuple[int, bool] | None:
+        """The reduction and ``wide`` of the op, or None."""
+        if not exports and _captures.left_to_compiler(left, first, (), {}):
+            return None
+        if _captures.row_sums(traits, first, second, third, target, weight, reduction, params) is not None:
+            return None
+        return REDUCTIONS[reduction], _captures.widens(first)
+
+    ask = asked_once(owned)
+
+    def capture(
+        first: Tensor, second: Tensor | None, third: Tensor | None, target: Tensor | None, weight: Tensor | None,
+        reduction: str, *params: Any,
+    ) -> Any:  # fmt: skip
+        found, params = ask((first, second, third, target, weight, reduction, is_exporting()), params)
+        if found is None:
+            return None
+        kind, wide = found
+        return op(first, second, third, target, weight, kind, [float(each) for each in params], wide)
+
+    return capture
+
+
 _POINTWISE = _Family(
     _capture_pointwise,
     lambda known: _fake.pointwise(known.traits),
@@ -352,4 +395,9 @@ _SOFTMAX = _Family(
     lambda known: _fake.softmax(known.saved_by),
     lambda formula, known: _decomposed.softmax(formula, known.saved_by),
     refused_softmax,
+)
+_ROW_SUMS = _Family(
+    _capture_row_sums,
+    lambda known: _fake.row_sums(),
+    lambda formula, known: _decomposed.row_sums(formula),
 )

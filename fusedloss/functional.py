@@ -21,6 +21,8 @@ from .losses.margin import *  # noqa: F403
 from .losses.margin import __all__ as _margin
 from .losses.nll import *  # noqa: F403
 from .losses.nll import __all__ as _nll
+from .losses.row_sums import *  # noqa: F403
+from .losses.row_sums import __all__ as _row_sums
 from .losses.sigmoid_focal import *  # noqa: F403
 from .losses.sigmoid_focal import __all__ as _sigmoid_focal
 
@@ -35,6 +37,7 @@ __all__ = [
     *_log_probs,
     *_margin,
     *_nll,
+    *_row_sums,
     *_sigmoid_focal,
 ]
 

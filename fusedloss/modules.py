@@ -12,6 +12,7 @@ from . import functional
 from ._asymmetric_module import AsymmetricLoss
 from ._divergence_modules import GaussianNLLLoss, KLDivLoss, PoissonNLLLoss
 from ._margin_modules import HingeEmbeddingLoss, MarginRankingLoss, MultiLabelSoftMarginLoss, SoftMarginLoss
+from ._row_sums_modules import CosineEmbeddingLoss, MultiMarginLoss, TripletMarginLoss
 from ._scripted import as_native as _as_native
 from .losses._ignored import IgnoreIndex
 from .losses._numbers import NUMBERS, checked, factors_of_classes
@@ -429,6 +430,7 @@ __all__ = [
     "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
+    "CosineEmbeddingLoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "GaussianNLLLoss",
@@ -439,10 +441,12 @@ __all__ = [
     "MarginRankingLoss",
     "MSELoss",
     "MultiLabelSoftMarginLoss",
+    "MultiMarginLoss",
     "NLLLoss",
     "NLLLoss2d",
     "PoissonNLLLoss",
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "TripletMarginLoss",
 ]

@@ -4,6 +4,7 @@
 #include "pointwise.inl"
 #include "one_hot.inl"
 #include "pointwise_tiles.inl"
+#include "row_sums.inl"
 
 #define FUSEDLOSS_STRING_(x) #x
 #define FUSEDLOSS_STRING(x) FUSEDLOSS_STRING_(x)
@@ -27,7 +28,8 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             softmax_backward,
                             softmax_with_grad,
                             softmax_part,
-                            softmax_backward_part};
+                            softmax_backward_part,
+                            row_sums};
 #undef FUSEDLOSS_KERNEL
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pointwise.h"
+#include "row_sums.h"
 #include "softmax.h"
 
 namespace fusedloss {
@@ -25,6 +26,11 @@ struct SoftmaxPart {
 
 constexpr int64_t kSoftmaxScratch = 32768;
 
+struct RowSumsTotal {
+  double loss;
+  int64_t bad_row;  // the first row whose class is out of range, or -1
+};
+
 // Every function works on a range, so that the caller may split the work over threads: the ranges are chosen from the
 // shape alone, and their sums are added in order, which makes the result independent of the thread count.
 struct CpuKernels {
@@ -41,6 +47,8 @@ struct CpuKernels {
   // Part number `part` of a row whose classes lie side by side.
   SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
   void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+  // Rows [begin, end), up to a bad one: their losses, or the gradients of the operands.
+  RowSumsTotal (*row_sums)(RowSums, bool backward, const RowSumsArgs&, int64_t begin, int64_t end);
 };
 
 // The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "pointwise.h"
+#include "row_sums.h"
 #include "softmax.h"
 
 struct CUstream_st;
@@ -57,6 +58,15 @@ int cuda_softmax_divisor(Softmax, const CudaSoftmaxArgs&, CudaStream);
 // With args.grad, also the gradient for an upstream gradient of 1; the divisor is then read, not written.
 int cuda_softmax_forward(Softmax, const CudaSoftmaxArgs&, CudaStream);
 int cuda_softmax_backward(Softmax, const CudaSoftmaxArgs&, CudaStream);
+
+struct CudaRowSumsArgs : RowSumsArgs {
+  void* total;  // forward, of result_dtype: the sum over divisor; null for no reduction
+  double divisor;
+  BadTarget* bad_target;
+  void* workspace;
+};
+int cuda_row_sums_forward(RowSums, const CudaRowSumsArgs&, CudaStream);
+int cuda_row_sums_backward(RowSums, const CudaRowSumsArgs&, CudaStream);
 
 // Within a row, kernels count in 32 bits, some steps past its end.
 constexpr int64_t kCudaMaxClasses = INT32_MAX - (1 << 16);

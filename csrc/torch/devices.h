@@ -14,6 +14,7 @@
 namespace fusedloss {
 
 struct PointwiseLoss;
+struct RowSumsLoss;
 struct SoftmaxLoss;
 
 // Yes or no for each device of a type, asked once.
@@ -48,6 +49,7 @@ struct Device {
   bool row_gradient_in_forward_pays;
   bool vectors_begin_alike;               // kernels read and write vectors only where both begin alike
   bool autocast_refuses_probabilities;    // torch's autocast raises for binary_cross_entropy
+  bool margins_of_halves;                 // torch's multi_margin_loss takes half types
   bool (*has_kernels)(c10::DeviceIndex);  // whether this build has code for that device
   bool (*runs)(const PointwiseLoss&);     // whether a pointwise loss was compiled for devices of the type
   bool (*has_kernels_of)(const PointwiseLoss&, c10::DeviceIndex);  // and has code for that one
@@ -58,6 +60,7 @@ struct Device {
   void (*implement_scale)(torch::Library&);
   void (*implement_pointwise)(torch::Library&, const PointwiseLoss&);
   void (*implement_softmax)(torch::Library&, const SoftmaxLoss&);
+  void (*implement_row_sums)(torch::Library&, const RowSumsLoss&);
 };
 
 c10::ArrayRef<Device> devices();

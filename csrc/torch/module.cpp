@@ -127,9 +127,48 @@ BoundLoss bind(SoftmaxLoss& loss) {
   return bound;
 }
 
+BoundLoss bind(RowSumsLoss& loss) {
+  const auto run = [&loss](const Arguments& arguments) -> py::object {
+    const RowSumsArguments given(loss, arguments);
+    if (given.declined) return py::none();
+    return py::cast([&] {
+      py::gil_scoped_release no_gil;
+      return row_sums(loss, given.input, given.call);
+    }());
+  };
+  const auto explain = [&loss](const Arguments& arguments) {
+    return py::cast(path(RowSumsArguments(loss, arguments)));
+  };
+  const RowSumsTraits& of = loss.traits;
+  const auto takes = [of](const std::vector<double>& params) {
+    double all[kMaxParams];
+    copy_params(params, all);
+    return !of.takes || of.takes(all);
+  };
+  BoundLoss bound;
+  bound.name = base_name(loss.op);
+  bound.family = "row_sums";
+  bound.number = loss.number;
+  bound.run = function("run", run);
+  bound.explain = function("explain", explain);
+  bound.traits =
+      namespace_of("operands"_a = of.operands, "takes_labels"_a = of.takes_labels, "takes_class"_a = of.takes_class,
+                   "params"_a = ranges(of.params, of.param_count), "takes"_a = py::cpp_function(takes));
+  bound.set_native = [&loss](PyObject* formula) {
+    loss.formula = [formula](const Tensor& first, const RowSumsCall& call) {
+      py::gil_scoped_acquire gil;
+      return py::handle(formula)(first, call.second, call.third, call.target, call.weight, name_of(call.reduction),
+                                 *py::tuple(py::cast(call.params.vec())))
+          .template cast<Tensor>();
+    };
+  };
+  return bound;
+}
+
 py::object described(const Device& device) {
   return namespace_of("most_classes"_a = device.most_classes,
                       "autocast_refuses_probabilities"_a = device.autocast_refuses_probabilities,
+                      "margins_of_halves"_a = device.margins_of_halves,
                       "takes_third_with_class_indices"_a = device.runs_class_indices(true));
 }
 
@@ -156,6 +195,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::dict losses;
   for (int i = 0; i < kPointwiseLosses; ++i) losses[base_name(pointwise_loss(i).op).c_str()] = bind(pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) losses[base_name(softmax_loss(i).op).c_str()] = bind(softmax_loss(i));
+  for (int i = 0; i < kRowSumsLosses; ++i) losses[base_name(row_sums_loss(i).op).c_str()] = bind(row_sums_loss(i));
   m.attr("losses") = losses;
   // A loss compiled apart, by the address of what it hands over.
   m.def("add_pointwise", [losses](const std::string& name, uintptr_t custom) {

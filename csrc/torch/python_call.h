@@ -11,6 +11,7 @@
 
 #include "pointwise.h"
 #include "python_function.h"
+#include "row_sums.h"
 #include "softmax.h"
 
 namespace fusedloss {
@@ -60,20 +61,26 @@ struct PythonCall {
   Params params() const { return Params(values.data(), count); }
 
  protected:
+  PythonCall() = default;
+
   const char* take(py::handle input_, py::handle target_, py::handle weight_, py::handle reduction_) {
     if (const char* why = take_tensor(input_, input)) return why;
     if (const char* why = take_tensor(target_, target)) return why;
-    // Modes that want torch's own operators.
-    if (at::tracer::impl::is_dispatch_enabled() ||
-        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch))
-      return "a transform of torch.func, or tracing";
+    if (const char* why = why_not_eager()) return why;
     if (const char* why = take_optional(weight_, weight)) return why;
     const std::optional<int64_t> known = reduction_of(reduction_);
     if (!known) return "an unusual reduction";
     reduction = *known;
     autocast = at::autocast::is_autocast_enabled(input.device().type());
     return nullptr;
+  }
+
+  // Modes that want torch's own operators.
+  static const char* why_not_eager() {
+    const bool on = at::tracer::impl::is_dispatch_enabled() ||
+                    c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+                    c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::PreDispatch);
+    return on ? "a transform of torch.func, or tracing" : nullptr;
   }
 
   static const char* take_tensor(py::handle from, Tensor& to) {
@@ -177,6 +184,53 @@ struct SoftmaxArguments : PythonCall {
   }
 
   std::string work() const { return rows_of(input); }
+};
+
+// run(first, second, third, target, weight, reduction, *params)
+struct RowSumsArguments : PythonCall {
+  RowSumsCall call;
+
+  RowSumsArguments(const RowSumsLoss& loss, const Arguments& given) {
+    constexpr size_t kBeforeParams = 6;
+    TORCH_CHECK_TYPE(given.size() >= kBeforeParams, "expected ", kBeforeParams,
+                     " arguments before the parameters, got ", given.size());
+    given.options<1>({""});  // takes none
+    declined = take(given);
+    for (size_t i = kBeforeParams; !declined && i < given.size(); ++i) declined = take_param(given[i]);
+    call.params = params();
+    if (!declined) declined = declines(loss, input, call, autocast, call.wide);
+    if (!declined && at::GradMode::is_enabled() && any([](const Tensor& each) { return each.is_inference(); }) &&
+        any([](const Tensor& each) { return each.requires_grad(); }))
+      declined = "a gradient beside a tensor that inference mode made";
+  }
+
+  std::string work() const {
+    return std::to_string(input.numel() / input.size(-1)) + " rows of " + std::to_string(input.size(-1));
+  }
+
+ private:
+  const char* take(const Arguments& given) {
+    if (const char* why = take_tensor(given[0], input)) return why;
+    if (const char* why = why_not_eager()) return why;
+    OptionalTensor* others[] = {&call.second, &call.third, &call.target, &call.weight};
+    for (size_t i = 0; i < 4; ++i) {
+      if (const char* why = take_optional(given[i + 1], *others[i])) return why;
+    }
+    const std::optional<int64_t> known = reduction_of(given[5]);
+    if (!known) return "an unusual reduction";
+    call.reduction = *known;
+    autocast = at::autocast::is_autocast_enabled(input.device().type());
+    return nullptr;
+  }
+
+  template <class F>
+  bool any(F f) const {
+    if (f(input)) return true;
+    for (const OptionalTensor* each : {&call.second, &call.third, &call.target, &call.weight}) {
+      if (*each && f(**each)) return true;
+    }
+    return false;
+  }
 };
 
 }  // namespace fusedloss

@@ -2,6 +2,7 @@
 
 #include "in_place.h"
 #include "pointwise.h"
+#include "row_sums.h"
 #include "softmax.h"
 
 namespace fusedloss {
@@ -34,10 +35,12 @@ TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
   m.def("scale_(Tensor(a!) data, Tensor factor) -> ()");
   for (int i = 0; i < kPointwiseLosses; ++i) define_pointwise(m, pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) define_softmax(m, softmax_loss(i));
+  for (int i = 0; i < kRowSumsLosses; ++i) define_row_sums(m, row_sums_loss(i));
   for_each_device([](const Device& device, torch::Library& on_device) {
     device.implement_scale(on_device);
     for (int i = 0; i < kPointwiseLosses; ++i) device.implement_pointwise(on_device, pointwise_loss(i));
     for (int i = 0; i < kSoftmaxLosses; ++i) device.implement_softmax(on_device, softmax_loss(i));
+    for (int i = 0; i < kRowSumsLosses; ++i) device.implement_row_sums(on_device, row_sums_loss(i));
   });
 }
 
@@ -45,6 +48,7 @@ TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   using namespace fusedloss;
   for (int i = 0; i < kPointwiseLosses; ++i) implement_pointwise_under_autograd(m, pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) implement_softmax_under_autograd(m, softmax_loss(i));
+  for (int i = 0; i < kRowSumsLosses; ++i) implement_row_sums_under_autograd(m, row_sums_loss(i));
   for_each_op_in_place([&](const std::string& name) { refuse_derivatives_in_place(m, name); });
 }
 

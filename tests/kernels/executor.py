@@ -302,6 +302,57 @@ def run_softmax(
     return call.bad_target[0], call.bad_target[1]
 
 
+LABELS = [
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.float32, torch.float64, torch.bfloat16, torch.float16
+]  # fmt: skip
+
+
+class RowSumsCall(ctypes.Structure):
+    """As in driver.cpp."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "backward", "loss", "dtype", "result_dtype", "label_type", "rows", "columns", "upstream_stride",
+            )
+        ),
+        ("row_strides", ctypes.c_int64 * 3),
+        ("params", ctypes.c_double * MAX_PARAMS),
+        *((name, ctypes.c_double) for name in ("scale", "divisor")),
+        ("operands", ctypes.c_void_p * 3),
+        *((name, ctypes.c_void_p) for name in ("target", "weight", "upstream", "losses", "total")),
+        ("grads", ctypes.c_void_p * 3),
+        ("bad_target", ctypes.c_int64 * 2),
+    ]  # fmt: skip
+
+
+def run_row_sums(
+    kernels: ctypes.CDLL, name: str, params: Sequence[float], operands: Sequence[Tensor], target: Tensor | None = None,
+    weight: Tensor | None = None, losses_: Tensor | None = None, total: Tensor | None = None, divisor: float = 1.0,
+    grads: Sequence[Tensor | None] = (), upstream: Tensor | None = None, scale: float = 1.0,
+) -> tuple[int, int]:  # fmt: skip
+    """A forward, or where gradients are given a backward, of operands (rows, columns)."""
+    first = operands[0]
+    result = next(each for each in (losses_, total, upstream) if each is not None)
+    call = RowSumsCall(
+        backward=bool(grads), loss=number(name), dtype=losses.DTYPES.index(first.dtype),
+        result_dtype=losses.DTYPES.index(result.dtype), label_type=0 if target is None else LABELS.index(target.dtype),
+        rows=first.shape[0], columns=first.shape[1], upstream_stride=0 if upstream is None or not upstream.dim() else 1,
+        params=parameters(tuple(params)), scale=scale, divisor=divisor,
+    )  # fmt: skip
+    for k, operand in enumerate(operands):
+        call.operands[k], call.row_strides[k] = operand.data_ptr(), operand.stride(0)
+    for k, grad in enumerate(grads):
+        call.grads[k] = None if grad is None else grad.data_ptr()
+    for field, tensor in {
+        "target": target, "weight": weight, "upstream": upstream, "losses": losses_, "total": total
+    }.items():  # fmt: skip
+        setattr(call, field, None if tensor is None else tensor.data_ptr())
+    check(kernels, kernels.run_row_sums(ctypes.byref(call)))
+    return call.bad_target[0], call.bad_target[1]
+
+
 def run_scale(kernels: ctypes.CDLL, data: Tensor, factor: Tensor) -> None:
     dtype = losses.DTYPES.index(data.dtype)
     wide = int(factor.dtype != data.dtype)

@@ -243,6 +243,49 @@ int run_softmax(SoftmaxCall* call) {
   return workspace.error_or(error);
 }
 
+// What a loss of row sums is given, as executor.py fills it.
+struct RowSumsCall {
+  int64_t backward, loss, dtype, result_dtype, label_type, rows, columns, upstream_stride;
+  int64_t row_strides[fusedloss::kMostOperands];
+  double params[fusedloss::kMaxParams];
+  double scale, divisor;
+  const void* operands[fusedloss::kMostOperands];
+  const void *target, *weight, *upstream;
+  void *losses, *total;
+  void* grads[fusedloss::kMostOperands];
+  int64_t bad_target[2];
+};
+
+int run_row_sums(RowSumsCall* call) {
+  auto args = arguments<fusedloss::CudaRowSumsArgs>(int(call->dtype), call->params);
+  Workspace workspace;
+  fusedloss::BadTarget bad = {-1, 0};
+  args.result_dtype = fusedloss::DType(call->result_dtype);
+  args.label_type = fusedloss::LabelType(call->label_type);
+  args.rows = call->rows;
+  args.columns = call->columns;
+  for (int k = 0; k < fusedloss::kMostOperands; ++k) {
+    args.operands[k] = call->operands[k];
+    args.row_strides[k] = call->row_strides[k];
+    args.grads[k] = call->grads[k];
+  }
+  args.target = call->target;
+  args.weight = call->weight;
+  args.upstream = call->upstream;
+  args.upstream_stride = call->upstream_stride;
+  args.losses = call->losses;
+  args.total = call->total;
+  args.scale = call->scale;
+  args.divisor = call->divisor;
+  args.bad_target = &bad;
+  args.workspace = workspace.bytes;
+  const auto entry = call->backward ? fusedloss::cuda_row_sums_backward : fusedloss::cuda_row_sums_forward;
+  const int error = entry(fusedloss::RowSums(call->loss), args, nullptr);
+  call->bad_target[0] = bad.row;
+  call->bad_target[1] = bad.target;
+  return workspace.error_or(error);
+}
+
 int run_scale(int dtype, void* data, int64_t count, const void* factor, int wide) {
   return fusedloss::cuda_scale(fusedloss::DType(dtype), data, count, factor, wide != 0, nullptr);
 }
