@@ -1,7 +1,5 @@
 """Losses of whole rows: cosine embedding, triplets, and the margins between the scores of classes."""
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import has_torch_function_variadic
@@ -11,6 +9,7 @@ from .. import _route, _torchs
 __all__ = ["cosine_embedding_loss", "multi_margin_loss", "triplet_margin_loss"]
 
 _NO_TENSOR = "a subclass of torch.Tensor, or no tensor"
+_REDUCTIONS = ("mean", "sum", "none")  # a tuple, which may be asked for anything
 
 
 @_route.row_sums("cosine_embedding")
@@ -34,14 +33,6 @@ def _multi_margin(
     p: float = 1.0, margin: float = 1.0,
 ) -> Tensor:  # fmt: skip
     return _torchs.multi_margin_loss(first, target, p, margin, weight, reduction=reduction)  # type: ignore[arg-type]
-
-
-def _are_tensors(*given: Any) -> bool:
-    return all(isinstance(each, Tensor) for each in given)
-
-
-def _is_unusual(reduction: Any) -> bool:
-    return not isinstance(reduction, str) or reduction not in _route.REDUCTIONS
 
 
 def cosine_embedding_loss(
@@ -83,7 +74,7 @@ def cosine_embedding_loss(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if not _are_tensors(input1, input2, target):
+    if not (isinstance(input1, Tensor) and isinstance(input2, Tensor) and isinstance(target, Tensor)):
         _route.tell_native(_NO_TENSOR)
         return _torchs.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
     return _cosine_embedding(input1, input2, None, target, None, reduction, margin)
@@ -131,13 +122,14 @@ def triplet_margin_loss(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if _is_unusual(reduction):  # torch looks at it before the margin
+    if reduction not in _REDUCTIONS:  # torch looks at it before the margin
         _route.tell_native("an unusual reduction")
         return _torchs.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
     if margin <= 0:
         raise ValueError(f"margin must be greater than 0, got {margin}")
-    if not _are_tensors(anchor, positive, negative) or not isinstance(swap, bool):
-        _route.tell_native("a choice that is no bool" if _are_tensors(anchor, positive, negative) else _NO_TENSOR)
+    tensors = isinstance(anchor, Tensor) and isinstance(positive, Tensor) and isinstance(negative, Tensor)
+    if not (tensors and isinstance(swap, bool)):
+        _route.tell_native("a choice that is no bool" if tensors else _NO_TENSOR)
         return _torchs.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
     return _triplet_margin(anchor, positive, negative, None, None, reduction, margin, p, eps, float(swap))
 
@@ -180,14 +172,14 @@ def multi_margin_loss(
         )  # fmt: skip
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if _is_unusual(reduction):  # torch looks at it before p and the weight
+    if reduction not in _REDUCTIONS:  # torch looks at it before p and the weight
         _route.tell_native("an unusual reduction")
         return _torchs.multi_margin_loss(input, target, p, margin, weight, reduction=reduction)
     if p != 1 and p != 2:
         raise ValueError("only p == 1 and p == 2 supported")
     if weight is not None and weight.dim() != 1:
         raise ValueError("weight must be one-dimensional")
-    if not _are_tensors(input, target):
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
         _route.tell_native(_NO_TENSOR)
         return _torchs.multi_margin_loss(input, target, p, margin, weight, reduction=reduction)
     return _multi_margin(input, None, None, target, weight, reduction, p, margin)

@@ -84,6 +84,34 @@ def one_call(chance: random.Random, name: str) -> tuple[list[Any], dict[str, Any
     return [tensor(chance, shape, dtype), target, weight, reduction, *middle, *params], options, chance.random() < 0.2
 
 
+def one_call_of_rows(chance: random.Random, name: str) -> tuple[list[Any], dict[str, Any], bool]:
+    """The same of a loss of row sums."""
+    traits = extension.losses[name].traits
+    shape = chance.choice([(4,), (3, 4), (3, 4), (3, 4), (1, 4), (4, 1), (2, 4, 3), *SHAPES])
+    dtype = chance.choice(FLOATS if chance.random() < 0.9 else DTYPES)
+
+    def another(likely: float, shapes: list[tuple[int, ...]]) -> torch.Tensor:
+        other = dtype if chance.random() < likely else chance.choice(DTYPES)
+        return tensor(chance, chance.choice(shapes), other)
+
+    count = traits.operands if chance.random() < 0.9 else chance.choice([1, 2, 3])
+    likely = [shape] * 12 + [near(chance, shape), chance.choice(SHAPES)]
+    operands = [another(0.95, likely) for _ in range(count)]
+    target = weight = None
+    if (traits.takes_labels or traits.takes_class) != (chance.random() < 0.05):
+        target = another(0.5, [shape[:-1]] * 6 + [(1,), (), near(chance, shape)])
+        if traits.takes_class and chance.random() < 0.8:
+            target = target.to_dense().long() if target.is_sparse else target.long()
+    if chance.random() < (0.4 if traits.takes_class else 0.05):
+        weight = another(0.7, [shape[-1:]] * 6 + [near(chance, shape)])
+    reduction = chance.choice(["mean", "sum", "none"]) if chance.random() < 0.95 else chance.choice(["avg", None])
+    params = [number(chance, *limits) for limits in traits.params]
+    if chance.random() < 0.03:
+        params = [*params[:-1], chance.choice(["1", 10**400, None])]
+    call = [*operands, None, None][:3]
+    return [*call, target, weight, reduction, *params], {}, chance.random() < 0.2
+
+
 def by_cpp(name: str, arguments: list[Any], options: dict[str, Any]) -> str | None:
     path: str = extension.losses[name].explain(*arguments, **options)
     return path.removeprefix("native: ") if path.startswith("native: ") else None
@@ -91,6 +119,8 @@ def by_cpp(name: str, arguments: list[Any], options: dict[str, Any]) -> str | No
 
 def by_captures(name: str, arguments: list[Any], options: dict[str, Any]) -> str | None:
     known = extension.losses[name]
+    if known.family == "row_sums":
+        return _captures.row_sums(known.traits, *arguments[:6], arguments[6:])
     input, target, weight, reduction, *rest = arguments
     if known.family == "pointwise":
         return _captures.pointwise(known.traits, input, target, weight, reduction, rest, **options)
@@ -102,7 +132,8 @@ def test_both_statements_give_the_same_answer_in_the_same_words(name):
     chance = random.Random(name)
     seen = set()
     for _ in range(CALLS):
-        arguments, options, autocast = one_call(chance, name)
+        make = one_call_of_rows if extension.losses[name].family == "row_sums" else one_call
+        arguments, options, autocast = make(chance, name)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             real, captured = by_cpp(name, arguments, options), by_captures(name, arguments, options)
         assert real == captured, (arguments, options, autocast)
@@ -167,4 +198,4 @@ def test_integer_targets_of_mse_are_captured_as_they_run(strict):
 
 
 def test_every_declared_loss_is_known_to_the_extension():
-    assert set(_route.LOSSES) <= set(extension.losses)
+    assert {*_route.LOSSES, *_route.ROW_SUMS} <= set(extension.losses)

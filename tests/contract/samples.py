@@ -28,11 +28,12 @@ FUNCTIONS = [
     "cross_entropy", "nll_loss", "huber_loss", "smooth_l1_loss", "mse_loss", "l1_loss",
     "binary_cross_entropy_with_logits", "binary_cross_entropy", "hinge_embedding_loss", "soft_margin_loss", "kl_div",
     "poisson_nll_loss", "multilabel_soft_margin_loss", "margin_ranking_loss", "gaussian_nll_loss",
+    "cosine_embedding_loss", "triplet_margin_loss", "multi_margin_loss",
 ]  # fmt: skip
 MODULES = [
     nn.CrossEntropyLoss, nn.NLLLoss, nn.HuberLoss, nn.SmoothL1Loss, nn.MSELoss, nn.L1Loss, nn.BCEWithLogitsLoss,
     nn.BCELoss, nn.HingeEmbeddingLoss, nn.SoftMarginLoss, nn.KLDivLoss, nn.PoissonNLLLoss, nn.MultiLabelSoftMarginLoss,
-    nn.MarginRankingLoss, nn.GaussianNLLLoss,
+    nn.MarginRankingLoss, nn.GaussianNLLLoss, nn.CosineEmbeddingLoss, nn.TripletMarginLoss, nn.MultiMarginLoss,
 ]  # fmt: skip
 COUNTS: Counter[str] = Counter()
 FAILURES: list[str] = []

@@ -36,6 +36,7 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "asymmetric_loss": (("x", "t"), {"weight": "of_classes", "clip": 0.1}),
     "binary_cross_entropy": (("p", "t"), {"weight": "of_classes", "reduction": "sum"}),
     "binary_cross_entropy_with_logits": (("x", "t"), {"weight": "like_x", "pos_weight": "of_classes"}),
+    "cosine_embedding_loss": (("x", "t", "of_rows"), {"margin": 0.3}),
     "cross_entropy": (
         ("x", "y"),
         {"weight": "of_classes", "sample_weight": "of_rows", "z_loss": 0.1, "softcap": 5.0, "return_lse": True},
@@ -64,12 +65,14 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "log_probs": (("x", "y"), {"temperature": 2.0, "return_entropy": True}),
     "margin_ranking_loss": (("x", "t", "p"), {"margin": 0.3}),
     "mse_loss": (("x", "t"), {"weight": "like_x"}),
+    "multi_margin_loss": (("x", "y"), {"weight": "of_classes", "p": 2}),
     "multilabel_soft_margin_loss": (("x", "t"), {"weight": "of_classes"}),
     "nll_loss": (("x", "y"), {"weight": "of_classes", "ignore_index": 2, "sample_weight": "of_rows"}),
     "poisson_nll_loss": (("x", "t"), {"full": True}),
     "sigmoid_focal_loss": (("x", "y"), {"weight": "of_classes", "reduction": "mean", "normalizer": torch.tensor(3.0)}),
     "smooth_l1_loss": (("x", "t"), {"beta": 0.3}),
     "soft_margin_loss": (("x", "t"), {"reduction": "sum"}),
+    "triplet_margin_loss": (("x", "t", "p"), {"swap": True}),
 }
 EVERY_FUNCTION = pytest.mark.parametrize("name", CALLS)
 
