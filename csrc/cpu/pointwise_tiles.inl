@@ -2,6 +2,8 @@
 // in the first-level cache; the losses or the gradient are converted back. An operand that is dense in that type is
 // read in place.
 
+#include "widen.inl"
+
 namespace fusedloss::FUSEDLOSS_ISA {
 
 template <class T>
@@ -30,50 +32,6 @@ void over_runs(const PointwiseArgs& args, const int64_t* strides, int64_t begin,
       offset -= index[d] * strides[d];
       index[d] = 0;
     }
-  }
-}
-
-template <class T, class S>
-void widen(const S* from, int64_t count, T* to) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) to[i] = T(load(from[i]));
-}
-
-template <class T, class S>
-void narrow(const T* from, int64_t count, S* to) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) to[i] = store<S>(Accumulate<S>(from[i]));
-}
-
-#if defined(FUSEDLOSS_F16C)
-// One instruction for eight numbers, where load and store take ten.
-inline void widen(const fp16* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  }
-  for (; i < count; ++i) to[i] = load(from[i]);
-}
-
-inline void narrow(const float* from, int64_t count, fp16* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
-  }
-  for (; i < count; ++i) to[i] = store<fp16>(from[i]);
-}
-#endif
-
-template <class T, class S>
-void widen(const S* from, int64_t stride, int64_t count, T* to) {
-  if (stride == 1) {
-    widen(from, count, to);
-  } else if (stride == 0) {
-    const T value = T(load(*from));
-    for (int64_t i = 0; i < count; ++i) to[i] = value;
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = T(load(from[i * stride]));
   }
 }
 
