@@ -21,7 +21,7 @@ from ._traced import Described
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as in torch.nn._reduction
 
-_DTYPES = (torch.float32, torch.float64, *HALVES)
+DTYPES = (torch.float32, torch.float64, *HALVES)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 # What was built, not what runs on this GPU: asking that would break the graph, and the op itself says so.
@@ -65,7 +65,7 @@ def pointwise(
     takes_integers = ignore_index is not None or traits.takes_integers
     if target.device != input.device:
         return DIFFERENT_DEVICES
-    if input.dtype not in _DTYPES or not (target.dtype in _DTYPES or (takes_integers and target.dtype in _INTEGERS)):
+    if input.dtype not in DTYPES or not (target.dtype in DTYPES or (takes_integers and target.dtype in _INTEGERS)):
         return "an input or target that is no float64, float32, bfloat16 or float16"
     if is_empty(input) or is_empty(target):
         return "an empty input"
@@ -100,7 +100,7 @@ def pointwise(
             return DIFFERENT_DEVICES
         if factor.requires_grad and not (factor is third and traits.has_third_slope):
             return "a weight that requires a gradient"
-        if factor.dtype not in _DTYPES:
+        if factor.dtype not in DTYPES:
             return "a weight that is no float64, float32, bfloat16 or float16"
         if not broadcasts_to(factor.shape, sizes):
             return "a weight that does not fit the input"
@@ -174,7 +174,7 @@ def softmax(
         return why
     if target.device != logits.device:
         return DIFFERENT_DEVICES
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         return "the logits are no float64, float32, bfloat16 or float16"
     if logits.dim() < 1 or is_empty(logits):
         return "the logits are empty or a single number"
@@ -188,7 +188,7 @@ def softmax(
     if traits.soft:
         if not same_shape(target.shape, logits.shape):
             return "the probabilities are not of the logits' shape"
-        if target.dtype not in _same_or_wider(logits):
+        if target.dtype not in same_or_wider(logits):
             return "the probabilities are of another dtype"
         if target.requires_grad:
             return "the probabilities require a gradient"
@@ -208,7 +208,7 @@ def softmax(
     if weight.requires_grad:
         return "the weight requires a gradient"
     if weight.dtype != logits.dtype and not (
-        is_wide(traits, logits, target, wide) and weight.dtype in _same_or_wider(logits)
+        is_wide(traits, logits, target, wide) and weight.dtype in same_or_wider(logits)
     ):
         return "the weight is of another dtype than the logits"
     if weight.dim() != 1 or not same_size(weight.shape[0], classes):
@@ -221,7 +221,7 @@ def _sample_weight(logits: Tensor, sample_weight: Tensor) -> str | None:
         return DIFFERENT_DEVICES
     if sample_weight.requires_grad:
         return "the sample_weight requires a gradient"
-    if sample_weight.dtype not in _DTYPES:
+    if sample_weight.dtype not in DTYPES:
         return "the sample_weight is no float64, float32, bfloat16 or float16"
     if not same_shape(sample_weight.shape, rows_of(logits)):
         return "the sample_weight does not fit the rows"
@@ -365,5 +365,5 @@ def _in_range(params: Sequence[Any], ranges: Sequence[tuple[float, float, bool]]
     )
 
 
-def _same_or_wider(logits: Tensor) -> tuple[torch.dtype, ...]:
+def same_or_wider(logits: Tensor) -> tuple[torch.dtype, ...]:
     return (logits.dtype, torch.float32) if logits.dtype in HALVES else (logits.dtype,)

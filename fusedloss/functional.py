@@ -9,6 +9,8 @@ from .losses.cross_entropy import *  # noqa: F403
 from .losses.cross_entropy import __all__ as _cross_entropy
 from .losses.difference import *  # noqa: F403
 from .losses.difference import __all__ as _difference
+from .losses.distillation import *  # noqa: F403
+from .losses.distillation import __all__ as _distillation
 from .losses.divergence import *  # noqa: F403
 from .losses.divergence import __all__ as _divergence
 from .losses.focal import *  # noqa: F403
@@ -31,6 +33,7 @@ __all__ = [
     *_binary,
     *_cross_entropy,
     *_difference,
+    *_distillation,
     *_divergence,
     *_focal,
     *_linear,

@@ -18,6 +18,8 @@ bool softmax_with_grad(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, 
 SoftmaxPart softmax_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
 void softmax_backward(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
 void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+double distillation_forward(const DistillationArgs&, int64_t begin, int64_t end, void* scratch);
+void distillation_backward(const DistillationArgs&, int64_t begin, int64_t end);
 
 #define FUSEDLOSS_KERNEL(name, Functor) pointwise<Functor>,
 extern const CpuKernels kernels;
@@ -29,7 +31,9 @@ const CpuKernels kernels = {FUSEDLOSS_STRING(FUSEDLOSS_ISA),
                             softmax_with_grad,
                             softmax_part,
                             softmax_backward_part,
-                            row_sums};
+                            row_sums,
+                            distillation_forward,
+                            distillation_backward};
 #undef FUSEDLOSS_KERNEL
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -7,6 +7,8 @@
 
 namespace fusedloss {
 
+struct DistillationArgs;  // distillation.h
+
 // A pass over elements [begin, end); returns the sum, or which operand lies outside.
 using CpuPointwise = double (*)(PointwiseResult, const PointwiseArgs&, int64_t begin, int64_t end);
 
@@ -49,6 +51,10 @@ struct CpuKernels {
   void (*softmax_backward_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
   // Rows [begin, end), up to a bad one: their losses, or the gradients of the operands.
   RowSumsTotal (*row_sums)(RowSums, bool backward, const RowSumsArgs&, int64_t begin, int64_t end);
+  // Rows [begin, end): their losses, whose sum it returns, and in forward the gradient too where there is a grad.
+  // `scratch` is null, or has room for distillation_scratch(classes) numbers of the arithmetic type.
+  double (*distillation_forward)(const DistillationArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*distillation_backward)(const DistillationArgs&, int64_t begin, int64_t end);
 };
 
 // The widest instruction set this machine has, or the one FUSEDLOSS_CPU_ISA names; picked once.

@@ -13,6 +13,7 @@ struct CUstream_st;
 namespace fusedloss {
 
 using CudaStream = ::CUstream_st*;
+struct DistillationArgs;  // distillation.h
 
 // Partial sums of one call, and the counter by which its last block knows that it is the last.
 constexpr int64_t kCudaWorkspaceBytes = 72 << 10;
@@ -70,6 +71,11 @@ int cuda_row_sums_backward(RowSums, const CudaRowSumsArgs&, CudaStream);
 
 // Within a row, kernels count in 32 bits, some steps past its end.
 constexpr int64_t kCudaMaxClasses = INT32_MAX - (1 << 16);
+
+// Divergences of rows, of those pairs of dtypes that the kernels read.
+bool cuda_distils(DType student, DType teacher);
+int cuda_distillation_forward(const DistillationArgs&, CudaStream);
+int cuda_distillation_backward(const DistillationArgs&, CudaStream);
 
 // Whether this build has code for the current device.
 bool cuda_has_kernels();

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "distillation.h"
 #include "pointwise.h"
 #include "row_sums.h"
 #include "softmax.h"
@@ -27,21 +28,47 @@ at::TensorBase empty_on_cpu(at::IntArrayRef sizes, at::OptionalIntArrayRef strid
 
 c10::ArrayRef<Device> devices() {
   static const Device all[] = {
-      {"cpu", c10::kCPU, Key::CPU,
-       c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}), INT32_MAX,
-       /*host_reads=*/true, /*row_gradient_in_forward_pays=*/true, /*vectors_begin_alike=*/false,
-       /*autocast_refuses_probabilities=*/false, /*margins_of_halves=*/false, always,
-       [](const PointwiseLoss&) { return true; }, [](const PointwiseLoss&, c10::DeviceIndex) { return true; },
-       [](bool) { return true; }, empty_on_cpu, implement_scale_on_cpu, implement_pointwise_on_cpu,
-       implement_softmax_on_cpu, implement_row_sums_on_cpu},
+      {"cpu",
+       c10::kCPU,
+       Key::CPU,
+       c10::DispatchKeySet({Key::CPU, Key::ADInplaceOrView, Key::AutogradCPU, Key::AutocastCPU}),
+       INT32_MAX,
+       /*host_reads=*/true,
+       /*row_gradient_in_forward_pays=*/true,
+       /*vectors_begin_alike=*/false,
+       /*autocast_refuses_probabilities=*/false,
+       /*margins_of_halves=*/false,
+       always,
+       [](const PointwiseLoss&) { return true; },
+       [](const PointwiseLoss&, c10::DeviceIndex) { return true; },
+       [](bool) { return true; },
+       empty_on_cpu,
+       implement_scale_on_cpu,
+       implement_pointwise_on_cpu,
+       implement_softmax_on_cpu,
+       implement_row_sums_on_cpu,
+       implement_distillation_on_cpu},
 #ifdef FUSEDLOSS_CUDA
-      {kCudaName, kCudaType, kCudaKey,
-       c10::DispatchKeySet({kCudaKey, Key::ADInplaceOrView, kCudaAutogradKey, kCudaAutocastKey}), kCudaMaxClasses,
-       /*host_reads=*/false, /*row_gradient_in_forward_pays=*/false, /*vectors_begin_alike=*/true,
-       /*autocast_refuses_probabilities=*/true, /*margins_of_halves=*/true, has_kernels,
-       [](const PointwiseLoss& loss) { return bool(loss.cuda); }, has_kernels_of,
-       [](bool has_third) { return !has_third; }, empty_on_cuda, implement_scale_on_cuda, implement_pointwise_on_cuda,
-       implement_softmax_on_cuda, implement_row_sums_on_cuda},
+      {kCudaName,
+       kCudaType,
+       kCudaKey,
+       c10::DispatchKeySet({kCudaKey, Key::ADInplaceOrView, kCudaAutogradKey, kCudaAutocastKey}),
+       kCudaMaxClasses,
+       /*host_reads=*/false,
+       /*row_gradient_in_forward_pays=*/false,
+       /*vectors_begin_alike=*/true,
+       /*autocast_refuses_probabilities=*/true,
+       /*margins_of_halves=*/true,
+       has_kernels,
+       [](const PointwiseLoss& loss) { return bool(loss.cuda); },
+       has_kernels_of,
+       [](bool has_third) { return !has_third; },
+       empty_on_cuda,
+       implement_scale_on_cuda,
+       implement_pointwise_on_cuda,
+       implement_softmax_on_cuda,
+       implement_row_sums_on_cuda,
+       implement_distillation_on_cuda},
 #endif
   };
   return all;

@@ -61,6 +61,7 @@ struct Device {
   void (*implement_pointwise)(torch::Library&, const PointwiseLoss&);
   void (*implement_softmax)(torch::Library&, const SoftmaxLoss&);
   void (*implement_row_sums)(torch::Library&, const RowSumsLoss&);
+  void (*implement_distillation)(torch::Library&);
 };
 
 c10::ArrayRef<Device> devices();

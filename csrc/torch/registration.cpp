@@ -1,5 +1,6 @@
 // Every op of the package: its schema, its autograd side, and its kernels on each device.
 
+#include "distillation.h"
 #include "in_place.h"
 #include "pointwise.h"
 #include "row_sums.h"
@@ -36,11 +37,13 @@ TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
   for (int i = 0; i < kPointwiseLosses; ++i) define_pointwise(m, pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) define_softmax(m, softmax_loss(i));
   for (int i = 0; i < kRowSumsLosses; ++i) define_row_sums(m, row_sums_loss(i));
+  define_distillation(m);
   for_each_device([](const Device& device, torch::Library& on_device) {
     device.implement_scale(on_device);
     for (int i = 0; i < kPointwiseLosses; ++i) device.implement_pointwise(on_device, pointwise_loss(i));
     for (int i = 0; i < kSoftmaxLosses; ++i) device.implement_softmax(on_device, softmax_loss(i));
     for (int i = 0; i < kRowSumsLosses; ++i) device.implement_row_sums(on_device, row_sums_loss(i));
+    device.implement_distillation(on_device);
   });
 }
 

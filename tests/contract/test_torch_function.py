@@ -46,6 +46,7 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "hinge_embedding_loss": (("x", "t"), {"margin": 0.3}),
     "huber_loss": (("x", "t"), {"weight": "like_x", "delta": 0.3}),
     "kl_div": (("x", "t"), {"reduction": "batchmean"}),
+    "kl_divergence": (("x", "t"), {"labels": "y", "ignore_index": 2, "weight": "of_rows", "return_lse": True}),
     "l1_loss": (("x", "t"), {"weight": "like_x"}),
     "linear_cross_entropy": (
         ("x", "head", "y"),

@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#include "target_avx2.inl"
+
+#include "../distillation.inl"
+#endif

@@ -1,0 +1,6 @@
+"""The divergence of a student's rows from a teacher's: what it means, its ops, and when a call takes them.
+
+- :mod:`._formula`: the native formula, over any two rows of log-probabilities.
+- :mod:`._ops`: the ops and their derivatives.
+- :mod:`._route`: which calls the ops own.
+"""
