@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import functional
+from ._distillation_module import DistillationLoss
 from ._library import check
 from ._linear_module import LinearCrossEntropyLoss
 from ._route import explain
@@ -42,6 +43,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CosineEmbeddingLoss",
     "CrossEntropyLoss",
+    "DistillationLoss",
     "FocalLoss",
     "GaussianNLLLoss",
     "HingeEmbeddingLoss",

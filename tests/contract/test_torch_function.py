@@ -206,6 +206,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "BCELoss": (fusedloss.BCELoss, "t"),
     "BCEWithLogitsLoss": (lambda: fusedloss.BCEWithLogitsLoss(pos_weight=torch.ones(5)), "t"),
     "CrossEntropyLoss": (lambda: fusedloss.CrossEntropyLoss(torch.ones(5), out_dtype=torch.float64), "y"),
+    "DistillationLoss": (lambda: fusedloss.DistillationLoss(alpha=1.0), "t"),
     "FocalLoss": (lambda: fusedloss.FocalLoss(torch.ones(5)), "y"),
     "HuberLoss": (fusedloss.HuberLoss, "t"),
     "L1Loss": (fusedloss.L1Loss, "t"),
