@@ -43,7 +43,7 @@ def test_blocks_run_as_they_stand(path: Path, tmp_path: Path) -> None:
             examples = doctest.DocTestParser().get_doctest(
                 block, names, f"{path.name}, block {number}", str(path), None
             )
-            runner.run(examples, said.append, clear_globs=False)
+            runner.run(examples, out=said.append, clear_globs=False)
             names = examples.globs
         else:
             exec(compile(block, f"{path.name}, block {number}", "exec"), names)
