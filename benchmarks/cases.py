@@ -50,6 +50,12 @@ def soft_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
     return Case(name, shape, torch.float32, class_probabilities, losses.CROSS_ENTROPY, cpu_timed(speedup, memory=1.05))
 
 
+def distillation(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """The target holds the teacher's logits."""
+    timed = cpu_timed(8.0, over_compile=2.0, memory=1.05)
+    return Case(name_of("kl_divergence", shape, dtype), shape, dtype, values, losses.DISTILLATION, timed)
+
+
 def focal(shape: tuple[int, ...], speedup: float) -> Case:
     name = name_of("focal", shape, torch.float32)
     return Case(name, shape, torch.float32, class_indices, losses.FOCAL_AND_NATIVE, cpu_timed(speedup, "native"))
@@ -207,6 +213,10 @@ BY_BYTES = [
     cross_entropy((1, 128256), speedup=1.3),  # 1.0 MB; one row, cut into parts for two threads
     smoothed_cross_entropy((2048, 1000), speedup=3.0),  # 16.4 MB
     soft_cross_entropy((512, 32000), speedup=2.5),  # 197 MB
+    distillation((4000, 1000), torch.float32),  # 48 MB
+    distillation((4000, 1000), torch.bfloat16),  # 24 MB
+    distillation((512, 32000), torch.float32),  # 197 MB
+    distillation((512, 32000), torch.bfloat16),  # 98.3 MB
     focal((2048, 1000), speedup=4.0),  # 16.4 MB
     sigmoid_focal_indexed((100_000, 80), speedup=15.0),  # 64.8 MB; a detector's anchors
     sigmoid_focal_indexed((4, 21, 256, 256), speedup=10.0, memory=None),  # 46.1 MB; classes 256 kB apart

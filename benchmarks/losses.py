@@ -74,6 +74,19 @@ def fused_smoothed(input: Tensor, target: Tensor) -> Tensor:
     return L.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
 
 
+TEMPERATURE = 2.0
+
+
+def eager_distillation(input: Tensor, target: Tensor) -> Tensor:
+    log_q, p = F.log_softmax(input / TEMPERATURE, -1), F.softmax(target / TEMPERATURE, -1)
+    return F.kl_div(log_q, p, reduction="batchmean")
+
+
+def fused_distillation(input: Tensor, target: Tensor) -> Tensor:
+    loss: Tensor = L.kl_divergence(input, target, temperature=TEMPERATURE)
+    return loss
+
+
 @functools.cache
 def _class_weights(classes: int) -> Tensor:
     return torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -244,6 +257,7 @@ def pointwise(name: str) -> dict[str, Loss]:
 
 
 CROSS_ENTROPY: dict[str, Loss] = {EAGER: eager_cross_entropy, OURS: fused_cross_entropy}
+DISTILLATION: dict[str, Loss] = {EAGER: eager_distillation, OURS: fused_distillation}
 LINEAR: dict[str, Loss] = {EAGER: eager_linear, OURS: fused_linear, "products": products}
 # Torch has chunks since 2.13.
 HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")
