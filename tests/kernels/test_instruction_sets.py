@@ -12,9 +12,10 @@ from marks import needs_compiler, needs_extension
 
 pytestmark = needs_extension
 TESTS = Path(__file__).parent.parent
-# The tests of values of either kind of driver: of the first every pair of values, as the widest set ran every case.
+# The tests of values of each kind of driver: of the first two every pair of values, as the widest set ran every case.
 OF_VALUES = [
     ["accuracy/test_values.py"],
+    ["contract/test_distillation.py", "-k", "against_float64"],
     ["--deep", "contract/test_index_targets.py", "-k", "against_float64"],
 ]
 # One process for all: the import of torch takes as long as a hundred tests.
@@ -66,7 +67,7 @@ def test_no_code_of_an_instruction_set_leaks_into_shared_symbols():
     # keeps for all of them. Without optimisation nothing is inlined away. One set stands for all: they read one text.
     isa = "avx2"
     sources = sorted((CSRC / "cpu" / "isa").glob(f"{isa}*.cpp"))
-    assert len(sources) == 4
+    assert len(sources) == 5
     unit = "".join(f'#include "{source}"\n' for source in sources)
     # Assembly names the symbols, so that nothing need be assembled.
     command = [*COMPILER.split(), "-std=c++20", "-O0", "-fPIC", "-S", "-x", "c++", "-", "-o", "-"]
