@@ -11,6 +11,9 @@ namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
 constexpr int kPairUnroll = 4;
+// Classes whose gradient a thread has in flight; the arithmetic of doubles needs the registers.
+template <class S>
+constexpr int kGradientUnroll = sizeof(S) == 8 ? 1 : 4;
 
 // A row's numbers as z, the student's logit over the temperature, and w, the teacher's or log p.
 template <class S, class P>
@@ -117,7 +120,7 @@ __device__ void write_gradient(const Direction& direction, const PairOfRows<S, P
                                const DistillationArgs& args, int64_t at, T of_value, T of_lse) {
   S* grad = static_cast<S*>(const_cast<void*>(args.grad.data)) + at * args.grad.row_stride;
   const bool nothing = of_value == T(0) && of_lse == T(0);
-#pragma unroll 4
+#pragma unroll kGradientUnroll < S>
   for (int c = threadIdx.x; c < int(args.classes); c += kThreads) {
     T gradient = T(0);
     if (!nothing) {

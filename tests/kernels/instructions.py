@@ -129,6 +129,9 @@ def steps(name: str) -> list[Step]:
         return [Step("STG" if of[0] == "Grad" else "LDG", VECTOR, VECTOR / size[1])]  # others may store a bad target
     if family == "indexed_columns":
         return [Step("LDG", size[1], 1 / 2) if of[0] == "Sum" else Step("STG", size[1])]  # input and weight
+    if family in ("distil_forward", "distil_backward"):  # a student's and a teacher's number, of one width or two
+        of_pair = Step("LDG", size[1], 1 / 2 if size[1] == size[2] else 1, without="STG")
+        return [*([of_pair] if family == "distil_forward" else []), Step("STG", size[1], beside="LDG")]
     if family == "scale_kernel":
         return [Step("STG", VECTOR, VECTOR / size[0])]
     if family == "forward_targets":
@@ -158,6 +161,8 @@ def moved(name: str) -> int | None:
         return size[1] * ((2 if of[0] == "Sum" else 3) + is_of_three(of[2]))
     if family in ("indexed_rows", "indexed_columns"):
         return size[1] * (1 if of[0] == "Sum" else 2)
+    if family in ("distil_forward", "distil_backward"):
+        return 2 * size[1] + size[2]
     return 2 * size[0] if family == "scale_kernel" else None
 
 
