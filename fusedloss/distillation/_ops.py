@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _decomposed as _decompositions
 from .._derivatives import needs_formula
@@ -17,8 +18,34 @@ _SAVED = 5  # kSavedOfPair
 
 def run(call: Call, with_lse: bool, with_grad: bool) -> tuple[Tensor, Tensor]:
     """The loss and the lse of rows (N, C)."""
-    loss, lse, *_ = torch.ops.fusedloss.kl_divergence(*call, call.wide, with_lse, with_grad)
+    given = (*call, call.wide, with_lse, with_grad)
+    if is_compiling():
+        loss, lse, *_ = torch.ops.fusedloss.kl_divergence(*given)
+        return loss, lse
+    if torch.is_grad_enabled() and call.student.requires_grad:
+        return _Divergence.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+    loss, lse, *_ = _below_autograd(given)
     return loss, lse
+
+
+def _below_autograd(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        made: tuple[Tensor, ...] = torch.ops.fusedloss.kl_divergence.default(*given)
+        return made
+
+
+class _Divergence(torch.autograd.Function):
+    """The op of eager calls: what torch wraps around an op's derivatives takes 40 us more."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        made = _below_autograd(given)
+        _save(ctx, given, made)
+        return made[0], made[1]
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Any) -> Any:
+        return _backward(ctx, *upstreams)
 
 
 # ---- without data, for tracing
@@ -44,13 +71,18 @@ def _fake_backward(upstream: Tensor, upstream_lse: Tensor | None, student: Tenso
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, lse, statistics, grad = output
-    ctx.mark_non_differentiable(statistics, grad)
+    ctx.mark_non_differentiable(*output[2:])
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    statistics, grad = output[2:]
     ctx.save_for_backward(*(each for each in inputs[:_TENSORS] if each is not None), statistics)
     ctx.present = [each is not None for each in inputs[:_TENSORS]]
     ctx.rest = inputs[_TENSORS:_FIELDS]
     ctx.with_lse, ctx.with_grad = inputs[_FIELDS + 1 :]
     ctx.left = grad.detach() if ctx.with_grad else None  # an output that the node holds would hold the node
+    ctx.rounds = inputs[0].dtype == torch.bfloat16 and inputs[0].device.type == "cpu"
     ctx.set_materialize_grads(False)
 
 
@@ -67,35 +99,35 @@ def _backward(ctx: Any, upstream: Tensor | None, upstream_lse: Tensor | None, *_
         upstream_lse = None
     if upstream is None and upstream_lse is None:
         return None, *others
-    call, statistics = _saved(ctx)
     if needs_formula(upstream, upstream_lse):
-        return _by_formula(call, upstream, upstream_lse), *others
+        return _by_formula(_saved(ctx)[0], upstream, upstream_lse), *others
+    if ctx.with_grad and (made := _scaled(ctx, upstream)) is not None:  # no lse, so an upstream gradient of the loss
+        return made, *others
+    call, statistics = _saved(ctx)
     if upstream is None:
         rows = call.student.shape[:1] if call.reduction == "none" else ()
         upstream = call.student.new_zeros(rows, dtype=call.computed)
-    elif ctx.with_grad and upstream_lse is None and (made := _scaled(ctx, call, upstream)) is not None:
-        return made, *others
-    return torch.ops.fusedloss.kl_divergence_backward(
+    return torch.ops.fusedloss.kl_divergence_backward.default(
         upstream, upstream_lse, *call[:_TENSORS], statistics, *call[_TENSORS:]
     ), *others
 
 
-def _scaled(ctx: Any, call: Call, upstream: Tensor) -> Tensor | None:
+def _scaled(ctx: Any, upstream: Any) -> Tensor | None:
     """What forward made, times the upstream gradient; None where backward makes it anew.
 
     A bfloat16 gradient times a number that is no power of two would be rounded twice. The first backward gives away
-    what forward made, and a later one makes it again in the same way, so that it gets the same bits.
+    what forward made, without a look at the saved tensors, and a later one makes it again in the same way, so that it
+    gets the same bits.
     """
     if type(upstream) is not Tensor:  # traced: the graph may run many times
         made: Tensor = ctx.left
         return (made * upstream).to(made.dtype)
-    rounds = call.student.dtype == torch.bfloat16 and call.student.device.type == "cpu"
-    if rounds and abs(math.frexp(upstream.item())[0]) != 0.5:
+    if ctx.rounds and abs(math.frexp(upstream.item())[0]) != 0.5:
         return None
     left, ctx.left = ctx.left, None
     if left is None:
-        left = torch.ops.fusedloss.kl_divergence(*call, False, False, True)[3]
-    torch.ops.fusedloss.scale_(left, upstream)
+        left = torch.ops.fusedloss.kl_divergence.default(*_saved(ctx)[0], False, False, True)[3]
+    torch.ops.fusedloss.scale_.default(left, upstream)
     return left
 
 
