@@ -100,7 +100,7 @@ with fusedloss.patch() as patched:
     got = main(nn.parallel.DistributedDataParallel, rank, 2)
 torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 assert got != main(rank=rank, ranks=2)  # the gradients were averaged
-print(f"rank {rank}: {patched.report()}")
+print(f"rank {rank}: {patched.report()}\\n", end="")  # one write: the other rank's would come between two
 torch.distributed.destroy_process_group()
 """
 NLL = "torch.nn.functional.nll_loss"
