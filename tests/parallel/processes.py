@@ -98,7 +98,7 @@ class Collectives(TorchDispatchMode):
 
 def process(rank: int, ranks: int, folder: Path, checks: list[Check]) -> None:
     torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=20)
+    patience = datetime.timedelta(seconds=60)  # also on a busy machine
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks, timeout=patience
     )
