@@ -1,7 +1,7 @@
 """The divergence in plain PyTorch: the fallback, and what every derivative that the kernels do not have comes from."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,11 +67,16 @@ def of_log_probs(log_q: Tensor, log_p: Tensor, direction: str, beta: float) -> T
     if direction == "reverse":
         return _relative(q, log_q, log_p)
     if beta in (0, 1):  # m is q or p, and the other term has no weight
-        return _relative(q, log_q, log_q) if beta == 0 else _relative(p, log_p, log_p)
+        return 0.0 * (q + p).sum(-1)
     neither = (p == 0) & (q == 0)  # logaddexp has no derivative there
     of_p, of_q = (torch.where(neither, 0.0, each) for each in (log_p, log_q))
-    log_m = torch.logaddexp(of_p + math.log(beta), of_q + math.log1p(-beta))
+    log_m = torch.logaddexp(of_p + _log(beta), of_q + _log(1 - beta))
     return beta * _relative(p, log_p, log_m) + (1 - beta) * _relative(q, log_q, log_m)
+
+
+def _log(share: Any) -> Any:
+    """Of a number, or of a tensor that may require a gradient."""
+    return share.log() if isinstance(share, Tensor) else math.log(share)
 
 
 def _relative(p: Tensor, log_p: Tensor, log_m: Tensor) -> Tensor:
