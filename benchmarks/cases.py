@@ -11,7 +11,7 @@ import fusedloss.functional as L
 
 from . import losses
 from .case import BACKWARD, BOTH, CALL, FORWARD, IN_FORWARD, Case, Loss, Timing, name_of
-from .losses import OF_THREE, POINTWISE, class_indices, class_or_background, class_probabilities, values
+from .losses import OF_ROWS, OF_THREE, POINTWISE, class_indices, class_or_background, class_probabilities, values
 from .results import COPY, EAGER, INPUT, OURS, Goal
 
 
@@ -194,6 +194,27 @@ def cpu_pointwise() -> Iterator[Case]:
     yield custom("log_cosh", LOG_COSH, {}, lambda x, t: torch.log(torch.cosh(x - t)).mean())
 
 
+# The size of 4M elements that a loss of rows is measured at, and its least speed-up over eager there.
+CPU_OF_ROWS = {
+    "cosine_embedding": ((15625, 256), 5.0),
+    "triplet_margin": ((15625, 256), 4.0),  # the gradient to the third operand is not asked for
+    "multi_margin": ((4000, 1000), 2.0),
+}
+
+
+def of_rows(name: str, shape: tuple[int, ...], timed: dict[str, Timing], **options: Any) -> Case:
+    _, beside, target = OF_ROWS[name]
+    case = name_of(name, shape, torch.float32)
+    return Case(case, shape, torch.float32, target, losses.of_rows(name), timed, beside=beside, **options)
+
+
+def cpu_of_rows() -> Iterator[Case]:
+    for name, (shape, speedup) in CPU_OF_ROWS.items():
+        yield of_rows(name, shape, cpu_timed(speedup, memory=1.05))
+        for small in ((4, 10), (64, 128)):
+            yield of_rows(name, small, cpu_timed(0.95), compiled=False)
+
+
 # Beside each case its minimum traffic. A few hundred bytes are no measure of memory, so the smallest have no such goal.
 BY_BYTES = [
     cross_entropy((512, 32000), speedup=2.5),  # 131 MB
@@ -222,6 +243,7 @@ BY_BYTES = [
     sigmoid_focal_indexed((4, 21, 256, 256), speedup=10.0, memory=None),  # 46.1 MB; classes 256 kB apart
     sigmoid_focal_indexed((100, 8), speedup=1.0, memory=None),  # 7.2 kB
     *cpu_pointwise(),
+    *cpu_of_rows(),
 ]
 
 

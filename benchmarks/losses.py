@@ -251,6 +251,23 @@ OF_THREE: dict[str, tuple[Callable[[Any, Tensor, Tensor, Tensor], Tensor], Targe
 }
 
 
+def labels_of_rows(input: Tensor, generator: torch.Generator) -> Tensor:
+    return labels(input[:, 0], generator)
+
+
+# Of rows: the call, what makes a second operand, if there is one, and what makes the target, or the third operand.
+OF_ROWS: dict[str, tuple[Callable[..., Tensor], Target | None, Target]] = {
+    "cosine_embedding": (lambda f, x, other, y: f.cosine_embedding_loss(x, other, y, 0.1), values, labels_of_rows),
+    "triplet_margin": (lambda f, x, near, far: f.triplet_margin_loss(x, near, far), values, values),
+    "multi_margin": (lambda f, x, y: f.multi_margin_loss(x, y), None, class_indices),
+}
+
+
+def of_rows(name: str) -> dict[str, Loss]:
+    call = OF_ROWS[name][0]
+    return {EAGER: functools.partial(call, F), OURS: functools.partial(call, L)}
+
+
 def pointwise(name: str) -> dict[str, Loss]:
     call = (OF_THREE if name in OF_THREE else POINTWISE)[name][0]
     return {EAGER: functools.partial(call, F), OURS: functools.partial(call, L)}

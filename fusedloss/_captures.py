@@ -254,7 +254,7 @@ def row_sums(
         return "more columns than a kernel counts"
     if not _in_range(params, traits.params):
         return "a parameter that is out of range"
-    if not traits.takes([float(value) for value in params]):
+    if traits.whole >= 0 and params[traits.whole] not in (1, 2):
         return "a norm for which there is no kernel"
     if why := _target_of_rows(traits, first, target):
         return why

@@ -17,7 +17,7 @@ derivative in closed form.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ class Loss(NamedTuple):
     of_probabilities: bool = False  # inputs are
     class_indices: bool = False  # targets may be class indices, beside an ignore_index
     positive: bool = False  # inputs are
+    operands: int = 1  # of a loss of row sums: one beside class indices, two beside labels, or three alone
 
 
 LOSSES: dict[str, Loss] = {}
@@ -110,15 +111,16 @@ def softmax(
     return route
 
 
-def row_sums(name: str, left: str = "") -> Callable[[Formula], Formula]:
+def row_sums(name: str, operands: int, left: str = "") -> Callable[[Formula], Formula]:
     """Route ``formula(first, second, third, target, weight, reduction, *params)`` through the kernels of row sums.
 
-    Operands that the loss does not take are None. ``left``: as for :func:`pointwise`.
+    What the loss does not take is None: of three ``operands``, a target, and class weights. ``left``: as for
+    :func:`pointwise`.
     """
 
     def route(formula: Formula) -> Formula:
         routed = _unfused(formula) if extension is None else _fused(name, formula, left, _ROW_SUMS)
-        ROW_SUMS[name] = Loss("row_sums", routed, formula, _defaults(formula))
+        ROW_SUMS[name] = Loss("row_sums", routed, formula, _defaults(formula), operands=operands)
         return routed
 
     return route
@@ -242,6 +244,8 @@ class _Family(NamedTuple):
     decomposed: Callable[[Formula, Any], Callable[..., Any]]
     # placed(loss, formula, *arguments, **options): the loss of DTensors by their shards, or None; or it refuses them
     placed: Callable[..., Any]
+    # The numbers of a call, of which those behind the first two are ours alone.
+    rest: Callable[[tuple[Any, ...]], Sequence[Any]] = lambda call: call[4:]
 
 
 def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
@@ -259,8 +263,7 @@ def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
             value = capture(*call, **options)
         elif (asking := _asking.get()) and not is_dtensor(call[0]):
             path = explained(*call, **options)
-            input, _, _, _, *rest = call
-            reason = asking == "compiled" and _captures.left_to_compiler(left, input, rest, options)
+            reason = asking == "compiled" and _captures.left_to_compiler(left, call[0], family.rest(call), options)
             raise Path(f"native: {reason}" if reason and not path.startswith("native") else path)
         else:
             value = kernel(*call, **options)
@@ -400,4 +403,6 @@ _ROW_SUMS = _Family(
     _capture_row_sums,
     lambda known: _fake.row_sums(),
     lambda formula, known: _decomposed.row_sums(formula),
+    lambda *call, **options: None,  # torch's operators take DTensors one by one
+    rest=lambda call: (),
 )

@@ -43,7 +43,7 @@ struct RowSumsTraits {
   bool takes_labels, takes_class;
   const Range* params;
   int param_count;
-  bool (*takes)(const double* params);  // what the ranges do not tell
+  int whole;  // the parameter that is a whole number, a norm; -1: none
 };
 
 }  // namespace fusedloss

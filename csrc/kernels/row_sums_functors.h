@@ -21,14 +21,14 @@ constexpr bool takes_class<Functor, std::enable_if_t<Functor::takes_class>> = tr
 template <class Functor, class = void>
 constexpr bool has_forms = false;
 template <class Functor>
-constexpr bool has_forms<Functor, std::void_t<decltype(&Functor::takes)>> = true;
+constexpr bool has_forms<Functor, std::void_t<decltype(Functor::whole)>> = true;
 
 template <class Functor>
 constexpr RowSumsTraits row_sums_traits() {
-  bool (*takes)(const double*) = nullptr;
-  if constexpr (has_forms<Functor>) takes = &Functor::takes;
+  int whole = -1;
+  if constexpr (has_forms<Functor>) whole = Functor::whole;
   return {Functor::operands,       takes_labels<Functor>,  takes_class<Functor>,
-          Params<Functor>::ranges, Params<Functor>::count, takes};
+          Params<Functor>::ranges, Params<Functor>::count, whole};
 }
 
 // Calls f with the functor in the arithmetic type T.

@@ -1,8 +1,8 @@
 // Losses of whole rows that are known by a few sums over their columns: dot products, norms, distances, hinges.
 //
 // A functor reads one number of each operand at a column. `terms` gives what the column adds to the sums, `value` the
-// loss of a row's sums, `coefficients` what the gradient at every column is made of, and `gradients` makes it, one for
-// each operand.
+// loss of a row's sums, `gradient` the coefficients that the gradient at every column is made of, and `gradients` makes
+// it, one for each operand.
 #pragma once
 
 #include "functions.h"
@@ -137,7 +137,7 @@ template <class T>
 struct TripletMargin {
   static constexpr int operands = 3;
   static constexpr Range params[] = {{0, kInfinity, true}, {1, 2}, {-kInfinity}, {0, 1}};  // margin, p, eps, swap
-  static bool takes(const double* params) { return params[1] == 1 || params[1] == 2; }
+  static constexpr int whole = 1;
   template <class F>
   static auto with_form(const double* params, F f) {
     const bool swap = params[3] != 0;
@@ -185,7 +185,7 @@ struct MultiMargin {
   static constexpr int operands = 1;
   static constexpr bool takes_class = true;
   static constexpr Range params[] = {{1, 2}, {-kInfinity}};  // p, margin
-  static bool takes(const double* params) { return params[0] == 1 || params[0] == 2; }
+  static constexpr int whole = 0;
   template <class F>
   static auto with_form(const double* params, F f) {
     return params[0] == 2 ? f(Hinges<T, true>(params)) : f(Hinges<T, false>(params));

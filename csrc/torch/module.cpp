@@ -140,11 +140,6 @@ BoundLoss bind(RowSumsLoss& loss) {
     return py::cast(path(RowSumsArguments(loss, arguments)));
   };
   const RowSumsTraits& of = loss.traits;
-  const auto takes = [of](const std::vector<double>& params) {
-    double all[kMaxParams];
-    copy_params(params, all);
-    return !of.takes || of.takes(all);
-  };
   BoundLoss bound;
   bound.name = base_name(loss.op);
   bound.family = "row_sums";
@@ -153,7 +148,7 @@ BoundLoss bind(RowSumsLoss& loss) {
   bound.explain = function("explain", explain);
   bound.traits =
       namespace_of("operands"_a = of.operands, "takes_labels"_a = of.takes_labels, "takes_class"_a = of.takes_class,
-                   "params"_a = ranges(of.params, of.param_count), "takes"_a = py::cpp_function(takes));
+                   "params"_a = ranges(of.params, of.param_count), "whole"_a = of.whole);
   bound.set_native = [&loss](PyObject* formula) {
     loss.formula = [formula](const Tensor& first, const RowSumsCall& call) {
       py::gil_scoped_acquire gil;

@@ -1,5 +1,7 @@
 // The losses of row sums in torch: what the kernels own of their calls, and how they read the operands.
 
+#include <cmath>
+
 #include "../kernels/row_sums_functors.h"
 #include "row_sums.h"
 
@@ -7,8 +9,11 @@ namespace fusedloss {
 
 RowSumsLoss& row_sums_loss(int64_t number) {
   using namespace baseline;
-#define FUSEDLOSS_LOSS(name, Functor) \
-  {"fusedloss::" #name, int64_t(RowSums::name), row_sums_traits<Functor<double>>(), {}, {nullptr}},
+#define FUSEDLOSS_LOSS(name, Functor)                                                                \
+  {                                                                                                  \
+    "fusedloss::" #name, int64_t(RowSums::name), row_sums_traits<Functor<double>>(), {}, { nullptr } \
+  }                                                                                                  \
+  ,
   static auto& losses = *new std::array<RowSumsLoss, kRowSumsLosses>{{FUSEDLOSS_ROW_SUMS(FUSEDLOSS_LOSS)}};
 #undef FUSEDLOSS_LOSS
   return losses[size_t(number)];
@@ -109,10 +114,9 @@ const char* declines(const RowSumsLoss& loss, const Tensor& first, const RowSums
     if ((*other)->sizes() != first.sizes()) return "inputs of different shapes";
   }
   if (first.size(-1) > device_for(first).most_classes) return "more columns than a kernel counts";
-  double params[kMaxParams];
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
-  copy_params(call.params, params);
-  if (traits.takes && !traits.takes(params)) return "a norm for which there is no kernel";
+  if (traits.whole >= 0 && std::trunc(call.params[traits.whole]) != call.params[traits.whole])
+    return "a norm for which there is no kernel";
   if (const char* why = declines_target(loss, first, call)) return why;
   wide = autocast && is_half(first.scalar_type());
   if (traits.takes_class && is_half(first.scalar_type()) && !wide && !device_for(first).margins_of_halves)

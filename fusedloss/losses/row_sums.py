@@ -12,14 +12,14 @@ _NO_TENSOR = "a subclass of torch.Tensor, or no tensor"
 _REDUCTIONS = ("mean", "sum", "none")  # a tuple, which may be asked for anything
 
 
-@_route.row_sums("cosine_embedding")
+@_route.row_sums("cosine_embedding", operands=2, left="few")
 def _cosine_embedding(
     first: Tensor, second: Tensor, third: None, target: Tensor, weight: None, reduction: str, margin: float = 0.0
 ) -> Tensor:
     return _torchs.cosine_embedding_loss(first, second, target, margin, reduction=reduction)
 
 
-@_route.row_sums("triplet_margin")
+@_route.row_sums("triplet_margin", operands=3, left="few")
 def _triplet_margin(
     first: Tensor, second: Tensor, third: Tensor, target: None, weight: None, reduction: str,
     margin: float = 1.0, p: float = 2.0, eps: float = 1e-6, swap: float = 0.0,
@@ -27,7 +27,7 @@ def _triplet_margin(
     return _torchs.triplet_margin_loss(first, second, third, margin, p, eps, bool(swap), reduction=reduction)
 
 
-@_route.row_sums("multi_margin")
+@_route.row_sums("multi_margin", operands=1, left="few")
 def _multi_margin(
     first: Tensor, second: None, third: None, target: Tensor, weight: Tensor | None, reduction: str,
     p: float = 1.0, margin: float = 1.0,

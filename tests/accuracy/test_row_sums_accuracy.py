@@ -18,9 +18,9 @@ import fusedloss.functional as L
 
 pytestmark = [needs_extension, on_cpu_alone("its slack is that of the CPU's sums: kernels/ bounds a GPU's error")]
 
-# What the error may exceed torch's by, in rounding steps of the dtype at the largest number that the result comes from:
-# a sum in lanes, two norms, a root and a quotient go either way. In half types ours is one rounding of a float32 result,
-# which torch's chain of them may beat by luck alone.
+# What the error may exceed torch's by, in rounding steps of the dtype at the largest number that the result comes
+# from: a sum in lanes, two norms, a root and a quotient go either way. In half types ours is one rounding of a float32
+# result, which torch's chain of them may beat by luck alone.
 SLACK = {torch.float32: 12.0, torch.float64: 24.0, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 

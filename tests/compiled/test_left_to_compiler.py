@@ -40,6 +40,9 @@ CALLS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "cross-entropy, lse": (lambda x, t: L.cross_entropy(x, indices(t), return_lse=True)[0], "", ""),
     "cross-entropy, sample_weight": (lambda x, t: L.cross_entropy(x, indices(t), sample_weight=t[:, 0]), "", ""),
     "nll": (lambda x, t: L.nll_loss(x, indices(t)), FEW, ""),
+    "triplets": (lambda x, t: L.triplet_margin_loss(x, t, t.flip(0), swap=True), FEW, ""),
+    "cosines": (lambda x, t: L.cosine_embedding_loss(x, t, t[:, 0].round(), margin=0.5), FEW, ""),
+    "margins": (lambda x, t: L.multi_margin_loss(x, indices(t), weight=t[0]), FEW, ""),
     "focal": (lambda x, t: L.focal_loss(x, indices(t)), "", ""),
     "sigmoid focal": (L.sigmoid_focal_loss, "", ""),
 }  # fmt: skip

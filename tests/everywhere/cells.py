@@ -31,7 +31,21 @@ LINEAR = Loss(
     lambda x, t, reduction: F.cross_entropy(F.linear(x, _head(x)), t, reduction=reduction),
     "linear",
 )
-LOSSES = [*ONE_OF_EACH, LINEAR]
+
+
+def _of_rows(name: str, run: Callable[[Any, Tensor, Tensor, str], Tensor]) -> Loss:
+    """A loss of row sums, whose other operands and targets follow from a target between 0 and 1."""
+    return Loss(name, "pointwise", functools.partial(run, L), functools.partial(run, F), name)
+
+
+OF_ROWS = [
+    _of_rows(
+        "cosine embedding", lambda f, x, t, r: f.cosine_embedding_loss(x, t, 2 * t[..., 0].round() - 1, reduction=r)
+    ),
+    _of_rows("triplet margin", lambda f, x, t, r: f.triplet_margin_loss(x, t, t.flip(-1), reduction=r)),
+    _of_rows("multi margin", lambda f, x, t, r: f.multi_margin_loss(x, t.argmax(-1), reduction=r)),
+]
+LOSSES = [*ONE_OF_EACH, LINEAR, *OF_ROWS]
 CELLS: list[Cell] = [
     (situation, loss.name, reduction) for situation in SITUATIONS for loss in LOSSES for reduction in REDUCTIONS
 ]

@@ -343,7 +343,11 @@ def compile_func_vmap(loss: Loss, input: Tensor, target: Tensor) -> Any:
 @situation("`compile` of `func.jvp`")
 def compile_func_jvp(loss: Loss, input: Tensor, target: Tensor) -> Any:
     run = compiled(lambda x, t, tangent: torch.func.jvp(lambda z: loss(z, t), (x,), (tangent,)), "eager")
-    return run(input, target, like(input))
+    try:
+        return run(input, target, like(input))
+    except NotImplementedError:  # torch leaves forward mode on, in which the next one could not begin
+        torch._C._exit_dual_level(level=0)
+        raise
 
 
 @situation("`compile` under `autocast`")

@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable
 
 import pytest
+import row_sums_calls
 import torch
 import torch.nn.functional as F
 from compare import EPSILON, largest_error, upstream_of, value_and_grad, value_and_grads
@@ -47,6 +48,7 @@ CLASS_OPTIONS = [{}, {"grad_in_forward": True}, {"inplace": True}, {"grad_in_for
 ROUNDINGS = {torch.float32: 48, torch.float64: 200, torch.bfloat16: 2.02, torch.float16: 2.02}
 BOUND = {dtype: roundings * EPSILON[dtype] for dtype, roundings in ROUNDINGS.items()}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_row_sum = row_sums_calls.ALL
 each_option = pytest.mark.parametrize("options", CLASS_OPTIONS, ids=lambda options: "+".join(options) or "default")
 
 
@@ -185,6 +187,27 @@ def test_every_path_on_few_rows(loss, dtype):
             exact, exact_grad, _ = value_and_grad(loss.native, x.cpu().double(), exact_target, "mean", upstream.cpu())
             assert largest_error(value.cpu(), exact) <= BOUND[dtype]
             assert largest_error(grad.cpu(), exact_grad) <= BOUND[dtype]
+
+
+@each_dtype
+@each_row_sum
+def test_losses_of_row_sums(call, dtype):
+    """Rows of a warp and of a block, of vectors and of single numbers, and more rows than a grid takes at a time."""
+    for rows, columns in [(9, 7), (5, 256), (3, 4099), *[(2, 40_000), (70_001, 16)] * (not ON_EXECUTOR)]:
+        # A loss of triplets is a difference of distances, and one of cosines of numbers of about 1.
+        of_distance = columns if "norm 1" in call else columns**0.5
+        arithmetic = EPSILON[torch.float64 if dtype == torch.float64 else torch.float32]
+        operands, given = row_sums_calls.made(call, (rows,), columns, dtype)
+        assert row_sums_calls.fused(call, operands, given)
+        exact_given = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in given.items()}
+        for reduction in REDUCTIONS:
+            got = value_and_grads(row_sums_calls.of(L, call, given, reduction=reduction), *operands)
+            native = row_sums_calls.of(F, call, row_sums_calls.double(exact_given), reduction=reduction)
+            exact = value_and_grads(native, *(each.cpu().double() for each in operands))
+            for one, other, magnitude in zip(got, exact, [of_distance, *[1.0] * len(operands)], strict=True):
+                lost = 48 * arithmetic * magnitude * (rows if reduction == "sum" else 1)
+                assert one.dtype == dtype
+                assert largest_error(one.cpu(), other) <= BOUND[dtype] + lost / other.abs().max()
 
 
 # ---- autograd
@@ -521,6 +544,28 @@ def test_a_bad_target_harms_no_other_row_whatever_the_options(options):
     _, expected, _ = value_and_grad(CROSS_ENTROPY.native, x, ignored, "mean", upstream)
     assert value.isnan() and (grad[37] == 0).all()
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bad_class_of_a_margin_loss_is_told_later(reduction, p):
+    x, target = torch.randn(60, 50), torch.randint(50, (60,))
+    spoilt = target.clone()
+    spoilt[37] = 50
+    run = lambda y: value_and_grads(lambda x: L.multi_margin_loss(x, y, p, reduction=reduction), x)  # noqa: E731
+    synchronize()
+    fusedloss.check()
+    value, grad = run(spoilt)
+    synchronize()
+    with pytest.raises(IndexError, match="Target 50 .* row 37"):
+        run(target)
+    good_value, good_grad = run(target)
+    assert value[37 if value.dim() else ...].isnan() and (grad[37] == 0).all()
+    others = torch.arange(60) != 37
+    torch.testing.assert_close(grad[others], good_grad[others])
+    if value.dim():
+        torch.testing.assert_close(value[others], good_value[others])
+    fusedloss.check()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -132,6 +132,10 @@ def steps(name: str) -> list[Step]:
     if family in ("distil_forward", "distil_backward"):  # a student's and a teacher's number, of one width or two
         of_pair = Step("LDG", size[1], 1 / 2 if size[1] == size[2] else 1, without="STG")
         return [*([of_pair] if family == "distil_forward" else []), Step("STG", size[1], beside="LDG")]
+    if family == "row_sums_kernel":  # an element is a column of all operands
+        width, operands = int(of[1]), operands_of_row_sums(of[3])
+        read = Step("LDG", width * size[2], width / operands, without="STG")
+        return [read, Step("STG", width * size[2], width / operands)] if of[0] == "true" else [read]
     if family == "scale_kernel":
         return [Step("STG", VECTOR, VECTOR / size[0])]
     if family == "forward_targets":
@@ -150,6 +154,10 @@ def is_of_three(functor: str) -> bool:
     return functor.startswith(("GaussianNll", "MarginRanking"))
 
 
+def operands_of_row_sums(loss: str) -> int:
+    return {"CosineEmbedding": 2, "Triplet": 3, "Hinges": 1}[loss.partition("<")[0]]
+
+
 def moved(name: str) -> int | None:
     """The bytes that an element moves; none where what is counted is a row."""
     family, of = arguments(name)
@@ -163,6 +171,8 @@ def moved(name: str) -> int | None:
         return size[1] * (1 if of[0] == "Sum" else 2)
     if family in ("distil_forward", "distil_backward"):
         return 2 * size[1] + size[2]
+    if family == "row_sums_kernel":
+        return size[2] * operands_of_row_sums(of[3]) * (2 if of[0] == "true" else 1)
     return 2 * size[0] if family == "scale_kernel" else None
 
 

@@ -13,8 +13,8 @@
 #include "cpu/row_sums.inl"
 #include "kernel_driver.h"
 
-// Operands (rows, columns) whose rows are `stride` apart, dtype as in kernels/common.h; labels of the operands' dtype, or
-// classes. Losses and gradients are of the dtype too. Returns the sum of the losses.
+// Operands (rows, columns) whose rows are `stride` apart, dtype as in kernels/common.h; labels of the operands' dtype,
+// or classes. Losses and gradients are of the dtype too. Returns the sum of the losses.
 extern "C" double run_row_sums(int loss, int dtype, int64_t rows, int64_t columns, int64_t stride,
                                const void* const* operands, const void* target, const void* weight,
                                const double* params, const void* upstream, void* losses, void* const* grads) {

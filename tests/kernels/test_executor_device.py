@@ -39,6 +39,7 @@ FILES = (
     "contract/test_margin_edges.py",
     "contract/test_options.py",
     "contract/test_pointwise_dtypes.py",
+    "contract/test_row_sums.py",
     "contract/test_sample_weight.py",
     "contract/test_weighted_dtypes.py",
 )

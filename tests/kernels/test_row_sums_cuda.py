@@ -130,16 +130,17 @@ def test_gradients_of_some_operands_for_one_upstream_gradient(kernels, kernel, d
 @each_dtype
 @each_kernel
 def test_rows_apart_and_misaligned(kernels, kernel, dtype, offset):
-    width = WIDTH[dtype]
-    call = Call(kernel, dtype, 5, 16 * width)
-    losses, grads = call.exact(call.upstream)
-    for apart in (1, width):
-        stored = [filled(torch.cat([each, each[:, :apart]], 1).double(), dtype, offset) for each in call.operands]
-        call.operands = [each.tensor[:, : 16 * width] for each in stored]
+    whole = 16 * WIDTH[dtype]
+    for columns, stride in ((whole, whole + 1), (whole, whole + WIDTH[dtype]), (whole - 1, whole)):
+        call = Call(kernel, dtype, 5, columns)
+        losses, grads = call.exact(call.upstream)
+        wider = [torch.cat([each, each[:, : stride - columns]], 1).double() for each in call.operands]
+        stored = [filled(each, dtype, offset) for each in wider]
+        call.operands = [each.tensor[:, :columns] for each in stored]
         each = Guarded.like((5,), dtype)
         run_row_sums(kernels, *call.given(), losses_=each.tensor)
         call.check(each.tensor, losses, "losses")
-        made = [Guarded.like((5, 16 * width), dtype, offset) for _ in grads]
+        made = [Guarded.like((5, columns), dtype, offset) for _ in grads]
         run_row_sums(kernels, *call.given(), grads=[each.tensor for each in made], upstream=call.upstream)
         for got, expected in zip(made, grads, strict=True):
             call.check(got.tensor, expected, "gradient")
