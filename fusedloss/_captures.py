@@ -240,7 +240,7 @@ def row_sums(
             return "more or fewer operands than the loss takes"
         if other is not None and other.device != first.device:
             return DIFFERENT_DEVICES
-    if first.dtype not in _DTYPES:
+    if first.dtype not in DTYPES:
         return "an input that is no float64, float32, bfloat16 or float16"
     if first.dim() == 0 or is_empty(first):
         return "an input that is empty or a single number"
@@ -278,7 +278,7 @@ def _target_of_rows(traits: Any, first: Tensor, target: Tensor | None) -> str | 
         one = len(rows) == 0 or (target.dim() == 0 and same_size(rows[0], 1))
         fits = target.dim() == 0 or same_size(target.shape[0], 1) if one else same_shape(target.shape, rows)
         return None if len(rows) <= 1 and target.dim() <= 1 and fits else "class indices that do not fit the input"
-    if target.dtype not in (*_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8):
+    if target.dtype not in (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8):
         return "labels in a dtype that the kernels do not read"
     if len(rows) > 1 or not same_shape(target.shape, rows):
         return "labels that do not fit the input"

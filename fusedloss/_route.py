@@ -119,7 +119,7 @@ def row_sums(name: str, operands: int, left: str = "") -> Callable[[Formula], Fo
     """
 
     def route(formula: Formula) -> Formula:
-        routed = _unfused(formula) if extension is None else _fused(name, formula, left, _ROW_SUMS)
+        routed = _unfused(formula, _ROW_SUMS) if extension is None else _fused(name, formula, left, _ROW_SUMS)
         ROW_SUMS[name] = Loss("row_sums", routed, formula, _defaults(formula), operands=operands)
         return routed
 

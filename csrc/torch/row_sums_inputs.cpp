@@ -9,11 +9,8 @@ namespace fusedloss {
 
 RowSumsLoss& row_sums_loss(int64_t number) {
   using namespace baseline;
-#define FUSEDLOSS_LOSS(name, Functor)                                                                \
-  {                                                                                                  \
-    "fusedloss::" #name, int64_t(RowSums::name), row_sums_traits<Functor<double>>(), {}, { nullptr } \
-  }                                                                                                  \
-  ,
+#define FUSEDLOSS_LOSS(name, Functor) \
+  {"fusedloss::" #name, int64_t(RowSums::name), row_sums_traits<Functor<double>>(), {}, {nullptr}},
   static auto& losses = *new std::array<RowSumsLoss, kRowSumsLosses>{{FUSEDLOSS_ROW_SUMS(FUSEDLOSS_LOSS)}};
 #undef FUSEDLOSS_LOSS
   return losses[size_t(number)];
