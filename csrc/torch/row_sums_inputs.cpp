@@ -7,10 +7,17 @@
 
 namespace fusedloss {
 
+namespace {
+
+template <class Functor>
+RowSumsLoss described(const char* op, RowSums loss) {
+  return {op, int64_t(loss), baseline::row_sums_traits<Functor>(), {}, {nullptr}};
+}
+
+}  // namespace
+
 RowSumsLoss& row_sums_loss(int64_t number) {
-  using namespace baseline;
-#define FUSEDLOSS_LOSS(name, Functor) \
-  {"fusedloss::" #name, int64_t(RowSums::name), row_sums_traits<Functor<double>>(), {}, {nullptr}},
+#define FUSEDLOSS_LOSS(name, Functor) described<baseline::Functor<double>>("fusedloss::" #name, RowSums::name),
   static auto& losses = *new std::array<RowSumsLoss, kRowSumsLosses>{{FUSEDLOSS_ROW_SUMS(FUSEDLOSS_LOSS)}};
 #undef FUSEDLOSS_LOSS
   return losses[size_t(number)];
