@@ -29,6 +29,7 @@ from torch.overrides import handle_torch_function
 
 from . import _captures, _decomposed, _fake
 from ._captures import REDUCTIONS as REDUCTIONS
+from ._dtypes import HALVES
 from ._library import extension, why_native
 from ._one_hot import over_class_indices
 from ._sizes import broadcasts_to as broadcasts_to
@@ -282,6 +283,11 @@ def _fused(name: str, formula: Formula, left: str, family: _Family) -> Formula:
     return loss
 
 
+def _sums_its_gradient(operand: Tensor) -> bool:
+    """Whether the op broadcasts an operand, so that the gradient is summed before it is rounded to a half type."""
+    return operand.dtype in HALVES and operand.requires_grad and torch.is_grad_enabled()
+
+
 def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
     traits = known.traits
 
@@ -311,10 +317,12 @@ def _capture_pointwise(op: Any, known: Any, left: str) -> Callable[..., Any]:
         if found is None:
             return None
         kind, wide, one_shape = found
-        if not one_shape and third is None:
-            input, target = torch.broadcast_tensors(input, target)
-        elif not one_shape:  # the third operand, whose gradient is a sum, stays as it is
-            input, target, _ = torch.broadcast_tensors(input, target, third)
+        if not one_shape:
+            others = () if third is None else (third,)  # which the op broadcasts itself
+            input, target = (
+                given if _sums_its_gradient(given) else read
+                for given, read in zip((input, target), torch.broadcast_tensors(input, target, *others), strict=False)
+            )
         if ignore_index is None and not target.is_floating_point():
             target = target.to(torch.float32 if wide else input.dtype)
         return op(input, target, weight, kind, [float(each) for each in params], third, wide, ignore_index)

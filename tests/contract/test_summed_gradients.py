@@ -50,7 +50,20 @@ def operands_of(kinds, shapes, dtype):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_sum_of_gradients_is_rounded_once(call, reduction, dtype):
+    rounded_once(call, reduction, dtype, lambda loss: loss)
+
+
+@pytest.mark.thinned(4, deep=1)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_compiled_sum_of_gradients_is_rounded_once(call, reduction):
+    rounded_once(call, reduction, torch.bfloat16, lambda loss: torch.compile(loss, backend="aot_eager", fullgraph=True))
+
+
+def rounded_once(call, reduction, dtype, prepared):
     function, kinds, options = CALLS[call]
+    ours = prepared(lambda *operands: getattr(L, function)(*operands, **options, reduction=reduction))
+    exactly = lambda *operands: getattr(F, function)(*operands, **options, reduction=reduction)  # noqa: E731
     for broadcast in range(len(kinds)):
         shapes = [(1 if each == broadcast else ROWS, COLUMNS) for each in range(len(kinds))]
         if call == "gaussian" and broadcast != 1:  # torch's variance has the input's size
@@ -66,11 +79,11 @@ def test_a_sum_of_gradients_is_rounded_once(call, reduction, dtype):
             continue
         expected, grads = (
             torch.autograd.grad(
-                value := getattr(functions, function)(*given, **options, reduction=reduction),
+                value := loss(*given),
                 [given[place] for place in wanted],
                 torch.full_like(value, 179 / 256),  # a number of each dtype
             )
-            for functions, given in ((F, exact), (L, got))
+            for loss, given in ((exactly, exact), (ours, got))
         )
         for grad, of_double in zip(grads, expected, strict=True):
             bound = (0.51 * torch.finfo(dtype).eps) * of_double.abs() + 1e-6

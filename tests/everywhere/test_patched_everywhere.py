@@ -3,7 +3,7 @@
 import page
 import pytest
 import torch.nn.functional as F
-from cells import compared, third_of
+from cells import OF_ROWS, compared, third_of
 from losses import ONE_OF_EACH, REDUCTIONS
 from marks import needs_extension, on_cpu_alone
 from situations import SITUATIONS
@@ -34,8 +34,17 @@ MODULES = {
     "poisson_nll": lambda loss, **how: nn.PoissonNLLLoss(**how),
     "margin_ranking": lambda loss, **how: nn.MarginRankingLoss(*loss.params, **how),
     "gaussian_nll": lambda loss, **how: nn.GaussianNLLLoss(full=bool(loss.params[1]), eps=loss.params[0], **how),
+    "cosine embedding": lambda loss, **how: nn.CosineEmbeddingLoss(**how),
+    "triplet margin": lambda loss, **how: nn.TripletMarginLoss(**how),
+    "multi margin": lambda loss, **how: nn.MultiMarginLoss(**how),
 }
-LOSSES = {loss.name: loss for loss in ONE_OF_EACH if loss.op in MODULES}
+LOSSES = {loss.name: loss for loss in (*ONE_OF_EACH, *OF_ROWS) if loss.op in MODULES}
+# What a loss takes beside its input, from a target between 0 and 1.
+OTHERS = {
+    "cosine embedding": lambda t: (t, 2 * t[..., 0].round() - 1),
+    "triplet margin": lambda t: (t, t.flip(-1)),
+    "multi margin": lambda t: (t.argmax(-1),),
+}
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -65,6 +74,8 @@ def check(situation: str, name: str, reduction: str) -> None:
     function = module.forward if situation == "`fx.symbolic_trace`" else module
 
     def call(input: Tensor, target: Tensor) -> Tensor:
+        if loss.op in OTHERS:
+            return function(input, *OTHERS[loss.op](target))
         third = [third_of(loss, target)] if loss.op in ("margin_ranking", "gaussian_nll") else []
         return function(input, target, *third)
 
@@ -76,7 +87,7 @@ def check(situation: str, name: str, reduction: str) -> None:
 
 def test_every_function_that_is_patched_is_here():
     """But two, which the table has in other words: a sum of binary cross-entropies, and a loss of hidden states."""
-    covered = {op if hasattr(F, op) else f"{op}_loss" for op in MODULES} - {"soft_cross_entropy_loss"}
+    covered = {op if hasattr(F, op) else f"{op.replace(' ', '_')}_loss" for op in MODULES} - {"soft_cross_entropy_loss"}
     rest = {place.name for place in places("torch")} - covered
     assert rest <= {"multilabel_soft_margin_loss", "linear_cross_entropy"}, "name its module above"
 
