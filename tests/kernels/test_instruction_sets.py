@@ -17,6 +17,7 @@ OF_VALUES = [
     ["accuracy/test_values.py"],
     ["contract/test_distillation.py", "-k", "against_float64"],
     ["--deep", "contract/test_index_targets.py", "-k", "against_float64"],
+    ["contract/test_row_sums.py", "-k", "against_float64"],
 ]
 # One process for all: the import of torch takes as long as a hundred tests.
 RUN = f"""
