@@ -215,7 +215,7 @@ def binary_cross_entropy_with_logits(
     Class indices whose targets are 0.95 and 0.05:
 
     >>> binary_cross_entropy_with_logits(x[:2], torch.tensor([1, 0]), ignore_index=-100, label_smoothing=0.1)
-    tensor(0.5201)
+    tensor(0.4941)
     """
     if has_torch_function_variadic(input, target, weight, pos_weight) and _route.overrides_apply():
         return _route.overridden(
