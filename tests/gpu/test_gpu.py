@@ -197,6 +197,8 @@ def test_losses_of_row_sums(call, dtype):
         # A loss of triplets is a difference of distances, and one of cosines of numbers of about 1.
         of_distance = columns if "norm 1" in call else columns**0.5
         arithmetic = EPSILON[torch.float64 if dtype == torch.float64 else torch.float32]
+        # torch subtracts the columns one by one from the gradient of the target's, and is no more exact than ours.
+        of_gradient = columns**0.5 if "margins" in call and dtype == torch.float64 else 1.0
         operands, given = row_sums_calls.made(call, (rows,), columns, dtype)
         assert row_sums_calls.fused(call, operands, given)
         exact_given = {name: each.cpu() if isinstance(each, Tensor) else each for name, each in given.items()}
@@ -204,7 +206,7 @@ def test_losses_of_row_sums(call, dtype):
             got = value_and_grads(row_sums_calls.of(L, call, given, reduction=reduction), *operands)
             native = row_sums_calls.of(F, call, row_sums_calls.double(exact_given), reduction=reduction)
             exact = value_and_grads(native, *(each.cpu().double() for each in operands))
-            for one, other, magnitude in zip(got, exact, [of_distance, *[1.0] * len(operands)], strict=True):
+            for one, other, magnitude in zip(got, exact, [of_distance, *[of_gradient] * len(operands)], strict=True):
                 lost = 48 * arithmetic * magnitude * (rows if reduction == "sum" else 1)
                 assert one.dtype == dtype
                 assert largest_error(one.cpu(), other) <= BOUND[dtype] + lost / other.abs().max()
