@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from ._traced import is_exporting
+
 _interpreter, _is_tracing = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
 
 
@@ -31,3 +33,14 @@ def needs_formula(*upstreams: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         return True
     return any(each is not None and "Batched" in str(torch._C._dispatch_keys(each)) for each in upstreams)
+
+
+def may_keep_gradients() -> bool:
+    """Whether a gradient that forward makes may be kept for backward, which then gives it away once.
+
+    Not in a graph that is run many times, an exported or a recorded one, nor where hooks ask for what is saved.
+    """
+    if is_compiling():
+        return not is_exporting()
+    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # by make_fx
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not recorded

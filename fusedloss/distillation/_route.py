@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _captures, _route
-from .._derivatives import transformed
+from .._derivatives import may_keep_gradients, transformed
 from .._library import extension, why_native
 from .._sizes import exceeds, is_empty
-from .._traced import is_exporting
 from . import _ops
 from ._formula import Call, formula
 
@@ -81,14 +80,7 @@ def _makes_gradient(call: Call) -> bool:
         return False
     if not (torch.is_grad_enabled() and call.student.requires_grad):
         return False
-    if is_compiling():
-        return not is_exporting()
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not _is_recorded()
-
-
-def _is_recorded() -> bool:
-    """Whether make_fx records ops, whose graph may be run many times."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return may_keep_gradients()
 
 
 def _path(call: Call) -> str:

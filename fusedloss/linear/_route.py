@@ -9,11 +9,11 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from .. import _captures, _route
-from .._derivatives import transformed
+from .._derivatives import may_keep_gradients, transformed
 from .._dtypes import HALVES, in_float, widened
 from .._library import extension, why_native
 from .._sizes import at_most
-from .._traced import Described, is_exporting
+from .._traced import Described
 from . import _by_classes, _ops
 from ._call import MEAN_OR_ZERO, Call
 from ._chunks import PRODUCT_ELEMENTS, count
@@ -121,14 +121,7 @@ def makes_gradients(call: Call, options: Options) -> bool:
         return False
     if call.input.dtype == torch.float16 or not _needs_gradients(call):
         return False
-    if is_compiling():
-        return not is_exporting()
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not _is_recorded()
-
-
-def _is_recorded() -> bool:
-    """Whether make_fx records ops, whose graph may be run many times."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return may_keep_gradients()
 
 
 def under_autocast(head: Head) -> Head:
