@@ -208,7 +208,6 @@ _MAIN = [
     "margin_ranking 0.7",
     "gaussian_nll 0.3, 1.0",
     "asymmetric 4.0, 1.0, 0.05",
-    "smoothed binary cross-entropy 0.05, 0.95",
     "soft_cross_entropy 0.0, 0.0, 0.0",
     "nll",
     "log_probs 0.7, 0.0",

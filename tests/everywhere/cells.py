@@ -95,6 +95,8 @@ def _public(loss: Loss) -> Callable[..., Tensor]:
         return lambda x, t, reduction: L.cross_entropy(x, t, reduction=reduction, label_smoothing=smoothing)
     if loss.op == "log_probs":
         return functools.partial(_log_probs, loss.params[0])
+    if loss.op == "asymmetric":
+        return lambda x, t, reduction: L.asymmetric_loss(x, t, *loss.params, reduction=reduction)
     if loss.op == "margin_ranking":
         return lambda x, t, reduction: L.margin_ranking_loss(x, t, third_of(loss, t), *loss.params, reduction=reduction)
     if loss.op == "gaussian_nll":
