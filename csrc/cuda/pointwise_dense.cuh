@@ -10,14 +10,15 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-// Blocks resident on a multiprocessor: 80 registers a thread, 128 for double.
-template <class T>
-constexpr int kDenseBlocks = sizeof(T) == 8 ? 2 : 3;
+// Blocks resident on a multiprocessor: 80 registers a thread, 128 for double and long formulas.
+template <class T, class Loss>
+constexpr int kDenseBlocks = sizeof(T) == 8 || is_long<Loss> ? 2 : 3;
 
 // Vectors of input and of target in flight a thread: 64 bytes. What ptxas makes of the longer losses of half types for
 // sm_100, and of those of float16 one by one for sm_90, leaves no registers for more than 32.
 template <PointwiseResult kResult, class S, class Loss>
 FUSEDLOSS_HD constexpr int dense_unroll() {
+  if (is_long<Loss>) return 1;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return sizeof(S) == 2 && !Loss::of_difference ? 1 : 2;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -75,7 +76,7 @@ struct Factors {
 };
 
 template <PointwiseResult kResult, class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kDenseBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kDenseBlocks<S, Loss>)
     pointwise_dense(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run, Periods periods) {
   using T = Accumulate<S>;
   constexpr int width = Vector<S>::width, unroll = dense_unroll<kResult, S, Loss>();
@@ -173,7 +174,7 @@ cudaError_t run_dense(const Loss& loss, const CudaPointwiseArgs& args, CudaStrea
   const Run<S, int64_t> run(args.input.data, args.count, true);
   const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
   const int sums = Pass<kResult, Accumulate<S>, Loss>::kSums ? 1 : 0;
-  return launch(grid_for(work, kDenseBlocks<S>, sums), stream, pointwise_dense<kResult, S, Loss>, loss, args, run,
+  return launch(grid_for(work, kDenseBlocks<S, Loss>, sums), stream, pointwise_dense<kResult, S, Loss>, loss, args, run,
                 Periods{period(args.weight), period(args.third)});
 }
 

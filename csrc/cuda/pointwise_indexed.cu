@@ -8,12 +8,17 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-// Blocks resident on a multiprocessor: 80 registers a thread, 128 for double.
-template <class S>
-constexpr int kIndexedBlocks = sizeof(S) == 8 ? 2 : 3;
+// Blocks resident on a multiprocessor: 80 registers a thread, 128 for double and long formulas, which of half types,
+// eight to a vector, take a few more.
+template <class S, class Loss>
+constexpr int kIndexedBlocks = is_long<Loss> && sizeof(S) == 2   ? 1
+                               : sizeof(S) == 8 || is_long<Loss> ? 2
+                                                                 : 3;
 // Vectors in flight a thread, where classes lie side by side.
-template <PointwiseResult kResult, class S>
-constexpr int kIndexedUnroll = sizeof(S) == 4 && kResult != PointwiseResult::Grad ? 4 : 2;
+template <PointwiseResult kResult, class S, class Loss>
+constexpr int kIndexedUnroll = is_long<Loss>                                        ? 1
+                               : sizeof(S) == 4 && kResult != PointwiseResult::Grad ? 4
+                                                                                    : 2;
 constexpr int kClassesOfThread = 8;  // classes in flight a thread, where they lie apart
 
 // What an index names: a class, or one of these.
@@ -89,10 +94,10 @@ struct Elements {
 // Classes side by side: vectors in the order of memory. A step from one to the next adds rows and columns, so that no
 // thread divides more than twice.
 template <PointwiseResult kResult, class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kIndexedBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kIndexedBlocks<S, Loss>)
     indexed_rows(Loss loss, CudaPointwiseArgs args, Run<S, int64_t> run) {
   using T = Accumulate<S>;
-  constexpr int width = Vector<S>::width, unroll = kIndexedUnroll<kResult, S>;
+  constexpr int width = Vector<S>::width, unroll = kIndexedUnroll<kResult, S, Loss>;
   Elements<kResult, S, Loss> element(loss, args);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   const int classes = int(args.sizes[1]), step_columns = int(threads * width % classes);
@@ -216,7 +221,7 @@ struct Place {
 
 // Classes apart: neighbouring threads have neighbouring rows.
 template <PointwiseResult kResult, class S, class Loss>
-__global__ void __launch_bounds__(kThreads, kIndexedBlocks<S>)
+__global__ void __launch_bounds__(kThreads, kIndexedBlocks<S, Loss>)
     indexed_columns(Loss loss, CudaPointwiseArgs args, int64_t places, Place step) {
   using T = Accumulate<S>;
   Elements<kResult, S, Loss> element(loss, args);
@@ -267,10 +272,11 @@ cudaError_t run_kernel(const Loss& loss, const CudaPointwiseArgs& args, CudaStre
                          (args.one_upstream || same_alignment(args.input.data, args.upstream.data));
     const Run<S, int64_t> run(args.input.data, outer * classes, aligned);
     const int64_t work = run.vectors > run.scalars() ? run.vectors : run.scalars();
-    return launch(grid_for(work, kIndexedBlocks<S>, sums), stream, indexed_rows<kResult, S, Loss>, loss, args, run);
+    return launch(grid_for(work, kIndexedBlocks<S, Loss>, sums), stream, indexed_rows<kResult, S, Loss>, loss, args,
+                  run);
   }
   const int64_t groups = divide_up(classes, kClassesOfThread), places = outer * groups * inner;
-  const Launch how = grid_for(places, kIndexedBlocks<S>, sums);
+  const Launch how = grid_for(places, kIndexedBlocks<S, Loss>, sums);
   const Place step(how.blocks * kThreads, groups, inner);
   return launch(how, stream, indexed_columns<kResult, S, Loss>, loss, args, places, step);
 }

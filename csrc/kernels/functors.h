@@ -79,6 +79,12 @@ constexpr bool takes_third = false;
 template <class Functor>
 constexpr bool takes_third<Functor, std::enable_if_t<Functor::takes_third>> = true;
 
+// A formula of so many numbers that on a GPU a thread takes one vector at a time, and two blocks are resident.
+template <class Functor, class = void>
+constexpr bool is_long = false;
+template <class Functor>
+constexpr bool is_long<Functor, std::enable_if_t<Functor::is_long>> = true;
+
 template <class Functor>
 constexpr PointwiseTraits pointwise_traits() {
   return {Functor::of_difference,

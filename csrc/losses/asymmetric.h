@@ -18,15 +18,37 @@ struct Forgiven {
   T pm, slope, loss, loss_slope;
 };
 
-template <class T>
+// log(1 - pm) from both, and m^y.
+struct ExactPowers {
+  // The rounding of the rest is put back where it is close to 1, so that tiny pm keep all their digits.
+  template <class T>
+  static FUSEDLOSS_HD T log_of_rest(T pm, T rest) {
+    return log(rest) + select(pm < T(0.5), divide(-pm - (rest - T(1)), rest), T(0));
+  }
+  template <class T>
+  static FUSEDLOSS_HD T power_of(T m, T y) {
+    return power(m, y);
+  }
+};
+struct PowersForHalves {
+  template <class T>
+  static FUSEDLOSS_HD T log_of_rest(T pm, T rest) {
+    return log_for_halves(rest, pm);
+  }
+  template <class T>
+  static FUSEDLOSS_HD T power_of(T m, T y) {
+    const T logarithm = log_for_halves(m, T(1) - m);
+    return exp(y * (logarithm < lowest<T>() ? lowest<T>() : logarithm));
+  }
+};
+
+template <class T, class Powers>
 struct ByMargin {
   T clip;
   FUSEDLOSS_HD Forgiven<T> operator()(const Sigmoid<T>& s, T) const {
     const bool counts = s.p > clip;
     const T pm = select(counts, s.p - clip, T(0)), rest = s.q + clip, pq = s.p * s.q;
-    // The rounding of the rest is put back where it is close to 1, so that tiny pm keep all their digits.
-    const T lost = select(pm < T(0.5), divide(-pm - (rest - T(1)), rest), T(0));
-    return {pm, select(counts, pq, T(0)), select(counts, -(log(rest) + lost), T(0)),
+    return {pm, select(counts, pq, T(0)), select(counts, -Powers::log_of_rest(pm, rest), T(0)),
             select(counts, divide(pq, rest), T(0))};
   }
 };
@@ -37,11 +59,11 @@ struct Nothing {
   }
 };
 
-template <class T, class Forgives>
+template <class T, class Forgives, class Powers>
 struct AsymmetricWith {
   static constexpr bool of_difference = false;
   static constexpr ResultDType result = ResultDType::OfInput;
-  static constexpr bool takes_class_indices = true;
+  static constexpr bool takes_class_indices = true, is_long = true;
   T gamma_neg, gamma_more;  // for a target of 1
   Forgives forgives;
 
@@ -55,7 +77,7 @@ struct AsymmetricWith {
     const Sigmoid<T> s = sigmoid(x);
     const Forgiven<T> zero = forgives(s, x);
     const T other = T(1) - t;
-    return power(s.q * t + zero.pm * other, gamma_of(t)) * (t * of_one(s, x) + other * zero.loss);
+    return Powers::power_of(s.q * t + zero.pm * other, gamma_of(t)) * (t * of_one(s, x) + other * zero.loss);
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
     const Sigmoid<T> s = sigmoid(x);
@@ -64,19 +86,24 @@ struct AsymmetricWith {
     const T m = s.q * t + zero.pm * other, m_slope = zero.slope * other - s.p * s.q * t;
     const T ce = t * of_one(s, x) + other * zero.loss, ce_slope = other * zero.loss_slope - t * s.q;
     // Not by the power gamma - 1, which is infinite at m = 0: m_slope is at most as large as m where m is close to 0.
-    return power(m, gamma) * (ce_slope + gamma * ce * select(m > T(0), divide(m_slope, m), T(0)));
+    return Powers::power_of(m, gamma) * (ce_slope + gamma * ce * select(m > T(0), divide(m_slope, m), T(0)));
   }
 };
 
-template <class T>
-struct Asymmetric : AsymmetricWith<T, ByMargin<T>> {
-  using Specialised = AsymmetricWith<T, Nothing<T>>;  // whose logarithm is the softplus
+template <class T, class Powers>
+struct AsymmetricBy : AsymmetricWith<T, ByMargin<T, Powers>, Powers> {
+  using Specialised = AsymmetricWith<T, Nothing<T>, Powers>;  // whose logarithm is the softplus
   static bool applies(const double* params) { return params[2] == 0; }
   static Specialised specialised(const double* params) { return Specialised(params, {}); }
 
   static constexpr Range params[] = {{0}, {0}, {0, 1}};  // gamma_neg, gamma_pos, clip
-  explicit FUSEDLOSS_HD Asymmetric(const double* params)
-      : AsymmetricWith<T, ByMargin<T>>(params, ByMargin<T>{T(params[2])}) {}
+  explicit FUSEDLOSS_HD AsymmetricBy(const double* params)
+      : AsymmetricWith<T, ByMargin<T, Powers>, Powers>(params, ByMargin<T, Powers>{T(params[2])}) {}
+};
+template <class T>
+struct Asymmetric : AsymmetricBy<T, ExactPowers> {
+  using ForHalves = AsymmetricBy<T, PowersForHalves>;  // on a GPU, whose special functions make it faster
+  using AsymmetricBy<T, ExactPowers>::AsymmetricBy;
 };
 
 }  // namespace fusedloss::FUSEDLOSS_ISA
