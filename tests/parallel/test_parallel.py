@@ -77,3 +77,13 @@ def test_two_ranks_of_dtensors(tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_ranks_of_dtensors(tmp_path, ranks):
     run(ranks, tmp_path, ["pointwise", "softmax", "layouts", "compiled", "errors"], "placed_ranks.py")
+
+
+@pytest.mark.deep("a sharded head on 8 ranks; 2 to 4 ranks ran more", minutes=0.3)
+def test_eight_ranks_of_a_head(tmp_path):
+    run(8, tmp_path, ["values", "collectives", "in_blocks"], "linear_ranks.py")
+
+
+@pytest.mark.deep("training on a mesh of 2 by 2: data and tensor parallelism together; each ran alone", minutes=0.2)
+def test_a_mesh_of_data_and_tensor_parallelism(tmp_path):
+    run(4, tmp_path, ["averaged", "fsdp2"], "trained_ranks.py")
