@@ -103,7 +103,7 @@ struct AsymmetricBy : AsymmetricWith<T, ByMargin<T, Powers>, Powers> {
 template <class T>
 struct Asymmetric : AsymmetricBy<T, ExactPowers> {
   using ForHalves = AsymmetricBy<T, PowersForHalves>;  // on a GPU, whose special functions make it faster
-  using AsymmetricBy<T, ExactPowers>::AsymmetricBy;
+  explicit FUSEDLOSS_HD Asymmetric(const double* params) : AsymmetricBy<T, ExactPowers>(params) {}
 };
 
 }  // namespace fusedloss::FUSEDLOSS_ISA
