@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import same, warned
+from drawn import random as random
 from losses import DTYPES, HALVES, REDUCTIONS
 from marks import on_cpu_alone
 from torch import Tensor, nn
@@ -41,13 +42,6 @@ MODULES = {
     "binary_cross_entropy": "BCELoss",
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
 }
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers in float64, the same on every device."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    made = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return made.to(torch.get_default_device())
 
 
 def data(function: str, shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype | None = None) -> list[Tensor]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import random
 from losses import DTYPES, HALVES
-from pointwise_calls import random
 from torch import Tensor
 
 import fusedloss

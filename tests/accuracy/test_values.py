@@ -75,6 +75,8 @@ def test_value_and_gradient_against_float64(loss: Loss, shape, dtype, reduction)
         steps *= 2  # the gradient is made in forward, and rounded again by its upstream gradient
     if loss.soft and shape[:2][-1] == 1:
         steps *= 2  # p is 1, and the gradient what a difference leaves of it
+    if loss.op == "asymmetric":
+        steps *= 2  # what rounds p rounds p - clip, which may be much smaller
     bound = steps * EPSILON[dtype]
     assert largest_error(value, exact) <= bound
     assert largest_error(grad, exact_grad) <= bound
