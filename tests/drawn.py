@@ -1,4 +1,4 @@
-"""Numbers for calls of any family. What imports this alone also runs under a sanitizer, which torch's exceptions end."""
+"""Numbers for calls of any family. What imports no more than this also runs under a sanitizer."""
 
 import torch
 from torch import Tensor

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import random
 from executor import (
     DTYPES,
     LABELS,
@@ -19,7 +20,6 @@ from executor import (
 )
 from marks import needs_compiler, needs_extension
 from plant import planted
-from pointwise_calls import random
 from torch import Tensor
 
 from fusedloss._route import ROW_SUMS
