@@ -48,7 +48,7 @@ bool differ(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
   return false;
 }
 
-// The input as the kernels read it: of the size that the operands broadcast to.
+// The input as the kernels read it, of the size that the operands broadcast to: the same tensor where it has that size.
 Tensor input_as_read(const PointwiseLoss& loss, const Tensor& input, const Tensor& target, const PointwiseCall& call) {
   Tensor read = input;
   if (!call.ignore_index && differ(read.sym_sizes(), target.sym_sizes()))
@@ -218,7 +218,7 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
   const PointwiseCall call = call_of(saved, tensors, 2);
   const OptionalTensor carrier = tensors[4].defined() ? OptionalTensor(tensors[4]) : std::nullopt;
   const Tensor input = input_as_read(loss, given, target, call);
-  const bool sums_input = differ(given.sym_sizes(), input.sym_sizes());
+  const bool sums_input = !input.is_same(given);
   if (differentiable) {
     if (!batched && !is_traced(upstream) && !sums_input && (mirrored || !of_target) &&
         has_second_derivative(loss, call))
@@ -272,7 +272,7 @@ Tensor pointwise(const PointwiseLoss& loss, const Tensor& input_, const Tensor& 
   // A gradient in a half type that is a sum is summed by the backward here: expand's would sum rounded numbers.
   const auto sums = [](const Tensor& operand) { return differentiates(operand) && is_half(operand.scalar_type()); };
   const Tensor read = input_as_read(loss, input, target, call);
-  const bool expanded = differ(input.sym_sizes(), read.sym_sizes()), sums_input = expanded && sums(input);
+  const bool sums_input = !read.is_same(input) && sums(input);
   if (!sums_input) input = read;
   if (!call.ignore_index) {
     if (!sums(target) && differ(target.sym_sizes(), read.sym_sizes())) target = target.expand_symint(read.sym_sizes());
