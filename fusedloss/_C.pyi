@@ -20,6 +20,10 @@ class Loss:
     native: Callable[..., Any] | None  # the formula that a differentiated backward differentiates
 
 losses: dict[str, Loss]
+distillation: SimpleNamespace
+"""``run`` and ``explain`` of ``(student, teacher, labels, weight, direction, teacher_is, reduction, ignore_index,
+temperature, beta, return_lse)``, as those of a loss, and ``set_native``, which takes the formula of the same and of
+whether results are wide."""
 devices: dict[str, SimpleNamespace]
 mean_or_zero: int  # the reduction to a mean that is 0 over nothing
 most_params: int  # of a loss

@@ -50,6 +50,7 @@ struct Device {
   bool vectors_begin_alike;               // kernels read and write vectors only where both begin alike
   bool autocast_refuses_probabilities;    // torch's autocast raises for binary_cross_entropy
   bool margins_of_halves;                 // torch's multi_margin_loss takes half types
+  bool rows_of_any_two_dtypes;            // kernels read a student beside a teacher of any dtype
   bool (*has_kernels)(c10::DeviceIndex);  // whether this build has code for that device
   bool (*runs)(const PointwiseLoss&);     // whether a pointwise loss was compiled for devices of the type
   bool (*has_kernels_of)(const PointwiseLoss&, c10::DeviceIndex);  // and has code for that one

@@ -160,10 +160,36 @@ BoundLoss bind(RowSumsLoss& loss) {
   return bound;
 }
 
+py::object bind_distillation() {
+  const auto run = [](const Arguments& arguments) -> py::object {
+    const DistillationArguments given(arguments);
+    if (given.declined) return py::none();
+    const auto results = [&] {
+      py::gil_scoped_release no_gil;
+      return distillation(given.input, given.teacher, given.call);
+    }();
+    return given.call.with_lse ? py::cast(results) : py::cast(std::get<0>(results));
+  };
+  const auto explain = [](const Arguments& arguments) { return py::cast(path(DistillationArguments(arguments))); };
+  const auto set_native = [](const py::object& given) {
+    PyObject* formula = py::object(given).release().ptr();  // for the life of the process
+    distillation_formula() = [formula](const Tensor& student, const Tensor& teacher, const DistillationCall& call) {
+      py::gil_scoped_acquire gil;
+      return py::handle(formula)(student, teacher, call.labels, call.weight, kDirections[int(call.divergence)],
+                                 kTeachers[int(call.teacher_is)], kRowsReductions[int(call.reduction)],
+                                 call.ignore_index, call.temperature, call.beta, call.wide)
+          .template cast<std::vector<Tensor>>();
+    };
+  };
+  return namespace_of("run"_a = function("run", run), "explain"_a = function("explain", explain),
+                      "set_native"_a = py::cpp_function(set_native));
+}
+
 py::object described(const Device& device) {
   return namespace_of("most_classes"_a = device.most_classes,
                       "autocast_refuses_probabilities"_a = device.autocast_refuses_probabilities,
                       "margins_of_halves"_a = device.margins_of_halves,
+                      "rows_of_any_two_dtypes"_a = device.rows_of_any_two_dtypes,
                       "takes_third_with_class_indices"_a = device.runs_class_indices(true));
 }
 
@@ -192,6 +218,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   for (int i = 0; i < kSoftmaxLosses; ++i) losses[base_name(softmax_loss(i).op).c_str()] = bind(softmax_loss(i));
   for (int i = 0; i < kRowSumsLosses; ++i) losses[base_name(row_sums_loss(i).op).c_str()] = bind(row_sums_loss(i));
   m.attr("losses") = losses;
+  m.attr("distillation") = bind_distillation();
   // A loss compiled apart, by the address of what it hands over.
   m.def("add_pointwise", [losses](const std::string& name, uintptr_t custom) {
     TORCH_CHECK_VALUE(custom, "expected the address of a compiled loss, got 0");

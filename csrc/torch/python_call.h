@@ -9,6 +9,7 @@
 
 #include <array>
 
+#include "distillation.h"
 #include "pointwise.h"
 #include "python_function.h"
 #include "row_sums.h"
@@ -228,6 +229,54 @@ struct RowSumsArguments : PythonCall {
     if (f(input)) return true;
     for (const OptionalTensor* each : {&call.second, &call.third, &call.target, &call.weight}) {
       if (*each && f(**each)) return true;
+    }
+    return false;
+  }
+};
+
+// run(student, teacher, labels, weight, direction, teacher_is, reduction, ignore_index, temperature, beta, return_lse)
+struct DistillationArguments : PythonCall {
+  Tensor teacher;
+  DistillationCall call;
+
+  explicit DistillationArguments(const Arguments& given) {
+    TORCH_CHECK_TYPE(given.size() == 11, "expected 11 arguments, got ", given.size());
+    given.options<1>({""});  // takes none
+    declined = take(given);
+    if (!declined) declined = declines(input, teacher, call, autocast);
+  }
+
+  std::string work() const { return "pairs of rows of " + std::to_string(input.size(-1)); }
+
+ private:
+  const char* take(const Arguments& given) {
+    if (const char* why = take_tensor(given[0], input)) return why;
+    if (const char* why = take_tensor(given[1], teacher)) return why;
+    if (const char* why = why_not_eager()) return why;
+    if (const char* why = take_optional(given[2], call.labels)) return why;
+    if (const char* why = take_optional(given[3], call.weight)) return why;
+    const bool known = take_name(given[4], kDirections, call.divergence) &&
+                       take_name(given[5], kTeachers, call.teacher_is) &&
+                       take_name(given[6], kRowsReductions, call.reduction);
+    if (!known) return "an unknown direction, teacher or reduction";
+    if (const char* why = take_ignore_index(given[7], call.ignore_index)) return why;
+    for (const size_t i : {8, 9}) {
+      if (const char* why = take_param(given[i])) return why;
+    }
+    call.temperature = values[0];
+    call.beta = values[1];
+    call.with_lse = is_true(given[10]);
+    autocast = at::autocast::is_autocast_enabled(input.device().type());
+    return nullptr;
+  }
+
+  template <class Enum, size_t kCount>
+  static bool take_name(py::handle name, const char* const (&names)[kCount], Enum& to) {
+    for (size_t i = 0; PyUnicode_Check(name.ptr()) && i < kCount; ++i) {
+      if (PyUnicode_CompareWithASCIIString(name.ptr(), names[i]) == 0) {
+        to = Enum(i);
+        return true;
+      }
     }
     return false;
   }

@@ -52,6 +52,7 @@ TORCH_LIBRARY_IMPL(fusedloss, Autograd, m) {
   for (int i = 0; i < kPointwiseLosses; ++i) implement_pointwise_under_autograd(m, pointwise_loss(i));
   for (int i = 0; i < kSoftmaxLosses; ++i) implement_softmax_under_autograd(m, softmax_loss(i));
   for (int i = 0; i < kRowSumsLosses; ++i) implement_row_sums_under_autograd(m, row_sums_loss(i));
+  implement_distillation_under_autograd(m);
   for_each_op_in_place([&](const std::string& name) { refuse_derivatives_in_place(m, name); });
 }
 

@@ -43,8 +43,9 @@ class Call(NamedTuple):
         return self.computed if self.wide else self.student.dtype
 
 
-def formula(call: Call) -> tuple[Tensor, Tensor]:
-    """The loss, and the lse of the student's rows."""
+def formula(call: Call, wide: bool | None = None) -> tuple[Tensor, Tensor]:
+    """The loss, and the lse of the student's rows; ``wide`` as it was where the call was made."""
+    result = call.result if wide is None else call.computed if wide else call.student.dtype
     z = call.student.to(call.computed) / call.temperature
     kept = rows_kept(call)
     lse = z.logsumexp(-1)
@@ -56,7 +57,7 @@ def formula(call: Call) -> tuple[Tensor, Tensor]:
     else:
         log_p = w if call.teacher_is == "log_probs" else w.log()
     losses = of_log_probs(z.log_softmax(-1), log_p, call.direction, call.beta)
-    return reduced(losses, kept, call).to(call.result), lse.to(call.result)
+    return reduced(losses, kept, call).to(result), lse.to(result)
 
 
 def of_log_probs(log_q: Tensor, log_p: Tensor, direction: str, beta: float) -> Tensor:

@@ -4,12 +4,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
 from .. import _route
 from ..distillation import _top_k
 from ..distillation._formula import DIRECTIONS, REDUCTIONS, TEACHERS, Call
-from ..distillation._route import divergence
+from ..distillation._route import divergence, run
 from ._numbers import NUMBERS, checked
 
 __all__ = ["kl_divergence"]
@@ -123,6 +124,13 @@ def kl_divergence(
             teacher_is=teacher_is, labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
             return_lse=return_lse, rest=rest,
         )  # fmt: skip
+    if not is_compiling() and not _route.asked() and rest in _top_k.RESTS:
+        results = run(
+            student_logits, teacher, labels, weight, direction, teacher_is, reduction, ignore_index, temperature, beta,
+            return_lse,
+        )  # fmt: skip
+        if results is not None:
+            return results
     for name, value, known in (
         ("direction", direction, DIRECTIONS), ("teacher_is", teacher_is, TEACHERS),
         ("reduction", reduction, REDUCTIONS), ("rest", rest, _top_k.RESTS),
@@ -138,7 +146,8 @@ def kl_divergence(
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be from 0 to 1, got {beta}")
     indices, numbers = teacher if isinstance(teacher, tuple) else (None, teacher)
-    _check_shapes(student_logits, indices, numbers, labels, weight)
+    if not student_logits.is_nested:  # a nested one has no shape, and what torch says of it is clearer
+        _check_shapes(student_logits, indices, numbers, labels, weight)
     call = Call(
         student_logits, numbers, labels, weight, direction, teacher_is, reduction, ignore_index, temperature, beta
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from compare import upstreams
-from distillation_calls import DIRECTIONS, pair
-from marks import needs_extension
+from distillation_calls import DIRECTIONS, pair, rows
+from marks import needs_extension, on_cpu_alone
 from observe import compiled_with_ops
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -40,11 +40,46 @@ def test_compiled_whole_with_the_op(reduction, direction, dtype):
 
 
 @needs_extension
+@on_cpu_alone("a GPU moves fewer bytes with a backward of its own")
+@pytest.mark.parametrize("upstream", [0.5, 1.25])
+def test_a_compiled_bfloat16_gradient_is_rounded_once(upstream):
+    torch._dynamo.reset()
+    student, teacher = pair((8, 400), torch.bfloat16)
+    compiled, ops = compiled_with_ops(lambda s, t: L.kl_divergence(s, t, reduction="sum") * upstream)
+    leaf, eager = (student.clone().requires_grad_() for _ in range(2))
+    compiled(leaf, teacher).backward()
+    (L.kl_divergence(eager, teacher, reduction="sum") * upstream).backward()
+    assert torch.equal(leaf.grad, eager.grad)
+    exact = student.double().requires_grad_()
+    (upstream * rows(exact, teacher, "forward").sum()).backward()
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1.02 * 2.0**-8, atol=1e-7)
+    assert "fusedloss.kl_divergence.carrying" in ops
+
+
+@needs_extension
+@on_cpu_alone("a GPU makes no gradient in forward")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_forward_carries_serves_every_backward(direction):
+    student, teacher = pair((8, 40), torch.bfloat16)
+    call = (student, teacher, None, None, direction, "logits", "batchmean", -100, 2.0, 0.5)
+    _, left = torch.ops.fusedloss.kl_divergence.carrying(*call, False)
+    for upstream in (1.0, 3.0, 0.5):
+        leaf = student.clone().requires_grad_()
+        loss = L.kl_divergence(leaf, teacher, temperature=2.0, direction=direction)
+        (expected,) = torch.autograd.grad(loss, leaf, torch.tensor(upstream, dtype=loss.dtype))
+        given = (torch.tensor(upstream, dtype=student.dtype), None, *call[:4])
+        for statistics in (left, left.clone()):  # a saved tensor may come back as a copy
+            grad = torch.ops.fusedloss.kl_divergence_backward(*given, statistics, *call[4:])
+            torch.testing.assert_close(grad, expected, rtol=2.0**-7, atol=0)
+            grad.zero_()
+
+
+@needs_extension
 def test_compiled_by_inductor_with_sizes_that_change():
     torch._dynamo.reset()
     compiled = torch.compile(lambda s, t: L.kl_divergence(s, t, direction="jsd"), fullgraph=True, dynamic=True)
-    for rows in (5, 9, 12):
-        student, teacher = pair((rows, 40))
+    for count in (5, 9, 12):
+        student, teacher = pair((count, 40))
         expected = step(lambda s, t: L.kl_divergence(s, t, direction="jsd"), student, teacher)
         for got, value in zip(step(compiled, student, teacher), expected, strict=True):
             torch.testing.assert_close(got, value)
