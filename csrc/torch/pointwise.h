@@ -165,10 +165,14 @@ void implement_pointwise(torch::Library& m, const PointwiseLoss& loss) {
                             const OptionalTensor& carrier, bool of_third, bool unrounded) {
            PointwiseInputs inputs(loss, input, target, {weight, third, reduction, params, wide, ignore_index});
            check_upstream(loss.op.c_str(), upstream, inputs.result_dtype(wide), reduction, input.sizes(), input);
+           TORCH_CHECK(!(of_target && of_third), loss.op, "_backward: expected a gradient to one operand, got two");
            const Of of = of_third ? Of::Third : of_target ? Of::Target : Of::Input;
            TORCH_CHECK(of == Of::Input || has_gradient(loss, of), loss.op,
                        " is not differentiable with respect to its ", of_third ? "third operand" : "target");
            TORCH_CHECK(!of_third || third, loss.op, "_backward: expected a third operand, got none");
+           TORCH_CHECK(of == Of::Input || !ignore_index, loss.op,
+                       "_backward: expected targets of the input's shape for a gradient to another operand, got class "
+                       "indices");
            const GradientOfForward carried = carrier && of == Of::Input ? take_carried(*carrier) : GradientOfForward{};
            if (carried.made && scales_exactly(input, upstream)) {
              return scaled(carried, upstream,

@@ -211,7 +211,10 @@ std::vector<int64_t> memory_order(const Tensor& dense) {
   std::vector<int64_t> order(size_t(dense.dim()));
   for (int64_t d = 0; d < dense.dim(); ++d) order[size_t(d)] = d;
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return dense.stride(a) > dense.stride(b); });
-  if (dense.size(1) == 1) std::rotate(order.begin(), std::find(order.begin(), order.end(), 1), order.end());
+  if (dense.size(1) == 1) {
+    const auto single = std::find(order.begin(), order.end(), 1);
+    std::rotate(order.begin(), single, single + 1);
+  }
   return order;
 }
 

@@ -329,3 +329,14 @@ def test_an_ignore_index_that_is_a_bool(name):
     assert outcome(lambda: getattr(L, name)(*arguments, ignore_index=True)) == outcome(
         lambda: getattr(F, name)(*arguments, ignore_index=True)
     )
+
+
+@needs_extension
+def test_class_indices_have_no_gradient_to_another_operand():
+    x, y = torch.randn(2, 3, 3), torch.zeros(2, 3, dtype=torch.int64)
+    call = (torch.tensor(1.0), x, y, None, 1, [], None, False, -100)
+    with pytest.raises(RuntimeError, match="expected targets of the input's shape .* got class indices"):
+        OPS.binary_cross_entropy_with_logits_backward(*call, of_target=True)
+    third = (torch.tensor(1.0), x, x, None, 1, [0.0], x, False, None)
+    with pytest.raises(RuntimeError, match="expected a gradient to one operand, got two"):
+        OPS.margin_ranking_backward(*third, of_target=True, of_third=True)

@@ -17,8 +17,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import fusedloss
 import fusedloss.functional as L
 
-# Classes around a vector, a group of lanes (32) and a tile (2048); inner dimensions on both sides of 32; several chunks
-# of 16384.
+# Classes around a vector, a group of lanes (32) and a tile (2048), and a single one, whose rows lie side by side; inner
+# dimensions on both sides of 32; several chunks of 16384.
 SHAPES = [
     (1, 1),
     (33, 1),
@@ -30,6 +30,8 @@ SHAPES = [
     (2, 5000),
     (1, 40000),
     (2, 3, 7),
+    (3, 1, 5),
+    (2, 1, 4, 9),
     (700, 5, 31),
     (3, 5, 40),
     (2, 21, 9, 31),
@@ -99,7 +101,7 @@ def test_weights(shape, dtype, reduction):
 @pytest.mark.thinned
 @each_reduction
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(50, 30), (3, 5, 40), (70, 6, 5), (2, 21, 6, 7), (1, 4, 3, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(50, 30), (3, 1, 40), (3, 5, 40), (70, 6, 5), (2, 21, 6, 7), (1, 4, 3, 50)], ids=str)
 def test_layouts(shape, weighted, reduction):
     x, y = data(shape)
     of_elements = weights_of(shape, torch.float64)["elements"]
