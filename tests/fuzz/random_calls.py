@@ -280,7 +280,7 @@ _BREAKS: tuple[Callable[[Tensor, random.Random], Any], ...] = (
 def _with_one(tensor: Tensor, value: float) -> Tensor:
     tensor = tensor.clone()
     if tensor.numel() and (tensor.is_floating_point() or math.isfinite(value)):
-        tensor.view(-1)[0] = value
+        tensor[(0,) * tensor.dim()] = value
     return tensor
 
 
@@ -293,7 +293,7 @@ def mistaken(argument: Any, draw: random.Random) -> Any:
     if isinstance(argument, int):
         return draw.choice((-1, 0, 1, 3, 7, 257, 1 << 40, -(1 << 63)))
     if isinstance(argument, float):
-        return draw.choice((-1.0, 0.0, 1e-300, 1e300, math.nan, math.inf))
+        return draw.choice((-1.0, 0.0, 1e-30, 1e30, math.nan, math.inf))
     if isinstance(argument, list):
         broken = [draw.choice((-1.0, 0.0, math.nan, math.inf, 1e30)) if draw.random() < 0.5 else x for x in argument]
         return draw.choice((broken, [*argument, 1.0], argument[:-1], [0.0] * 9))

@@ -1,4 +1,4 @@
-"""No call of a raw op, however broken, ends the process, writes where it should not, or gives a wrong number."""
+"""No call of a function or a raw op, however broken, ends the process, writes where it should not, or is wrong."""
 
 import os
 import re
@@ -11,26 +11,25 @@ from compiler import ROOT
 from marks import needs_extension, on_cpu_alone
 
 pytestmark = [needs_extension, on_cpu_alone("a crash of the GPU's would end every later test")]
-RAW_OPS = Path(__file__).with_name("raw_ops.py")
+FOLDER = Path(__file__).parent
+each_program = pytest.mark.parametrize("program", ["raw_ops.py", "public.py"])
 
 
-def fuzz(*options: str) -> None:
+def fuzz(program: str, *options: str) -> None:
     """In a process of its own, which may crash."""
-    ran = subprocess.run(
-        [sys.executable, str(RAW_OPS), *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, str(FOLDER / program), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     printed = re.sub(r"\d+\r", "", ran.stdout)
     assert ran.returncode == 0, f"{ran.stdout.split(chr(13))[-2:]}\n{printed}\n{ran.stderr[-2000:]}"
 
 
-def test_some_calls():
-    fuzz("--calls", "800", "--seed", "2500")  # of which two found a fault of its day
+@each_program
+def test_some_calls(program):
+    fuzz(program, "--calls", "800", "--seed", "2500")  # of which one of the raw ops found a fault of its day
 
 
-@pytest.mark.deep("random calls of the raw ops, a minute of them; 800 ran", minutes=1)
-def test_many_calls():
-    fuzz("--seconds", "60", "--seed", "1000000")
+@each_program
+@pytest.mark.deep("random calls of the functions and the raw ops, half a minute of each; 800 ran", minutes=0.5)
+def test_many_calls(program):
+    fuzz(program, "--seconds", "30", "--seed", "1000000")
