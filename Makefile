@@ -11,6 +11,7 @@ endif
 # Names what the build was made for, so that another VENV or TORCH builds anew.
 READY := build/ready-$(subst /,_,$(VENV))-$(subst =,_,$(TORCH))
 CLIENTS := build/clients-$(subst /,_,$(VENV))
+SITE := build/site-$(subst /,_,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 # What is never imported need not be compiled, half of the time; what is imported once is kept. Without that, each
@@ -27,7 +28,7 @@ DEV := $(call extra,dev)
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
-.PHONY: build test test-all test-rest clients demo bench cuda gpu lint clean
+.PHONY: build test test-all test-rest clients site docs demo bench cuda gpu lint clean
 
 build: $(READY)
 
@@ -45,11 +46,11 @@ endif
 test: build
 	$(PYTEST)
 
-test-all: build clients
+test-all: build clients site
 	$(PYTEST) --deep
 
 # What test-all adds to test.
-test-rest: build clients
+test-rest: build clients site
 	$(PYTEST) --rest
 
 # Packages whose users' code the thorough tests run: a quarter of a minute. Where they cannot be installed, and in an
@@ -59,6 +60,16 @@ ifneq ($(VENV),none)
 	test -e $(CLIENTS) || { $(PIP) $(call extra,clients) && $(PIP) --no-deps $(call extra,timm) && touch $(CLIENTS); } \
 		|| echo "clients: not installed, so that tests/clients is skipped"
 endif
+
+# What builds the documentation, a quarter of a minute. In an environment of your own: pip install -e .[docs].
+site: build
+ifneq ($(VENV),none)
+	test -e $(SITE) || { $(PIP) $(call extra,docs) && touch $(SITE); } \
+		|| echo "site: not installed, so that tests/of_tests/test_site.py is skipped"
+endif
+
+docs: build site
+	$(PYTHON) -m docs.site.build
 
 demo: build
 	$(PYTHON) examples/demo.py

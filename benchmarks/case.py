@@ -38,6 +38,10 @@ class Timing:
     row_bytes: int = 0  # what each row moves besides: its target and statistics
     fused: Loss | None = None  # used in place of the case's own fused loss
 
+    def other_bytes(self, target: Tensor) -> int:
+        """What counts beside the passes."""
+        return (target.nbytes if self.count_target else 0) + self.row_bytes * target.numel()
+
 
 @dataclass(frozen=True)
 class Case:

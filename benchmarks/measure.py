@@ -57,7 +57,7 @@ def measure(
             {name: times.spread(name) for name in names},
             {**notes, **(missing or {})} if compared else notes,
             timing.goals,
-            (target.nbytes if timing.count_target else 0) + timing.row_bytes * target.numel(),
+            timing.other_bytes(target),
             {name: ratio for name in names if name != OURS and (ratio := times.speedup(OURS, name)) is not None},
             peak,
             times.quiet,
