@@ -1,4 +1,4 @@
-"""Every block of Python in the documents runs, and prints what the document says."""
+"""What the documents say holds: their blocks run, their links lead somewhere, their commands and files are there."""
 
 import doctest
 import os
@@ -15,9 +15,11 @@ from marks import needs_extension, on_cpu_alone
 import fusedloss
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-DOCUMENTS = [
-    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(path.read_text())
-]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests" / "README.md"])
+# Those of CONTRIBUTING.md are recipes, which test_recipes.py runs.
+DOCUMENTS = [path for path in PAGES if path.name != "CONTRIBUTING.md" and BLOCK.search(path.read_text())]
+CODE = re.compile(r"^```.*?^```|`[^`]*`", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def run_in_two(script: Path, text: str) -> None:
@@ -48,3 +50,45 @@ def test_blocks_run_as_they_stand(path: Path, tmp_path: Path) -> None:
         else:
             exec(compile(block, f"{path.name}, block {number}", "exec"), names)
     assert said == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in LINK.findall(CODE.sub("", page.read_text())):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" not in link and (not target.exists() or (anchor and anchor not in anchors(target))):
+            broken.append(link)
+    return broken
+
+
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
+    assert {page.name: broken for page in PAGES if (broken := broken_links(page))} == {}
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n[here](#a-page), [gone](gone.md), [no heading](#b), `[code](code)`\n")
+    assert broken_links(page) == ["gone.md", "#b"]
+
+
+def test_what_make_is_told_to_is_a_target() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    told = {name for page in PAGES for name in re.findall(r"(?:`|^)make ([\w-]+)", page.read_text(), re.MULTILINE)}
+    assert {"test", "docs"} <= told and told <= targets
+
+
+def test_the_drawing_of_a_call_names_files_that_are_there() -> None:
+    files = re.findall(r'class="file"[^>]*>([^<]*/[^<]*)<', (ROOT / "docs" / "call.svg").read_text())
+    assert len(files) > 10 and [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_version_is_one() -> None:
+    (built,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert built == fusedloss.__version__
