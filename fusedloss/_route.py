@@ -146,7 +146,7 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
     Raises:
         ValueError: the callable is no loss of this package.
-        Whatever the call raises before it comes to a path.
+        Exception: whatever the call raises before it comes to a path.
 
     >>> import fusedloss
     >>> explain(fusedloss.CrossEntropyLoss(), torch.zeros(2, 4), torch.tensor([0, 3]))  # doctest: +ELLIPSIS

@@ -38,8 +38,8 @@ def page(module: ModuleType) -> str:
         elif value not in results:
             lines += [f".. autoclass:: {name}", "   :members:", ""]
     for value in results:
-        public = value.__name__ if value.__name__ in vars(module) else f"{value.__module__}.{value.__name__}"
-        lines += [f".. autoclass:: {public}()", "   :members:", ""]
+        home = module.__name__ if value.__name__ in vars(module) else value.__module__.partition("._")[0]
+        lines += [f".. autoclass:: {home}.{value.__name__}()", "   :members:", ""]
     return "\n".join([*lines, "```", ""])
 
 

@@ -61,16 +61,16 @@ def navigation(pages: list[Path]) -> str:
 
 
 def example_pages() -> dict[Path, str]:
-    """A page for each program of examples/, and the list of them."""
-    found = {}
+    """A page for each file of examples/, and the list of them."""
+    found, lines = {}, ["# Examples", "", "Programs that run as they are, and what they share.", ""]
     for path in sorted((ROOT / "examples").glob("*.py")):
-        said = ast.get_docstring(ast.parse(path.read_text()))
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
         code = f"```{{literalinclude}} {path.name}\n:language: python\n```\n"
         found[Path("examples", path.stem + ".md")] = f"# {path.name}\n\n{said}\n\n{code}"
-    names = [page.stem for page in found]
-    head = "# Examples\n\nPrograms that run as they are, on a CPU in seconds or a few minutes.\n\n"
-    found[Path("examples", "index.md")] = head + "\n".join(["```{toctree}", ":maxdepth: 1", "", *names, "```", ""])
-    return found
+        lines.append(f"- [{path.name}]({path.stem}.md): {said.splitlines()[0]}")
+    names = "\n".join(page.stem for page in found)
+    lines += ["", "```{toctree}", ":hidden:", "", names, "```", ""]
+    return {**found, Path("examples", "index.md"): "\n".join(lines)}
 
 
 def lay_out(folder: Path) -> None:

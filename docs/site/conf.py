@@ -17,6 +17,7 @@ extensions = [
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # the table of options has them
 autosummary_generate = False
+napoleon_use_ivar = True
 python_maximum_signature_line_length = 100
 highlight_language = "text"  # an indented block is a formula or what a program printed
 

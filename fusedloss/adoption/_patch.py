@@ -112,7 +112,7 @@ class Patch:
             warnings.warn(f"{', '.join(left)}: no longer what patch() put there, and left as found", stacklevel=2)
 
     def report(self) -> Report:
-        """Of the calls so far, or until it was undone."""
+        """What became of the calls so far, or until it was undone."""
         if self._last is not None:
             return self._last
         calls = {}
@@ -147,7 +147,7 @@ def patch(*packages: str, model: nn.Module | None = None, rebind: bool = False) 
         rebind: changes names that were imported before, too.
 
     Returns:
-        A handle, and a context manager: ``undo()``, and ``report()`` on the calls so far. Patches may be nested, and
+        A handle and context manager, with ``undo()``, and ``report()`` on the calls so far. Patches may be nested, and
         undone in any order.
 
     Raises:

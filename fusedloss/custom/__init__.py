@@ -45,7 +45,9 @@ class PointwiseLoss(nn.Module):
 
     Attributes:
         name: its name, as given.
-        value, grad, grad_target: the expressions of the loss and its slopes by x and t, as compiled.
+        value: the expression of the loss, as compiled.
+        grad: that of its slope by x.
+        grad_target: that of its slope by t.
         params: the defaults of its parameters.
         fused: whether it was compiled. Where not, it runs natively, and ``why_native`` says why.
     """
