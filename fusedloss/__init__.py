@@ -9,7 +9,7 @@ from ._library import check
 from ._linear_module import LinearCrossEntropyLoss
 from ._route import explain
 from .adoption import patch, scope
-from .custom import PointwiseLoss, pointwise_loss
+from .custom import PointwiseLoss, SoftmaxLoss, pointwise_loss, softmax_loss
 from .modules import (
     AsymmetricLoss,
     BCELoss,
@@ -62,6 +62,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SmoothL1Loss",
     "SoftMarginLoss",
+    "SoftmaxLoss",
     "TripletMarginLoss",
     "check",
     "explain",
@@ -69,6 +70,7 @@ __all__ = [
     "patch",
     "pointwise_loss",
     "scope",
+    "softmax_loss",
 ]
 
 if TYPE_CHECKING:  # which would take every name for one that exists

@@ -29,6 +29,7 @@ DEVICES: dict[str, Any] = {} if extension is None else extension.devices
 
 DIFFERENT_DEVICES = "tensors on different devices"
 DIFFERENT_DTYPES = "inputs of different dtypes"
+FOR_CPU_ALONE = "a loss that was compiled for the CPU alone"
 
 # An op costs a compiled step some microseconds more than a loop of Inductor's. From about this many elements on, the
 # kernels have made up for them.
@@ -70,7 +71,7 @@ def pointwise(
     if is_empty(input) or is_empty(target):
         return "an empty input"
     if input.device.type != "cpu" and not traits.on_cuda:
-        return "a loss that was compiled for the CPU alone"
+        return FOR_CPU_ALONE
     if not _in_range(params, traits.params):
         return "a parameter that is out of range"
     if third is not None and not (traits.has_positive_weight or traits.has_third_slope):
@@ -178,6 +179,8 @@ def softmax(
         return "the logits are no float64, float32, bfloat16 or float16"
     if logits.dim() < 1 or is_empty(logits):
         return "the logits are empty or a single number"
+    if logits.device.type != "cpu" and not traits.on_cuda:
+        return FOR_CPU_ALONE
     if second and not traits.reads_row:
         return "no second result of a loss of the target's logit alone"
     classes = logits.shape[min(logits.dim() - 1, 1)]

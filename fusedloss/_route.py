@@ -90,13 +90,13 @@ def pointwise(
 
 
 def softmax(
-    name: str, left: str = "", soft: bool = False, mean_by_weight: bool = False
+    name: str, left: str = "", soft: bool = False, mean_by_weight: bool = False, listed: bool = True
 ) -> Callable[[Formula], Formula]:
     """Route ``formula(logits, target, weight, reduction, ignore_index, *params, wide, second, zero)``.
 
     ``left``: as for :func:`pointwise`. ``soft``: targets are class probabilities. ``mean_by_weight``: the mean divides
-    by the sum of the targets' weights. The routed loss takes a ``sample_weight`` of the rows beside the formula's
-    options, as :mod:`._weighted` states it.
+    by the sum of the targets' weights. ``listed``: the loss is one of :data:`LOSSES`. The routed loss takes a
+    ``sample_weight`` of the rows beside the formula's options, as :mod:`._weighted` states it.
 
     The options: ``wide`` gives results in float32 for bfloat16 and float16, ``second`` a pair of the loss and the
     second result (the lse, of :func:`log_probs` the entropy), ``zero`` a mean over nothing that is 0. Beside them, the
@@ -104,12 +104,18 @@ def softmax(
     """
 
     def route(formula: Formula) -> Formula:
-        native = over_whole_classes(over_weighted_rows(formula, soft, mean_by_weight))
+        native = over_rows(formula, soft, mean_by_weight)
         routed = _unfused(native, _SOFTMAX) if extension is None else _fused(name, native, left, _SOFTMAX)
-        LOSSES[name] = Loss("softmax", routed, native, _defaults(formula), soft=soft)
+        if listed:
+            LOSSES[name] = Loss("softmax", routed, native, _defaults(formula), soft=soft)
         return routed
 
     return route
+
+
+def over_rows(formula: Formula, soft: bool = False, mean_by_weight: bool = False) -> Formula:
+    """What the native formula of a softmax loss becomes: of weighted rows, and of DTensors."""
+    return over_whole_classes(over_weighted_rows(formula, soft, mean_by_weight))
 
 
 def row_sums(name: str, operands: int, left: str = "") -> Callable[[Formula], Formula]:

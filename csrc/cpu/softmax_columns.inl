@@ -163,7 +163,9 @@ struct Columns {
     }
   }
 
-  T weight_of(int64_t c) const { return args.weight ? static_cast<const T*>(args.weight)[c] : T(1); }
+  T weight_of(int64_t c) const {
+    return args.weight && !Loss::Sum::even ? static_cast<const T*>(args.weight)[c] : T(1);
+  }
 
   // Sums in T within a block and in double across blocks: there may be a hundred thousand classes.
   struct Totals {

@@ -205,9 +205,10 @@ SoftmaxSums finish(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
   const int64_t rows = args.logits_layout.rows;
   for (int64_t j = 0; j < tile.count; ++j) saved[j] = tile.max[j];
   for (int64_t j = 0; j < tile.count; ++j) saved[rows + j] = tile.sum_without_target[j];
-  for (int64_t j = 0; j < tile.count && Loss::Sum::saved == 3; ++j) {
+  for (int64_t j = 0; j < tile.count && Loss::Sum::saved >= 3; ++j) {
     saved[2 * rows + j] = Loss::Sum::third(tile.statistics(j));
   }
+  for (int64_t j = 0; j < tile.count && Loss::Sum::saved == 4; ++j) saved[3 * rows + j] = tile.mass[j];
   return {double(add_lanes(loss_lanes)), double(add_lanes(weight_lanes)), -1};
 }
 

@@ -254,8 +254,11 @@ struct Finish {
     const int64_t rows = args.logits_layout.rows;
     save_numbers<kRows>(saved, [&](int r) { return statistics[r].max; });
     save_numbers<kRows>(saved + rows, [&](int r) { return statistics[r].sum_without_target; });
-    if constexpr (Loss::Sum::saved == 3) {
+    if constexpr (Loss::Sum::saved >= 3) {
       save_numbers<kRows>(saved + 2 * rows, [&](int r) { return Loss::Sum::third(statistics[r]); });
+    }
+    if constexpr (Loss::Sum::saved == 4) {
+      save_numbers<kRows>(saved + 3 * rows, [&](int r) { return statistics[r].mass; });
     }
   }
   // Vectors of rows begin where those of the arithmetic type do.

@@ -42,7 +42,7 @@ struct SoftmaxArgs {
   double params[kMaxParams];
   void* losses;  // forward: [rows], null where the reduction needs only the sums
   void* second;  // forward: [rows], null where only the loss is wanted; also that of ignored rows
-  // [2 or 3, rows] in arithmetic type: max, sum_without_target, and the third number that the loss's policy saves
+  // [2 to 4, rows] in arithmetic type: max, sum_without_target, and what else the loss's policy saves
   void* statistics;
   // Backward. Strides are 0 where one value serves all rows. A null upstream is 1, a null upstream_second 0.
   SoftmaxLayout grad_layout;

@@ -46,15 +46,16 @@ FUSEDLOSS_HD T entropy_term(T e, T gap) {
 //     has_sum      whether there is a sum at all
 //     has_factors  whether it is a sum over k_c: then k_c is read for every column, and the row has a mass
 //     has_entropy  whether it is a sum over e and gap: then the gradient of a column needs its gap, not e alone
+//     even         whether k_c is 1 in every class, whatever its weight
 //     saved        how many numbers of a row forward saves for backward
-//     third        the third of them, after max and sum_without_target
+//     third        the third of them, after max and sum_without_target; a fourth one is the mass
 //     add          adds a column to the sum
 //     raise        moves the sum to a higher max: gap is the old max less the new one, shrunk = exp(gap)
 //     gradient     adds the sum's part to the gradient of a column; value is the rest of it, h and s its coefficients
 
 // Nothing.
 struct SumNone {
-  static constexpr bool has_sum = false, has_factors = false, has_entropy = false;
+  static constexpr bool has_sum = false, has_factors = false, has_entropy = false, even = false;
   static constexpr int saved = 2;
 
   template <class T>
@@ -73,7 +74,7 @@ struct SumNone {
 
 // The sum of k_c (max - z_c). Backward needs only the mass.
 struct SumLinear {
-  static constexpr bool has_sum = true, has_factors = true, has_entropy = false;
+  static constexpr bool has_sum = true, has_factors = true, has_entropy = false, even = false;
   static constexpr int saved = 3;
 
   template <class T>
@@ -94,9 +95,20 @@ struct SumLinear {
   }
 };
 
+// The sum of max - z_c, with all k_c 1. Backward needs it too.
+struct SumEven : SumLinear {
+  static constexpr bool even = true;
+  static constexpr int saved = 4;
+
+  template <class T>
+  static FUSEDLOSS_HD T third(const RowStatistics<T>& row) {
+    return row.sum;
+  }
+};
+
 // The sum of e^(z_c - max) (z_c - max).
 struct SumEntropy {
-  static constexpr bool has_sum = true, has_factors = false, has_entropy = true;
+  static constexpr bool has_sum = true, has_factors = false, has_entropy = true, even = false;
   static constexpr int saved = 3;
 
   template <class T>
@@ -128,14 +140,15 @@ FUSEDLOSS_HD RowStatistics<T> raised(RowStatistics<T> row, T max) {
 // The statistics of a row from what forward saved, [Sum::saved, rows].
 template <class Sum, class T>
 FUSEDLOSS_HD RowStatistics<T> read_saved(const T* saved, int64_t rows, int64_t row) {
-  const T third = Sum::saved == 3 ? saved[2 * rows + row] : T(0);
-  return {saved[row], saved[rows + row], third, third};
+  const T third = Sum::saved >= 3 ? saved[2 * rows + row] : T(0);
+  return {saved[row], saved[rows + row], third, Sum::saved == 4 ? saved[3 * rows + row] : third};
 }
 
 // k_y, which the statistics leave out; class probabilities leave out nothing.
 template <class Loss, class T>
 FUSEDLOSS_HD T factor_of_target(T weight) {
-  return Loss::Sum::has_factors && !Loss::soft ? weight : T(0);
+  if (!Loss::Sum::has_factors || Loss::soft) return T(0);
+  return Loss::Sum::even ? T(1) : weight;
 }
 
 // The row as a functor sees it: ce = -log p, p the probability of the target, q = 1 - p, p_c = exp(z_c - max) *

@@ -36,6 +36,14 @@ class AnswerOfEach {
   std::array<std::atomic<Answer>, kMost> answers_{};
 };
 
+// Which GPUs there are kernels of a loss for: one of the list has them wherever this build has, one compiled apart
+// where its library says so.
+struct ForCuda {
+  bool compiled;          // false: for the CPU alone
+  bool (*has_kernels)();  // of a loss compiled apart: whether for the current device; otherwise null
+  mutable AnswerOfEach answers;
+};
+
 struct Device {
   const char* name;  // "cpu"
   c10::DeviceType type;
@@ -52,9 +60,9 @@ struct Device {
   bool margins_of_halves;                 // torch's multi_margin_loss takes half types
   bool rows_of_any_two_dtypes;            // kernels read a student beside a teacher of any dtype
   bool (*has_kernels)(c10::DeviceIndex);  // whether this build has code for that device
-  bool (*runs)(const PointwiseLoss&);     // whether a pointwise loss was compiled for devices of the type
-  bool (*has_kernels_of)(const PointwiseLoss&, c10::DeviceIndex);  // and has code for that one
-  bool (*runs_class_indices)(bool has_third);                      // and over class indices
+  bool (*runs)(const ForCuda&);           // whether a loss was compiled for devices of the type
+  bool (*has_kernels_of)(const ForCuda&, c10::DeviceIndex);  // and has code for that one
+  bool (*runs_class_indices)(bool has_third);                // and over class indices
   // Memory for what a kernel writes, every element of it: past the dispatcher, which takes longer than the rest of a
   // small loss, and past the filling that torch's deterministic mode adds. Contiguous where no strides are given.
   at::TensorBase (*empty)(at::IntArrayRef sizes, at::OptionalIntArrayRef strides, at::ScalarType, c10::Device);
@@ -66,6 +74,10 @@ struct Device {
 };
 
 c10::ArrayRef<Device> devices();
+
+// Why a loss that was compiled apart does not run on a device.
+constexpr const char* kForCpuAlone = "a loss that was compiled for the CPU alone";
+constexpr const char* kForOtherGpus = "a loss that was compiled for other GPUs";
 
 // The line of a tensor's device; raises where there is none.
 const Device& device_for(const at::Tensor& tensor);

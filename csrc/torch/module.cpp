@@ -111,9 +111,9 @@ BoundLoss bind(SoftmaxLoss& loss) {
   bound.explain = function("explain", explain);
   bound.saved_by =
       py::cpp_function([&loss](const std::vector<double>& params) { return loss.saved_statistics(params); });
-  bound.traits =
-      namespace_of("soft"_a = of.soft, "reads_row"_a = of.reads_row, "mean_by_weight"_a = of.mean_by_weight,
-                   "second_of_ignored"_a = of.second_of_ignored, "params"_a = ranges(of.params, of.param_count));
+  bound.traits = namespace_of("soft"_a = of.soft, "reads_row"_a = of.reads_row, "mean_by_weight"_a = of.mean_by_weight,
+                              "second_of_ignored"_a = of.second_of_ignored, "on_cuda"_a = loss.for_cuda.compiled,
+                              "params"_a = ranges(of.params, of.param_count));
   bound.set_native = [&loss](PyObject* formula) {
     loss.formula = [formula](const Tensor& logits, const SoftmaxCall& call) {
       py::gil_scoped_acquire gil;
@@ -223,6 +223,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("add_pointwise", [losses](const std::string& name, uintptr_t custom) {
     TORCH_CHECK_VALUE(custom, "expected the address of a compiled loss, got 0");
     losses[name.c_str()] = bind(add_pointwise(name, *reinterpret_cast<const CustomPointwise*>(custom)));
+  });
+  m.def("add_softmax", [losses](const std::string& name, uintptr_t custom) {
+    TORCH_CHECK_VALUE(custom, "expected the address of a compiled loss, got 0");
+    losses[name.c_str()] = bind(add_softmax(name, *reinterpret_cast<const CustomSoftmax*>(custom)));
   });
   py::dict all_devices;
   for (const Device& device : devices()) all_devices[device.name] = described(device);

@@ -38,17 +38,21 @@ struct PointwiseLoss {
   std::string op;  // "fusedloss::huber"
   int64_t number;
   PointwiseTraits traits;
-  CpuPointwise cpu;            // of a loss compiled apart; one of the list has one for each instruction set
-  CudaPointwise cuda;          // null where it was compiled for the CPU alone
-  bool (*cuda_has_kernels)();  // of a loss compiled apart: whether for the current device
-  mutable AnswerOfEach on_cuda_devices;
+  CpuPointwise cpu;    // of a loss compiled apart; one of the list has one for each instruction set
+  CudaPointwise cuda;  // null where it was compiled for the CPU alone
+  ForCuda for_cuda;
   // The native formula, differentiated where a backward is itself differentiated. Set once.
   std::function<Tensor(const Tensor& input, const Tensor& target, const PointwiseCall&)> formula;
   mutable std::atomic<const PointwiseHandles*> handles{nullptr};
 
   PointwiseLoss(std::string op, int64_t number, PointwiseTraits traits, CpuPointwise cpu, CudaPointwise cuda,
                 bool (*cuda_has_kernels)())
-      : op(std::move(op)), number(number), traits(traits), cpu(cpu), cuda(cuda), cuda_has_kernels(cuda_has_kernels) {}
+      : op(std::move(op)),
+        number(number),
+        traits(traits),
+        cpu(cpu),
+        cuda(cuda),
+        for_cuda{cuda != nullptr, cuda_has_kernels, {}} {}
 };
 
 // Those of FUSEDLOSS_POINTWISE first, in its order.

@@ -10,24 +10,10 @@
 
 #include "../kernels/functors.h"
 #include "pointwise.h"
+#include "registry.h"
 
 namespace fusedloss {
 namespace {
-
-// Readers take no lock, so it never moves; losses are never freed, as their ops live as long as the process.
-struct Registry {
-  static constexpr int64_t kMost = 1 << 14;
-  std::array<std::atomic<PointwiseLoss*>, kMost> losses{};
-  int64_t count = 0;
-
-  PointwiseLoss& add(const std::string& op, const PointwiseTraits& traits, CpuPointwise cpu, CudaPointwise cuda,
-                     bool (*cuda_has_kernels)()) {
-    TORCH_CHECK(count < kMost, op, ": expected at most ", kMost, " pointwise losses in a process");
-    auto* loss = new PointwiseLoss(op, count, traits, cpu, cuda, cuda_has_kernels);
-    losses[size_t(count++)].store(loss, std::memory_order_release);
-    return *loss;
-  }
-};
 
 #ifdef FUSEDLOSS_CUDA
 template <Pointwise kLoss>
@@ -39,9 +25,9 @@ template <Pointwise kLoss>
 constexpr CudaPointwise on_cuda = nullptr;
 #endif
 
-Registry& registry() {
-  static Registry& all = *[] {
-    auto* listed = new Registry;
+Registry<PointwiseLoss>& pointwise_losses() {
+  static Registry<PointwiseLoss>& all = *[] {
+    auto* listed = new Registry<PointwiseLoss>;
 #define FUSEDLOSS_ADD(name, Functor)                                                                 \
   listed->add("fusedloss::" #name, baseline::pointwise_traits<baseline::Functor<double>>(), nullptr, \
               on_cuda<Pointwise::name>, nullptr);
@@ -54,9 +40,7 @@ Registry& registry() {
 
 }  // namespace
 
-PointwiseLoss& pointwise_loss(int64_t number) {
-  return *registry().losses[size_t(number)].load(std::memory_order_acquire);
-}
+PointwiseLoss& pointwise_loss(int64_t number) { return pointwise_losses()[number]; }
 
 PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& custom) {
   TORCH_CHECK(custom.version == kCustomVersion, name, ": expected a loss compiled for version ", kCustomVersion,
@@ -64,14 +48,11 @@ PointwiseLoss& add_pointwise(const std::string& name, const CustomPointwise& cus
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   PointwiseLoss& loss =
-      registry().add("fusedloss::" + name, custom.traits, custom.cpu, custom.cuda, custom.cuda_has_kernels);
-  const auto library = [](torch::Library::Kind kind, c10::DispatchKey key) -> torch::Library& {
-    return *new torch::Library(kind, "fusedloss", key, __FILE__, __LINE__);
-  };
-  define_pointwise(library(torch::Library::FRAGMENT, c10::DispatchKey::Undefined), loss);
-  implement_pointwise_under_autograd(library(torch::Library::IMPL, c10::DispatchKey::Autograd), loss);
+      pointwise_losses().add("fusedloss::" + name, custom.traits, custom.cpu, custom.cuda, custom.cuda_has_kernels);
+  define_pointwise(library_of(torch::Library::FRAGMENT, c10::DispatchKey::Undefined), loss);
+  implement_pointwise_under_autograd(library_of(torch::Library::IMPL, c10::DispatchKey::Autograd), loss);
   for (const Device& device : devices()) {
-    if (device.runs(loss)) device.implement_pointwise(library(torch::Library::IMPL, device.key), loss);
+    if (device.runs(loss.for_cuda)) device.implement_pointwise(library_of(torch::Library::IMPL, device.key), loss);
   }
   return loss;
 }
@@ -159,8 +140,8 @@ const char* declines(const PointwiseLoss& loss, const Tensor& input, const Tenso
     return "an input or target that is no float64, float32, bfloat16 or float16";
   if (!takes_empty && (input.numel() == 0 || target.numel() == 0)) return "an empty input";
   const Device& device = device_for(input);
-  if (!device.runs(loss)) return "a loss that was compiled for the CPU alone";
-  if (!device.has_kernels_of(loss, input.device().index())) return "a loss that was compiled for other GPUs";
+  if (!device.runs(loss.for_cuda)) return kForCpuAlone;
+  if (!device.has_kernels_of(loss.for_cuda, input.device().index())) return kForOtherGpus;
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter that is out of range";
   if (call.third && !traits.has_positive_weight && !traits.has_third_slope)
     return "a third operand, which the loss does not take";

@@ -22,9 +22,7 @@ template <class F>
 void for_each_op_in_place(F f) {
   f("scale_");
   for (int i = 0; i < kSoftmaxLosses; ++i) {
-    const std::string name = base_name(softmax_loss(i).op);
-    f(name + "_with_grad_");
-    f(name + "_backward_");
+    for (const std::string& name : softmax_ops_in_place(softmax_loss(i))) f(name);
   }
 }
 

@@ -42,7 +42,7 @@ double param(const SoftmaxCall& call, size_t i) { return i < call.params.size() 
 }  // namespace
 
 bool has_second_derivative(const SoftmaxLoss& loss, const SoftmaxCall& call) {
-  if (call.sample_weight) return false;
+  if (call.sample_weight || loss.custom) return false;
   switch (loss.kernel()) {
     case Softmax::nll:
       return true;

@@ -9,10 +9,12 @@
 // upstream gradient of 1.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <tuple>
 #include <vector>
 
+#include "../kernels/custom.h"
 #include "carried.h"
 #include "in_place.h"
 
@@ -29,13 +31,6 @@ struct SoftmaxCall {
   OptionalTensor sample_weight = {};  // a factor of every row's loss
 };
 
-// What a loss is whatever its parameters.
-struct SoftmaxTraits {
-  bool mean_by_weight, soft, reads_row, second_of_ignored;
-  const Range* params;
-  int param_count;
-};
-
 struct SoftmaxHandles;
 
 struct SoftmaxLoss {
@@ -43,21 +38,34 @@ struct SoftmaxLoss {
   int64_t number;
   SoftmaxTraits traits;
   int64_t (*saved_by)(const double* params);
+  const CustomSoftmax* custom;  // of a loss compiled apart; null for one of the list
+  ForCuda for_cuda;
   // The native formula gives the loss and, if asked, the second result. Set once.
   std::function<std::vector<Tensor>(const Tensor& logits, const SoftmaxCall&)> formula;
   mutable std::atomic<const SoftmaxHandles*> handles{nullptr};
 
-  SoftmaxLoss(std::string op, int64_t number, SoftmaxTraits traits, int64_t (*saved_by)(const double*))
-      : op(std::move(op)), number(number), traits(traits), saved_by(saved_by) {}
+  SoftmaxLoss(std::string op, int64_t number, SoftmaxTraits traits, int64_t (*saved_by)(const double*),
+              const CustomSoftmax* custom = nullptr)
+      : op(std::move(op)),
+        number(number),
+        traits(traits),
+        saved_by(saved_by),
+        custom(custom),
+        for_cuda{!custom || custom->cuda.forward, custom ? custom->cuda_has_kernels : nullptr, {}} {}
 
-  Softmax kernel() const { return Softmax(number); }
+  // Its place in the list that its kernels were compiled for.
+  Softmax kernel() const { return Softmax(custom ? 0 : number); }
   const char* name() const { return op.c_str(); }
   // How many numbers a row leaves to backward: max and rest, and what else the loss sums.
   int64_t saved_statistics(Params params) const;
 };
 
-// Those of FUSEDLOSS_SOFTMAX, in its order.
+// Those of FUSEDLOSS_SOFTMAX first, in its order.
 SoftmaxLoss& softmax_loss(int64_t number);
+// Makes the ops of a loss compiled apart.
+SoftmaxLoss& add_softmax(const std::string& name, const CustomSoftmax& custom);
+// The names of its ops that overwrite the logits.
+std::array<std::string, 2> softmax_ops_in_place(const SoftmaxLoss& loss);
 
 // What the kernels own: why they do not own a call, tensors being plain ones; null where they do. An op takes logits
 // without rows, because a graph that was captured with open sizes may be run with them. fusedloss/_captures.py states

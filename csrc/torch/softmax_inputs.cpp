@@ -2,30 +2,26 @@
 
 #include "softmax.h"
 
+#include <mutex>
 #include <vector>
 
-#include "../kernels/functors.h"
+#include "registry.h"
 
 namespace fusedloss {
 
 namespace {
 
-template <class Functor>
-int64_t saved_by(const double* params) {
-  if constexpr (baseline::has_specialised<Functor>) {
-    if (Functor::applies(params)) return saved_by<typename Functor::Specialised>(params);
-  }
-  return Functor::reads_row ? Functor::Sum::saved : 0;
-}
-
-template <class Functor>
-constexpr SoftmaxTraits traits_of() {
-  return {Functor::mean_by_weight,
-          Functor::soft,
-          Functor::reads_row,
-          Functor::second_of_ignored,
-          baseline::Params<Functor>::ranges,
-          baseline::Params<Functor>::count};
+Registry<SoftmaxLoss>& softmax_losses() {
+  static Registry<SoftmaxLoss>& all = *[] {
+    auto* listed = new Registry<SoftmaxLoss>;
+#define FUSEDLOSS_ADD(name, Functor)                                                      \
+  listed->add("fusedloss::" #name, baseline::softmax_traits<baseline::Functor<double>>(), \
+              &baseline::saved_by<baseline::Functor<double>>);
+    FUSEDLOSS_SOFTMAX(FUSEDLOSS_ADD)
+#undef FUSEDLOSS_ADD
+    return listed;
+  }();
+  return all;
 }
 
 at::DimVector row_sizes_of(const Tensor& logits) {
@@ -49,13 +45,34 @@ const char* declines_sample_weight(const Tensor& logits, const Tensor& sample_we
 
 }  // namespace
 
-SoftmaxLoss& softmax_loss(int64_t number) {
-#define FUSEDLOSS_ADD(name, Functor)                                                    \
-  {"fusedloss::" #name, int64_t(Softmax::name), traits_of<baseline::Functor<double>>(), \
-   &saved_by<baseline::Functor<double>>},
-  static SoftmaxLoss losses[] = {FUSEDLOSS_SOFTMAX(FUSEDLOSS_ADD)};
-#undef FUSEDLOSS_ADD
-  return losses[size_t(number)];
+SoftmaxLoss& softmax_loss(int64_t number) { return softmax_losses()[number]; }
+
+SoftmaxLoss& add_softmax(const std::string& name, const CustomSoftmax& custom) {
+  TORCH_CHECK(custom.version == kCustomSoftmaxVersion, name, ": expected a loss compiled for version ",
+              kCustomSoftmaxVersion, " of these kernels, got ", custom.version);
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  SoftmaxLoss& loss = softmax_losses().add("fusedloss::" + name, custom.traits, custom.saved_by, &custom);
+  const auto implemented_under = [](c10::DispatchKey key) -> torch::Library& {
+    return library_of(torch::Library::IMPL, key);
+  };
+  define_softmax(library_of(torch::Library::FRAGMENT, c10::DispatchKey::Undefined), loss);
+  torch::Library& autograd = implemented_under(c10::DispatchKey::Autograd);
+  implement_softmax_under_autograd(autograd, loss);
+  for (const std::string& in_place : softmax_ops_in_place(loss)) {
+    refuse_derivatives_in_place(autograd, in_place);
+    count_changes(implemented_under(c10::DispatchKey::ADInplaceOrView), in_place);
+    refuse_negated_views(implemented_under(c10::DispatchKey::Negative), in_place);
+  }
+  for (const Device& device : devices()) {
+    if (device.runs(loss.for_cuda)) device.implement_softmax(implemented_under(device.key), loss);
+  }
+  return loss;
+}
+
+std::array<std::string, 2> softmax_ops_in_place(const SoftmaxLoss& loss) {
+  const std::string name = base_name(loss.op);
+  return {name + "_with_grad_", name + "_backward_"};
 }
 
 int64_t SoftmaxLoss::saved_statistics(Params given) const {
@@ -95,8 +112,11 @@ const char* declines(const SoftmaxLoss& loss, const Tensor& logits, const Softma
   if (!kernel_dtype(logits.scalar_type())) return "the logits are no float64, float32, bfloat16 or float16";
   if (logits.dim() < 1 || (takes_no_rows ? classes_of(logits) : logits.numel()) == 0)
     return "the logits are empty or a single number";
+  const Device& device = device_for(logits);
+  if (!device.runs(loss.for_cuda)) return kForCpuAlone;
+  if (!device.has_kernels_of(loss.for_cuda, logits.device().index())) return kForOtherGpus;
   if (call.second && !traits.reads_row) return "no second result of a loss of the target's logit alone";
-  if (classes_of(logits) > device_for(logits).most_classes) return "more classes than a kernel counts";
+  if (classes_of(logits) > device.most_classes) return "more classes than a kernel counts";
   if (!in_range(call.params, traits.params, traits.param_count)) return "a parameter is out of range";
   if (traits.soft) {
     if (target.sizes() != logits.sizes()) return "the probabilities are not of the logits' shape";

@@ -1,14 +1,13 @@
-"""A user's own pointwise loss: an expression, compiled once into the kernels that the built-in losses run on.
+"""A user's own loss: an expression, compiled once into the kernels that the built-in losses run on.
 
-The steps: _expression.py reads it, _stable.py rewrites it, _derivative.py derives the slopes, _printing.py prints all
-three in C++, _build.py compiles that, _cache.py keeps it, and _check.py checks it.
+The steps: _expression.py reads it, _stable.py rewrites it, _derivative.py derives the slopes, _printing.py prints them
+all in C++, _build.py compiles that, _cache.py keeps it, and _check.py checks it. Pointwise losses are here, those of
+rows in _rows.py, _stable_row.py and _check_rows.py.
 """
 
 import hashlib
 from collections.abc import Mapping
-from numbers import Real
-from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +20,13 @@ from ..losses._elementwise import reduced, warn_of_broadcasting
 from ..losses._numbers import NUMBERS, checked
 from ._build import functor, library
 from ._check import Trees, as_expressed, as_routed, check
-from ._expression import Tree, check_parameters, evaluate, parse
+from ._definition import CHECKED, LOCK, PATHS, Definition, Path, checked_params, names_known
+from ._expression import OF_ELEMENT, Tree, evaluate, parse
 from ._printing import text
+from ._rows import SoftmaxLoss, softmax_loss
 from ._stable import stable
 
-__all__ = ["PointwiseLoss", "pointwise_loss"]
-
-Definition = tuple[str, str, str, tuple[tuple[str, float], ...]]  # name, value, grad, params
-
-
-class Path(NamedTuple):
-    """How a compiled loss is computed; losses that differ in their defaults alone share it."""
-
-    native: _route.Formula
-    routed: _route.Formula
-    why_native: str
+__all__ = ["PointwiseLoss", "SoftmaxLoss", "pointwise_loss", "softmax_loss"]
 
 
 class PointwiseLoss(nn.Module):
@@ -87,9 +78,7 @@ class PointwiseLoss(nn.Module):
             )  # fmt: skip
         if reduction not in _route.REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
-        if unknown := params.keys() - self.params.keys():
-            known = ", ".join(self.params) or "none"
-            raise TypeError(f"{self.name}: unknown parameter {min(unknown)}; its parameters: {known}")
+        names_known(self.name, params, self.params)
         warn_of_broadcasting(input, target, stacklevel=5)
         return self._routed(input, target, weight, reduction, *{**self.params, **params}.values())
 
@@ -164,7 +153,7 @@ def pointwise_loss(
       d/dx = tanh(x - t)
       d/dt = -tanh(x - t)
     """
-    params = _checked_params(name, params or {})
+    params = checked_params(name, params or {}, OF_ELEMENT, MOST_PARAMS)
     try:
         trees = _trees(value, grad, params)
         source = functor(trees, params)
@@ -172,38 +161,19 @@ def pointwise_loss(
         raise ValueError("the expression is nested too deeply, or has too many terms") from None
     op = f"custom_{name}_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     native = _formula(name, trees[0], tuple(params))
-    with _LOCK:
-        if op not in _CHECKED:
+    with LOCK:
+        if op not in CHECKED:
             check(name, trees, params, as_expressed(trees, params))  # before a compiler runs
-        if op not in _PATHS:
-            _PATHS[op] = _path(op, source, name, native)
-        path = _PATHS[op]
-        if op not in _CHECKED:
+        if op not in PATHS:
+            PATHS[op] = _path(op, source, name, native)
+        path = PATHS[op]
+        if op not in CHECKED:
             check(name, trees, params, as_routed(path.routed, params))
-            _CHECKED.add(op)
+            CHECKED.add(op)
     return PointwiseLoss(name, trees, params, path)
 
 
-_MOST_PARAMS = 8  # the kernels' own number, which tests/contract/test_custom.py compares with this one
-_LONGEST_NAME = 100  # beside two hashes, in the name of a file
-
-_LOCK = RLock()  # of several threads that make the same loss, one compiles and registers it
-_PATHS: dict[str, Path] = {}
-_CHECKED: set[str] = set()  # a registered loss whose check failed is checked again, with the next defaults
-
-
-def _checked_params(name: str, params: Mapping[str, float]) -> dict[str, float]:
-    if not name.isidentifier() or not name.isascii():
-        raise ValueError(f"expected an identifier for the name of a loss, got {name!r}")
-    if len(name) > _LONGEST_NAME:
-        raise ValueError(f"expected at most {_LONGEST_NAME} letters in the name of a loss, got {len(name)}")
-    if len(params) > _MOST_PARAMS:
-        raise ValueError(f"expected at most {_MOST_PARAMS} parameters, got {len(params)}")
-    check_parameters(params)
-    for parameter, value in params.items():
-        if not isinstance(value, Real):
-            raise TypeError(f"{name}: the default of {parameter} must be a real number, got {type(value).__name__}")
-    return {parameter: value if isinstance(value, NUMBERS) else float(value) for parameter, value in params.items()}
+MOST_PARAMS = 8  # the kernels' own number, which tests/contract/test_custom.py compares with this one
 
 
 def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> Trees:

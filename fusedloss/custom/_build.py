@@ -6,26 +6,23 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .._library import extension, why_native
 from ._architectures import listed
 from ._cache import cached
-from ._expression import Tree, of_difference, renamed
+from ._expression import OF_ROW, Tree, names, of_difference, renamed
 from ._printing import cpp
 
 
 def functor(trees: tuple[Tree, Tree, Tree], params: Mapping[str, float]) -> str:
     """The functor of a loss with these expressions for the value and its slopes by x and t."""
-    # With a name of its own a parameter can be called as it likes: double, M_PI, result.
-    own = {name: f"param_{name}" for name in params}
+    own, declared, members = _members(params)
     value, grad, grad_target = (cpp(renamed(tree, own)) for tree in trees)
-    declared = f"T {', '.join(own.values())};" if params else ""
-    members = ", ".join(f"{name}(T(given[{i}]))" for i, name in enumerate(own.values()))
     arguments = "([[maybe_unused]] T x, [[maybe_unused]] T t) const"
     return f"""
 namespace fusedloss::FUSEDLOSS_ISA::functions {{
@@ -35,7 +32,7 @@ struct Expression {{
   static constexpr bool of_difference = {str(of_difference(trees[0])).lower()};
   static constexpr ResultDType result = ResultDType::Promoted;
   {declared}
-  explicit FUSEDLOSS_HD Expression([[maybe_unused]] const double* given) {": " + members if members else ""} {{}}
+  explicit FUSEDLOSS_HD Expression([[maybe_unused]] const double* given) {members} {{}}
   FUSEDLOSS_HD T value{arguments} {{ return {value}; }}
   FUSEDLOSS_HD T grad{arguments} {{ return {grad}; }}
   FUSEDLOSS_HD T grad_target{arguments} {{ return {grad_target}; }}
@@ -43,6 +40,54 @@ struct Expression {{
 
 }}
 """
+
+
+class RowTrees(NamedTuple):
+    """The value of a row and its slopes, as csrc/losses/custom_row.h describes them."""
+
+    value: Tree
+    by_ce: Tree
+    by_ce_alone: Tree
+    by_nll_alone: Tree
+    by_lse: Tree
+
+
+def row_functor(trees: RowTrees, params: Mapping[str, float]) -> str:
+    """The functor of a loss of rows."""
+    own, declared, members = _members(params)
+    named = f"[[maybe_unused]] const auto [{', '.join(OF_ROW.names)}] = at;"
+    functions = "".join(
+        f"  FUSEDLOSS_HD T {name}(const AtRow<T>& at) const {{\n    {named}\n"
+        f"    return {cpp(renamed(tree, own), OF_ROW.names)};\n  }}\n"
+        for name, tree in trees._asdict().items()
+    )
+    return f"""
+namespace fusedloss::FUSEDLOSS_ISA {{
+namespace functions {{
+
+template <class T>
+struct Expression {{
+  static constexpr bool names_ce = {str("ce" in names(trees.value)).lower()};
+  {declared}
+  explicit FUSEDLOSS_HD Expression([[maybe_unused]] const double* given) {members} {{}}
+{functions}}};
+
+}}
+
+template <class T>
+using Own = CustomRow<T, functions::Expression<T>>;
+
+}}
+"""
+
+
+def _members(params: Mapping[str, float]) -> tuple[dict[str, str], str, str]:
+    """Names of their own for the parameters, so that they can be called as they like: double, M_PI, result. And how
+    these are declared and initialised."""
+    own = {name: f"param_{name}" for name in params}
+    declared = f"T {', '.join(own.values())};" if params else ""
+    members = ", ".join(f"{name}(T(given[{i}]))" for i, name in enumerate(own.values()))
+    return own, declared, f": {members}" if members else ""
 
 
 _ON_CPU = """
@@ -86,13 +131,89 @@ bool fusedloss_custom_cuda_has_kernels() {{
 """
 
 
+# What the units of a loss of rows begin with: a list of softmax losses that names this one alone.
+_OF_ROWS = """
+{target}
+#include "losses/custom_row.h"
+{functor}
+#undef FUSEDLOSS_SOFTMAX
+#define FUSEDLOSS_SOFTMAX(X) X(own, Own)
+"""
+# They compile side by side, as those of the built-in losses do.
+_ROWS_FORWARD = """
+#include "kernels/custom.h"
+#include "cpu/softmax_forward.inl"
+namespace fusedloss {{
+namespace FUSEDLOSS_ISA {{
+void softmax_backward(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
+void softmax_backward_part(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);
+bool softmax_with_grad(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, void* scratch, SoftmaxSums*);
+}}
+{cuda}
+extern "C" __attribute__((visibility("default"))) const CustomSoftmax* fusedloss_custom() {{
+  using namespace FUSEDLOSS_ISA;
+  static const CustomSoftmax custom = {{
+      kCustomSoftmaxVersion, softmax_traits<Own<double>>(), saved_by<Own<double>>,
+      {{softmax_forward, softmax_backward, softmax_with_grad, softmax_part, softmax_backward_part}}, {cuda_entries}}};
+  return &custom;
+}}
+}}
+"""
+_ROWS_ON_CPU = {
+    "backward": '#include "cpu/softmax_backward.inl"\n',
+    "with_grad": '#include "cpu/softmax_with_grad.inl"\n',
+}
+_ROWS_ON_CUDA = {
+    "softmax": '#include "cuda/softmax.cu"\n',
+    "targets": '#include "cuda/softmax_targets.cu"\n',
+    "rows": """
+#include "cuda/softmax_rows.cu"
+namespace fusedloss {
+bool fusedloss_custom_cuda_has_kernels() {
+  using namespace FUSEDLOSS_ISA;
+  return has_code(forward_rows<float, float, Own<float>, false>);
+}
+}
+""",
+    "tiles": '#include "cuda/softmax_tiles.cu"\n',
+    "columns": '#include "cuda/softmax_columns.cu"\n',
+}
+_ROWS_CUDA_DECLARED = "bool fusedloss_custom_cuda_has_kernels();"
+_ROWS_CUDA_ENTRIES = (
+    "{cuda_softmax_divisor, cuda_softmax_forward, cuda_softmax_backward}, fusedloss_custom_cuda_has_kernels"
+)
+
+Units = dict[str, str]  # the text of each file
+
+
+def of_elements(functor: str, target: str, on_cuda: bool) -> Units:
+    """What is compiled for a pointwise loss."""
+    declared, entries = (_CUDA_DECLARED, _CUDA_ENTRIES) if on_cuda else ("", "nullptr, nullptr")
+    units = {"main.cpp": _ON_CPU.format(target=target, functor=functor, cuda=declared, cuda_entries=entries)}
+    return {**units, "cuda.cu": _ON_CUDA.format(functor=functor)} if on_cuda else units
+
+
+def of_rows(functor: str, target: str, on_cuda: bool) -> Units:
+    """What is compiled for a loss of rows."""
+    declared, entries = (_ROWS_CUDA_DECLARED, _ROWS_CUDA_ENTRIES) if on_cuda else ("", "{}, nullptr")
+    begin = _OF_ROWS.format(target=target, functor=functor)
+    units = {"forward.cpp": begin + _ROWS_FORWARD.format(cuda=declared, cuda_entries=entries)}
+    units |= {f"{name}.cpp": begin + text for name, text in _ROWS_ON_CPU.items()}
+    if on_cuda:
+        begin = _OF_ROWS.format(target="#define FUSEDLOSS_ISA cuda", functor=functor)
+        units |= {f"{name}.cu": begin + text for name, text in _ROWS_ON_CUDA.items()}
+    return units
+
+
 def _sources() -> Path:
     """The folder of the C++ sources: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).parent.parent
     return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
 
 
-def library(op: str, functor: str, name: str) -> tuple[int | None, str]:
+def library(
+    op: str, functor: str, name: str, units_of: Callable[[str, str, bool], Units] = of_elements
+) -> tuple[int | None, str]:
     """The address of the compiled loss, or None and why it cannot be compiled here.
 
     Raises:
@@ -108,16 +229,14 @@ def library(op: str, functor: str, name: str) -> tuple[int | None, str]:
     isa = extension.cpu_isa()
     architectures = _cuda_architectures()
     target = "" if isa == "baseline" else f'#include "cpu/isa/target_{isa}.inl"'
-    declared, entries = (_CUDA_DECLARED, _CUDA_ENTRIES) if architectures else ("", "nullptr, nullptr")
-    source = _ON_CPU.format(target=target, functor=functor, cuda=declared, cuda_entries=entries)
+    units = units_of(functor, target, bool(architectures))
     # The name changes with all that the result depends on: sources, flags, this machine's instruction set and GPUs.
-    digest = hashlib.sha256(repr((source, extension.compile_flags, architectures)).encode())
+    digest = hashlib.sha256(repr((units, extension.compile_flags, architectures)).encode())
     for header in sorted(_sources().rglob("*.*")):
-        if header.suffix in (".h", ".inl", ".cuh"):
+        if header.suffix in (".h", ".inl", ".cuh", ".cu"):
             digest.update(header.read_bytes())
     module = f"{op}_{digest.hexdigest()[:12]}"
-    cuda_source = _ON_CUDA.format(functor=functor) if architectures else None
-    path = _compiled(module, source, cuda_source, _for_architectures(architectures), name)
+    path = _compiled(module, units, _for_architectures(architectures), name)
     entry_point: Any = ctypes.CDLL(path).fusedloss_custom
     entry_point.restype = ctypes.c_void_p
     address: int = entry_point()
@@ -149,23 +268,23 @@ def _for_architectures(architectures: list[str]) -> list[str]:
     return options
 
 
-def _compiled(module: str, source: str, cuda_source: str | None, cuda_options: list[str], name: str) -> str:
+def _compiled(module: str, units: Units, cuda_options: list[str], name: str) -> str:
     """Compiles a library, or finds it in torch's extension cache; returns its path."""
     from torch.utils import cpp_extension
 
     def build(folder: Path) -> Path:
+        for file, text in units.items():
+            (folder / file).write_text(text)
         try:
-            cpp_extension.load_inline(
+            cpp_extension.load(
                 module,
-                cpp_sources=[source],
-                cuda_sources=[] if cuda_source is None else [cuda_source],
+                [str(folder / file) for file in units],
                 extra_cflags=extension.compile_flags.split(),  # type: ignore[union-attr]
-                extra_cuda_cflags=["-O3", *cuda_options],
+                extra_cuda_cflags=["-O3", "-Xcompiler", "-fvisibility=hidden", *cuda_options],
                 extra_include_paths=[str(_sources())],
                 build_directory=str(folder),
-                with_cuda=cuda_source is not None,
+                with_cuda=any(file.endswith(".cu") for file in units),
                 is_python_module=False,
-                no_implicit_headers=True,
             )
         except RuntimeError as error:
             # The first line of the compiler's errors, without the page of templates that follows.

@@ -57,16 +57,17 @@ def check(name: str, trees: Trees, params: Mapping[str, float], run: Run) -> Non
             (native(x, t + step) - native(x, t - step)) / (2 * step),
         )
         for what, tree, got, wanted in zip(("value", "d/dx", "d/dt"), trees, run(x, t), expected, strict=True):
-            _compare(f"{name}: {what} = {text(tree)}", got, wanted, x, t, 1e-9 if what == "value" else 1e-4)
+            bound = 1e-9 if what == "value" else 1e-4
+            compare(f"{name}: {what} = {text(tree)}", got, wanted, {"x": x, "t": t}, bound)
 
 
-def _compare(subject: str, got: Tensor, expected: Tensor, x: Tensor, t: Tensor, bound: float) -> None:
+def compare(subject: str, got: Tensor, expected: Tensor, at: Mapping[str, Tensor], bound: float) -> None:
+    """Raises ValueError where more than two numbers are off; ``at`` says where each is."""
     off = (got - expected).abs() > bound * (1 + expected.abs())
     off &= got.isfinite() & expected.isfinite()
     # A kink between the two points of a difference puts one or two of the 256 elements off; a mistake more.
     if off.sum() > 2:
         i = int(off.nonzero()[0])
         against = "a difference of values" if ": d/d" in subject else "PyTorch"
-        raise ValueError(
-            f"{subject} is {got[i]:.6g} at x = {x[i]:.6g}, t = {t[i]:.6g}, where {against} gives {expected[i]:.6g}"
-        )
+        place = ", ".join(f"{name} = {value[i]:.6g}" for name, value in at.items())
+        raise ValueError(f"{subject} is {got[i]:.6g} at {place}, where {against} gives {expected[i]:.6g}")

@@ -1,13 +1,13 @@
 """The derivatives of expressions, by SymPy, whose import takes half a second: import this module where it is needed."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import sympy
 from sympy.core.parameters import distribute
 
-from ._expression import Tree, number
+from ._expression import OF_ELEMENT, Tree, number
 from ._stable import stable
 
 # SymPy would rewrite functions that it knows, so ours are opaque to it: it knows their derivatives and nothing more.
@@ -62,28 +62,34 @@ def _select(condition: sympy.Expr, a: Any, b: Any) -> sympy.Expr:
     return sympy.sympify(a) if a == b else _of("select", condition, a, b)
 
 
-def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+def _quotient(a: sympy.Expr, b: sympy.Expr, operands: Collection[str]) -> sympy.Expr:
     """a / b; if b = c + a / k with constants c and k, as k - k c / b, because the slopes of a and b nearly cancel."""
-    constant, varying = a.as_independent(*(s for s in a.free_symbols if s.name in ("x", "t")), as_Add=False)
+    constant, varying = a.as_independent(*(s for s in a.free_symbols if s.name in operands), as_Add=False)
     for k, term in ((1, a), (constant, varying)):
         c = b - term
-        if varying != 1 and not any(s.name in ("x", "t") for s in c.free_symbols):
+        if varying != 1 and not any(s.name in operands for s in c.free_symbols):
             return k - k * c / b
     return a / b
 
 
-def derivative(tree: Tree, name: str) -> Tree:
+def derivative(
+    tree: Tree, name: str, operands: Collection[str] = OF_ELEMENT.names, through: Iterable[tuple[str, Tree]] = ()
+) -> Tree:
     """The derivative with respect to a name, in a stable form that shares the terms of the tree.
 
     Where it is not unique it is what torch gives: 0 for abs at 0, the mean for min and max of equal arguments.
+    ``through``: operands that depend on the name, with their slopes by it.
 
     Raises:
         ValueError: the expression divides by a constant that is 0.
     """
     tree = stable(tree)
     with distribute(False):  # 2 * (a + b) stays a product
-        spelling = _Spelling()
-        slope = spelling.to_sympy(tree).diff(sympy.Symbol(name, real=True))
+        spelling = _Spelling(operands)
+        value = spelling.to_sympy(tree)
+        slope = value.diff(sympy.Symbol(name, real=True))
+        for other, by_name in through:
+            slope += value.diff(sympy.Symbol(other, real=True)) * spelling.to_sympy(by_name)
         return stable(spelling.to_tree(slope))
 
 
@@ -94,7 +100,8 @@ class _Spelling:
     share it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operands: Collection[str]) -> None:
+        self.operands = operands
         self.trees: dict[sympy.Expr, Tree] = {}
 
     def to_sympy(self, tree: Tree) -> sympy.Expr:
@@ -121,7 +128,7 @@ class _Spelling:
             case "*", (a, b):
                 return a * b
             case "/", (a, b):
-                return _quotient(a, b)
+                return _quotient(a, b, self.operands)
             case "neg", (a,):
                 return -a
             case "square", (a,):
@@ -163,7 +170,7 @@ class _Spelling:
         return tree
 
     def _product(self, expression: sympy.Expr) -> Tree:
-        """Multiplies parameters before x and t, and divides once by each kind: a loop computes their part once."""
+        """Multiplies parameters before operands, and divides once by each kind: a loop computes their part once."""
         coefficient, factors = expression.as_coeff_mul()
         over: dict[bool, list[Tree]] = {False: [], True: []}
         under: dict[bool, list[Tree]] = {False: [], True: []}
@@ -171,12 +178,12 @@ class _Spelling:
             over[False].append(number(abs(float(coefficient))))
         for factor in factors:
             base, exponent = factor.as_base_exp()
-            varies = any(symbol.name in ("x", "t") for symbol in base.free_symbols)
+            varies = any(symbol.name in self.operands for symbol in base.free_symbols)
             if exponent.is_negative:
                 under[varies].append(self._power(base, -exponent))
             else:
                 over[varies].append(self._power(base, exponent))
-        # If no parameter is multiplied, the parameters divide x and t directly.
+        # If no parameter is multiplied, the parameters divide the operands directly.
         first = over[False] or over[True] or [number(1)]
         tree = _chain("*", first)
         if under[False]:

@@ -1,4 +1,4 @@
-"""Pointwise losses as expressions of x, t and parameters, in the syntax of C++.
+"""Losses as expressions of what an element or a row has and of parameters, in the syntax of C++.
 
 :func:`parse` reads an expression into a tree, and :func:`evaluate` computes a tree in PyTorch.
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ def _log_cosh(u: Tensor) -> Tensor:
     return u + _softplus(-2 * u) - math.log(2)
 
 
+# torch's derivative, the value plus 1, has no digits left far below 0.
+def _expm1(u: Tensor) -> Tensor:
+    return torch.where(u > -1, torch.expm1(u.clamp_min(-1)), torch.exp(u.clamp_max(-1)) - 1)
+
+
 # The number of arguments and the formula. abs is torch's, whose derivative at 0 is 0.
 FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "abs": (1, torch.abs),
@@ -53,7 +58,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "sqrt": (1, torch.sqrt),
     "square": (1, torch.square),
     "exp": (1, torch.exp),
-    "expm1": (1, torch.expm1),
+    "expm1": (1, _expm1),
     "log": (1, torch.log),
     "log1p": (1, torch.log1p),
     "sinh": (1, torch.sinh),
@@ -77,20 +82,35 @@ PRECEDENCE = {"||": 1, "&&": 2, "==": 3, "!=": 3, "<": 4, "<=": 4, ">": 4, ">=":
 _LOGICAL = ("&&", "||", "!")
 CONDITIONS = ("==", "!=", "<", "<=", ">", ">=", *_LOGICAL)
 
-# What a call of the loss takes by name.
-_ARGUMENTS = ("self", "input", "target", "reduction", "weight")
+
+class Operands(NamedTuple):
+    """What the expressions of a kind of loss name beside parameters."""
+
+    names: tuple[str, ...]
+    meaning: str
+    arguments: tuple[str, ...]  # what a call of the loss takes by name
 
 
-def check_parameters(names: Iterable[str]) -> None:
+OF_ELEMENT = Operands(
+    ("x", "t"), "x is the prediction and t the target", ("self", "input", "target", "reduction", "weight")
+)
+OF_ROW = Operands(
+    ("ce", "nll", "p", "q", "lse", "weight"),
+    "ce, nll, p, q, lse and weight are what a row is known by",
+    ("self", "input", "target", "reduction", "ignore_index", "label_smoothing", "sample_weight"),
+)
+
+
+def check_parameters(names: Iterable[str], operands: Operands = OF_ELEMENT) -> None:
     """Raises ValueError for the first name that no parameter can have."""
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or keyword.iskeyword(name):
             raise ValueError(f"expected an identifier for the name of a parameter, got {name!r}")
-        if name in ("x", "t"):
-            raise ValueError(f"a parameter cannot be named {name}: x is the prediction and t the target")
+        if name in operands.names:
+            raise ValueError(f"a parameter cannot be named {name}: {operands.meaning}")
         if name in FUNCTIONS or name in _ALIASES:
             raise ValueError(f"a parameter cannot be named {name}: that is a function")
-        if name in _ARGUMENTS:
+        if name in operands.arguments:
             raise ValueError(f"a parameter cannot be named {name}: that is an argument of every loss")
 
 
@@ -101,13 +121,14 @@ _TOKEN = re.compile(
 )
 
 
-def parse(source: str, parameters: Iterable[str] = ()) -> Tree:
+def parse(source: str, parameters: Iterable[str] = (), operands: Operands = OF_ELEMENT) -> Tree:
     """Reads an expression whose value is a number.
 
     Args:
-        source: the expression, in C++ syntax: numbers, x, t and parameters; ``+ - * /``; comparisons, ``&& || !`` and
-            ``c ? a : b``; and the functions of ``FUNCTIONS``, also with ``std::`` before them.
-        parameters: the names it may use beside x and t.
+        source: the expression, in C++ syntax: numbers, operands and parameters; ``+ - * /``; comparisons, ``&& || !``
+            and ``c ? a : b``; and the functions of ``FUNCTIONS``, also with ``std::`` before them.
+        parameters: the names it may use beside the operands.
+        operands: x and t, or those of a row.
 
     Raises:
         ValueError: a syntax error, an unknown name, a call with a wrong number of arguments, a condition in place of a
@@ -115,16 +136,16 @@ def parse(source: str, parameters: Iterable[str] = ()) -> Tree:
             have.
     """
     parameters = tuple(parameters)
-    check_parameters(parameters)
+    check_parameters(parameters, operands)
     try:
-        return _Parser(source, parameters).whole()
+        return _Parser(source, parameters, operands.names).whole()
     except RecursionError:
         raise ValueError("the expression is nested too deeply") from None
 
 
 class _Parser:
-    def __init__(self, source: str, parameters: tuple[str, ...]) -> None:
-        self.source, self.parameters = source, parameters
+    def __init__(self, source: str, parameters: tuple[str, ...], operands: tuple[str, ...]) -> None:
+        self.source, self.parameters, self.operands = source, parameters, operands
         self.tokens: list[tuple[str, str, int]] = []  # kind, text, where
         at = 0
         while at < len(source):
@@ -226,9 +247,12 @@ class _Parser:
         function = _ALIASES.get(bare, bare)
         if function in FUNCTIONS:
             return self.call(function, where)
-        if token not in ("x", "t", *self.parameters):
+        if token not in (*self.operands, *self.parameters):
             given = f", the parameter{'s' * (len(self.parameters) > 1)} {', '.join(self.parameters)}"
-            known = f"x, t{given if self.parameters else ''}, and the functions {', '.join([*FUNCTIONS, *_ALIASES])}"
+            operands = ", ".join(self.operands)
+            known = (
+                f"{operands}{given if self.parameters else ''}, and the functions {', '.join([*FUNCTIONS, *_ALIASES])}"
+            )
             raise self.error(f"unknown name {token!r}; known are {known}", where)
         if self.token == "(":
             raise self.error(f"{token} is not a function", where)
@@ -279,7 +303,7 @@ def evaluate(tree: Tree, values: Mapping[str, Tensor | float]) -> Tensor:
 
     Args:
         tree: the expression, best rewritten for stability.
-        values: the numbers for x, t and the parameters. The arithmetic has the dtype of the tensors, so bfloat16 and
+        values: the numbers for operands and parameters. The arithmetic has the dtype of the tensors, so bfloat16 and
             float16 should be converted to float32 before.
     """
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
@@ -310,12 +334,12 @@ def evaluate(tree: Tree, values: Mapping[str, Tensor | float]) -> Tensor:
 
 
 def names(tree: Tree) -> frozenset[str]:
-    """x, t and the parameters that a tree depends on."""
+    """The operands and parameters that a tree depends on."""
     return frozenset([tree.name]) if tree.op == "name" else frozenset().union(*map(names, tree.args))
 
 
 def renamed(tree: Tree, names: Mapping[str, str]) -> Tree:
-    """The tree with other names for some of its parameters."""
+    """The tree with other names for some of its names."""
     if tree.op == "name":
         return replace(tree, name=names.get(tree.name, tree.name))
     return replace(tree, args=tuple(renamed(a, names) for a in tree.args))

@@ -1,8 +1,9 @@
 """Printing of expressions: :func:`text` for people, :func:`cpp` for the compiler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 
-from ._expression import PRECEDENCE, Tree, names, number
+from ._expression import OF_ELEMENT, PRECEDENCE, Tree, names, number
 from ._stable import looks_negative, negated
 
 _UNARY, _PRIMARY = 7, 8  # above every operator of PRECEDENCE
@@ -13,12 +14,12 @@ def text(tree: Tree) -> str:
     return _printed(tree, _as_text)[0]
 
 
-def cpp(tree: Tree) -> str:
+def cpp(tree: Tree, operands: Collection[str] = OF_ELEMENT.names) -> str:
     """Prints a tree in C++ for an arithmetic type T, with the functions of csrc/losses/functions.h.
 
-    There are no branches. A divisor without x and t becomes a factor 1 / divisor, which a loop computes once.
+    There are no branches. A divisor without operands becomes a factor 1 / divisor, which a loop computes once.
     """
-    return _printed(tree, _as_cpp)[0]
+    return _printed(tree, partial(_as_cpp, operands))[0]
 
 
 _Printed = tuple[str, int]  # the text, and the precedence of its outermost operator
@@ -55,25 +56,27 @@ def _as_text(tree: Tree) -> _Printed | None:
             return None
 
 
-def _as_cpp(tree: Tree) -> _Printed | None:
+def _as_cpp(operands: Collection[str], tree: Tree) -> _Printed | None:
+    def printed(tree: Tree) -> str:
+        return cpp(tree, operands)
+
+    def varies(tree: Tree) -> bool:
+        return not names(tree).isdisjoint(operands)
+
     match tree:
         case Tree("number"):
             return f"T({_digits(tree.value)})", _PRIMARY
         case Tree("&&" | "||" as op, (a, b)):
-            return f"bool(int({cpp(a)}) {op[0]} int({cpp(b)}))", _PRIMARY
-        case Tree("/", (a, b)) if _varies(a) and not _varies(b) and b != number(1):
-            return _printed(Tree("*", (a, Tree("/", (number(1), b)))), _as_cpp)
+            return f"bool(int({printed(a)}) {op[0]} int({printed(b)}))", _PRIMARY
+        case Tree("/", (a, b)) if varies(a) and not varies(b) and b != number(1):
+            return _printed(Tree("*", (a, Tree("/", (number(1), b)))), partial(_as_cpp, operands))
         case Tree("pow", (a, Tree("number", _, exponent))) if exponent.is_integer() and abs(exponent) <= 64:
-            return f"integer_power<{int(exponent)}>({cpp(a)})", _PRIMARY
+            return f"integer_power<{int(exponent)}>({printed(a)})", _PRIMARY
         case Tree("sigmoid" | "softplus" as op, (a,)) if looks_negative(a):
-            return f"{op}_of_minus({cpp(negated(a))})", _PRIMARY
+            return f"{op}_of_minus({printed(negated(a))})", _PRIMARY
         case _:
             return None
 
 
 def _digits(value: float) -> str:
     return str(int(value)) if value.is_integer() and abs(value) < 1e9 else repr(value)
-
-
-def _varies(tree: Tree) -> bool:
-    return not names(tree).isdisjoint("xt")

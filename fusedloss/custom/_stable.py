@@ -11,14 +11,14 @@ def stable(tree: Tree) -> Tree:
 
     log(1 + exp(u)) becomes softplus(u), 1 / (1 + exp(-u)) sigmoid(u), log(cosh(u)) log_cosh(u), and so on.
     """
-    return _rewritten(replace(tree, args=tuple(map(stable, tree.args))))
+    return rewritten(replace(tree, args=tuple(map(stable, tree.args))))
 
 
 def _call(op: str, *args: Tree) -> Tree:
-    return _rewritten(Tree(op, args))
+    return rewritten(Tree(op, args))
 
 
-def _rewritten(tree: Tree) -> Tree:
+def rewritten(tree: Tree) -> Tree:
     """Rewrites the outermost operator of a tree whose arguments are already stable."""
     one = number(1)
     if tree.args and tree.op not in CONDITIONS and all(a.op == "number" for a in tree.args):

@@ -19,9 +19,9 @@ from ._rows import class_dim, class_index, reduced
 __all__ = ["focal_loss"]
 
 
-# TorchScript compiles these two as well, hence their annotations, the limits as arguments, and no star.
-def of_rows(x: Tensor, target: Tensor, gamma: float, ignore_index: int, lowest: float) -> Tensor:
-    """The losses of the rows, without their factor; ``lowest`` is the least finite number."""
+# TorchScript compiles these three as well, hence their annotations, the limits as arguments, and no star.
+def log_odds_against(x: Tensor, target: Tensor, ignore_index: int, lowest: float) -> Tensor:
+    """log(q / p) of the rows, with p the probability of the target; ``lowest`` is the least finite number."""
     dim = class_dim(x)
     # nll_loss picks the target's logit and rejects what torch rejects; its derivative does not take channels_last.
     logit = -_torchs.nll_loss(x.contiguous(), target, ignore_index=ignore_index, reduction="none")
@@ -29,7 +29,12 @@ def of_rows(x: Tensor, target: Tensor, gamma: float, ignore_index: int, lowest: 
     # The target against all other classes is a problem of two classes, whose formula loses no digits in a confident
     # row. The target's place gets a finite number, because -infinity would leave a row of one class without a gradient.
     others = x.scatter(dim, index.unsqueeze(dim), lowest)
-    log_odds = others.logsumexp(dim) - logit
+    return others.logsumexp(dim) - logit
+
+
+def of_rows(x: Tensor, target: Tensor, gamma: float, ignore_index: int, lowest: float) -> Tensor:
+    """The losses of the rows, without their factor."""
+    log_odds = log_odds_against(x, target, ignore_index, lowest)
     losses = -_torchs.logsigmoid(-log_odds)
     if gamma != 0:
         losses = losses * torch.exp(gamma * _torchs.logsigmoid(log_odds))

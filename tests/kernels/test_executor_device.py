@@ -52,7 +52,7 @@ FAULTS = {
     "a workspace too small": ("common.cpp", "({kCudaWorkspaceBytes}", "({kCudaWorkspaceBytes >> 10}"),
     "a divisor read before it is written": (
         "softmax.cpp",
-        "if (args.mean) check_launch(cuda_softmax_divisor(loss.kernel(), args, call.stream));",
+        "if (args.mean) check_launch(cuda_kernels_of(loss).divisor(loss.kernel(), args, call.stream));",
         "",
     ),
     "a wrong stride": ("softmax.cpp", "args.upstream_stride = read.stride;", "args.upstream_stride = 1;"),

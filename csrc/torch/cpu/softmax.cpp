@@ -47,6 +47,13 @@ void over_parts(const SoftmaxLayout& layout, F f) {
   });
 }
 
+CpuSoftmax cpu_kernels_of(const SoftmaxLoss& loss) {
+  if (loss.custom) return loss.custom->cpu;
+  const CpuKernels& listed = cpu_kernels();
+  return {listed.softmax_forward, listed.softmax_backward, listed.softmax_with_grad, listed.softmax_part,
+          listed.softmax_backward_part};
+}
+
 double divisor_from(double weight, int64_t reduction) {
   return baseline::reduction_divisor(is_mean(reduction), reduction == kMeanOrZero, weight);
 }
@@ -83,16 +90,14 @@ double check_targets(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
 }
 
 void run_backward(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuSoftmax kernels = cpu_kernels_of(loss);
   // In place, a part would overwrite the target's logit before another has read it.
   if (cuts_rows(args) && args.grad_layout.class_stride == 1 && args.grad != args.logits) {
-    over_parts(args.logits_layout, [&](int64_t row, int64_t part, int64_t) {
-      kernels.softmax_backward_part(loss.kernel(), args, row, part);
-    });
+    over_parts(args.logits_layout,
+               [&](int64_t row, int64_t part, int64_t) { kernels.backward_part(loss.kernel(), args, row, part); });
   } else {
-    over_chunks(args.logits_layout, args.logits_layout.classes, [&](int64_t, int64_t begin, int64_t end) {
-      kernels.softmax_backward(loss.kernel(), args, begin, end);
-    });
+    over_chunks(args.logits_layout, args.logits_layout.classes,
+                [&](int64_t, int64_t begin, int64_t end) { kernels.backward(loss.kernel(), args, begin, end); });
   }
 }
 
@@ -111,7 +116,7 @@ float* scratch_for(const SoftmaxArgs& args) {
   return scratch.data();
 }
 
-struct CpuSoftmax {
+struct SoftmaxOnCpu {
   static void forward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, int64_t reduction, SoftmaxResults& results,
                       Tensor* grad) {
     SoftmaxArgs args = {};
@@ -132,27 +137,25 @@ struct CpuSoftmax {
   }
 
   static SoftmaxSums of_chunks(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
-    const CpuKernels& kernels = cpu_kernels();
+    const CpuSoftmax kernels = cpu_kernels_of(loss);
     const int64_t work = loss.traits.reads_row ? args.logits_layout.classes : 1;
     return sum_chunks(args.logits_layout, work, [&](int64_t begin, int64_t end) {
       SoftmaxSums sums = {0, 0, -1};
-      if (args.grad && kernels.softmax_with_grad(loss.kernel(), args, begin, end, scratch_for(args), &sums))
-        return sums;
-      sums = kernels.softmax_forward(loss.kernel(), args, nullptr, begin, end);
-      if (args.grad) kernels.softmax_backward(loss.kernel(), args, begin, end);  // while the chunk is in the cache
+      if (args.grad && kernels.with_grad(loss.kernel(), args, begin, end, scratch_for(args), &sums)) return sums;
+      sums = kernels.forward(loss.kernel(), args, nullptr, begin, end);
+      if (args.grad) kernels.backward(loss.kernel(), args, begin, end);  // while the chunk is in the cache
       return sums;
     });
   }
 
   static SoftmaxSums of_parts(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
     check_targets(loss, args);
-    const CpuKernels& kernels = cpu_kernels();
+    const CpuSoftmax kernels = cpu_kernels_of(loss);
     const SoftmaxLayout& layout = args.logits_layout;
     std::vector<SoftmaxPart> parts(layout.rows * ((layout.classes + kSoftmaxPart - 1) / kSoftmaxPart));
-    over_parts(layout, [&](int64_t row, int64_t part, int64_t i) {
-      parts[i] = kernels.softmax_part(loss.kernel(), args, row, part);
-    });
-    const SoftmaxSums total = kernels.softmax_forward(loss.kernel(), args, parts.data(), 0, layout.rows);
+    over_parts(layout,
+               [&](int64_t row, int64_t part, int64_t i) { parts[i] = kernels.part(loss.kernel(), args, row, part); });
+    const SoftmaxSums total = kernels.forward(loss.kernel(), args, parts.data(), 0, layout.rows);
     if (args.grad) run_backward(loss, args);
     return total;
   }
@@ -179,6 +182,6 @@ struct CpuSoftmax {
 };
 
 }  // namespace
-void implement_softmax_on_cpu(torch::Library& m, const SoftmaxLoss& loss) { implement_softmax<CpuSoftmax>(m, loss); }
+void implement_softmax_on_cpu(torch::Library& m, const SoftmaxLoss& loss) { implement_softmax<SoftmaxOnCpu>(m, loss); }
 
 }  // namespace fusedloss

@@ -1,7 +1,5 @@
 #include "common.h"
 
-#include "../pointwise.h"
-
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -41,11 +39,11 @@ bool has_kernels(c10::DeviceIndex device) {
   });
 }
 
-bool has_kernels_of(const PointwiseLoss& loss, c10::DeviceIndex device) {
-  if (!loss.cuda_has_kernels) return has_kernels(device);
-  return loss.on_cuda_devices.get(device, [&] {
+bool has_kernels_of(const ForCuda& loss, c10::DeviceIndex device) {
+  if (!loss.has_kernels) return has_kernels(device);
+  return loss.answers.get(device, [&] {
     c10::cuda::CUDAGuard guard(device);
-    return loss.cuda_has_kernels();
+    return loss.has_kernels();
   });
 }
 

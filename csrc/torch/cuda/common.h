@@ -9,7 +9,7 @@ namespace fusedloss {
 // Whether this build has code for the device: a GPU older or newer than the architectures it was made for has none.
 bool has_kernels(c10::DeviceIndex device);
 // And the library of a loss that was compiled apart.
-bool has_kernels_of(const PointwiseLoss& loss, c10::DeviceIndex device);
+bool has_kernels_of(const ForCuda& loss, c10::DeviceIndex device);
 
 // The workspace of the calls on a stream, which must be the current one.
 Tensor workspace_of(const c10::cuda::CUDAStream& stream);

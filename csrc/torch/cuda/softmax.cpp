@@ -5,7 +5,12 @@
 namespace fusedloss {
 namespace {
 
-struct CudaSoftmax {
+CudaSoftmax cuda_kernels_of(const SoftmaxLoss& loss) {
+  if (loss.custom) return loss.custom->cuda;
+  return {cuda_softmax_divisor, cuda_softmax_forward, cuda_softmax_backward};
+}
+
+struct SoftmaxOnCuda {
   static CudaSoftmaxArgs args_of(const SoftmaxInputs& inputs, int64_t reduction, const Tensor& statistics,
                                  const CudaCall& call) {
     CudaSoftmaxArgs args = {};
@@ -34,10 +39,10 @@ struct CudaSoftmax {
     (reduction == kNone ? args.losses : args.total) = results.loss.mutable_data_ptr();
     if (inputs.second) args.second = results.second.mutable_data_ptr();
     if (grad) {
-      if (args.mean) check_launch(cuda_softmax_divisor(loss.kernel(), args, call.stream));
+      if (args.mean) check_launch(cuda_kernels_of(loss).divisor(loss.kernel(), args, call.stream));
       write_to(*grad, args);
     }
-    check_launch(cuda_softmax_forward(loss.kernel(), args, call.stream));
+    check_launch(cuda_kernels_of(loss).forward(loss.kernel(), args, call.stream));
   }
 
   static void backward(const SoftmaxLoss& loss, const SoftmaxInputs& inputs, const Tensor& upstream,
@@ -56,11 +61,13 @@ struct CudaSoftmax {
       args.upstream_second = second.tensor.const_data_ptr();
       args.upstream_second_stride = second.stride;
     }
-    check_launch(cuda_softmax_backward(loss.kernel(), args, call.stream));
+    check_launch(cuda_kernels_of(loss).backward(loss.kernel(), args, call.stream));
   }
 };
 
 }  // namespace
-void implement_softmax_on_cuda(torch::Library& m, const SoftmaxLoss& loss) { implement_softmax<CudaSoftmax>(m, loss); }
+void implement_softmax_on_cuda(torch::Library& m, const SoftmaxLoss& loss) {
+  implement_softmax<SoftmaxOnCuda>(m, loss);
+}
 
 }  // namespace fusedloss

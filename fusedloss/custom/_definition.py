@@ -1,0 +1,48 @@
+"""What defines a loss, its name and its parameters, and what was made of definitions so far."""
+
+from collections.abc import Mapping
+from numbers import Real
+from threading import RLock
+from typing import NamedTuple
+
+from .. import _route
+from ..losses._numbers import NUMBERS
+from ._expression import Operands, check_parameters
+
+Definition = tuple[str, str, str, tuple[tuple[str, float], ...]]  # name, value, grad, params
+
+
+class Path(NamedTuple):
+    """How a compiled loss is computed; losses that differ in their defaults alone share it."""
+
+    native: _route.Formula
+    routed: _route.Formula
+    why_native: str
+
+
+LOCK = RLock()  # of several threads that make the same loss, one compiles and registers it
+PATHS: dict[str, Path] = {}
+CHECKED: set[str] = set()  # a registered loss whose check failed is checked again, with the next defaults
+
+_LONGEST_NAME = 100  # beside two hashes, in the name of a file
+
+
+def checked_params(name: str, params: Mapping[str, float], operands: Operands, most: int) -> dict[str, float]:
+    if not name.isidentifier() or not name.isascii():
+        raise ValueError(f"expected an identifier for the name of a loss, got {name!r}")
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"expected at most {_LONGEST_NAME} letters in the name of a loss, got {len(name)}")
+    if len(params) > most:
+        raise ValueError(f"expected at most {most} parameters, got {len(params)}")
+    check_parameters(params, operands)
+    for parameter, value in params.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name}: the default of {parameter} must be a real number, got {type(value).__name__}")
+    return {parameter: value if isinstance(value, NUMBERS) else float(value) for parameter, value in params.items()}
+
+
+def names_known(name: str, given: Mapping[str, float], params: Mapping[str, float]) -> None:
+    """Raises TypeError for a parameter that the loss does not have."""
+    if unknown := given.keys() - params.keys():
+        known = ", ".join(params) or "none"
+        raise TypeError(f"{name}: unknown parameter {min(unknown)}; its parameters: {known}")
