@@ -21,12 +21,12 @@ from ..losses._numbers import NUMBERS, checked
 from ._build import functor, library
 from ._check import Trees, as_expressed, as_routed, check
 from ._definition import CHECKED, LOCK, PATHS, Definition, Path, checked_params, names_known
-from ._expression import OF_ELEMENT, Tree, evaluate, parse
+from ._expression import OF_ELEMENT, OF_THREE, Tree, check_parameters, evaluate, names, parse
 from ._printing import text
 from ._rows import SoftmaxLoss, softmax_loss
 from ._stable import stable
 
-__all__ = ["PointwiseLoss", "SoftmaxLoss", "pointwise_loss", "softmax_loss"]
+__all__ = ["PointwiseLoss", "PointwiseLossOfThree", "SoftmaxLoss", "pointwise_loss", "softmax_loss"]
 
 
 class PointwiseLoss(nn.Module):
@@ -39,6 +39,7 @@ class PointwiseLoss(nn.Module):
         value: the expression of the loss, as compiled.
         grad: that of its slope by x.
         grad_target: that of its slope by t.
+        grad_third: that of its slope by v, None for a loss without v.
         params: the defaults of its parameters.
         fused: whether it was compiled. Where not, it runs natively, and ``why_native`` says why.
     """
@@ -46,7 +47,8 @@ class PointwiseLoss(nn.Module):
     def __init__(self, name: str, trees: Trees, params: Mapping[str, float], path: Path) -> None:
         super().__init__()
         self.name = name
-        self.value, self.grad, self.grad_target = map(text, trees)
+        self.value, self.grad, self.grad_target, *third = map(text, trees)
+        self.grad_third = third[0] if third else None
         self.params = dict(params)
         self._native, self._routed, self.why_native = path
         _MADE[self._definition] = self
@@ -71,16 +73,24 @@ class PointwiseLoss(nn.Module):
             TypeError: a parameter that the loss does not have, or one that is no number.
             ValueError: an unknown ``reduction``.
         """
-        if has_torch_function_variadic(input, target, weight) and _route.overrides_apply():
+        return self._run(input, target, None, reduction, weight, params)
+
+    def _run(
+        self, input: Tensor, target: Tensor, third: Tensor | None, reduction: str, weight: Tensor | None,
+        params: dict[str, float],
+    ) -> Tensor:  # fmt: skip
+        tensors = (input, target, weight, third)
+        if has_torch_function_variadic(*tensors) and _route.overrides_apply():
             given = {**self.params, **params}
             return _route.overridden(
-                _call, (input, target, weight), input, target, reduction, weight, given, self._definition
+                _call, tensors, input, target, reduction, weight, given, self._definition, third
             )  # fmt: skip
         if reduction not in _route.REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         names_known(self.name, params, self.params)
-        warn_of_broadcasting(input, target, stacklevel=5)
-        return self._routed(input, target, weight, reduction, *{**self.params, **params}.values())
+        warn_of_broadcasting(input, target, stacklevel=6)
+        call = (input, target, weight, reduction, *{**self.params, **params}.values())
+        return self._routed(*call) if third is None else self._routed(*call, third=third)
 
     @property
     def _definition(self) -> Definition:
@@ -94,11 +104,30 @@ class PointwiseLoss(nn.Module):
 
     def __repr__(self) -> str:
         params = "".join(f", {name}={value}" for name, value in self.params.items())
-        return f"{self.name}(x, t{params}) = {self.value}\n  d/dx = {self.grad}\n  d/dt = {self.grad_target}"
+        slopes = {"x": self.grad, "t": self.grad_target, "v": self.grad_third}
+        known = {name: slope for name, slope in slopes.items() if slope is not None}
+        lines = "".join(f"\n  d/d{name} = {slope}" for name, slope in known.items())
+        return f"{self.name}({', '.join(known)}{params}) = {self.value}{lines}"
+
+
+class PointwiseLossOfThree(PointwiseLoss):
+    """A loss made by :func:`pointwise_loss` of three operands.
+
+    ``loss(input, target, third, reduction="mean", weight=None, **params)``, with gradients to all three.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, third: Tensor, reduction: str = "mean", weight: Tensor | None = None,
+        **params: float,
+    ) -> Tensor:  # fmt: skip
+        """Computes the loss, as :meth:`PointwiseLoss.forward` does; the third operand v broadcasts too."""
+        if not isinstance(third, Tensor):
+            raise TypeError(f"{self.name}(): argument 'third' must be Tensor, not {type(third).__name__}")
+        return self._run(input, target, third, reduction, weight, params)
 
 
 # The attributes that follow from the definition; the others, such as hooks, are copied and pickled.
-_DEFINED = ("name", "value", "grad", "grad_target", "params", "why_native", "_native", "_routed")
+_DEFINED = ("name", "value", "grad", "grad_target", "grad_third", "params", "why_native", "_native", "_routed")
 _MADE: dict[Definition, PointwiseLoss] = {}
 
 
@@ -108,11 +137,11 @@ def _made(name: str, value: str, grad: str, params: tuple[tuple[str, float], ...
 
 def _call(
     input: Tensor, target: Tensor, reduction: str, weight: Tensor | None, params: dict[str, float],
-    definition: Definition,
+    definition: Definition, third: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A call of a loss as ``__torch_function__`` sees it: a function that a graph of torch.fx can hold and pickle."""
     loss = _MADE[definition] if definition in _MADE else _made(*definition)
-    return loss.forward(input, target, reduction, weight, **params)
+    return loss._run(input, target, third, reduction, weight, params)
 
 
 def pointwise_loss(
@@ -129,13 +158,16 @@ def pointwise_loss(
         value: the loss of a prediction ``x`` and a target ``t`` in the syntax of C++: numbers (all are real:
             1/2 is 0.5), ``+ - * /``, comparisons, ``c ? a : b``, and the functions abs, sign, sqrt, square, exp,
             expm1, log, log1p, sinh, cosh, tanh, log_cosh, sigmoid, softplus, sin, cos, atan, pow, min, max and clamp.
+            An expression may name ``v`` too, a third operand, such as the variance of :class:`.GaussianNLLLoss` or the
+            label of :class:`.MarginRankingLoss`; where a parameter is called v, v is that.
         grad: its slope by x in the same syntax. If it is left out, SymPy derives it. ``print(loss)`` shows it.
         params: the loss's parameters, eight at most, with their defaults; the expressions use them by name.
 
     Returns:
-        A module, called with ``(input, target, reduction="mean", weight=None, **params)``. It has derivatives of every
-        order, to the input and to the target, and runs in float32, float64, bfloat16 and float16, under autocast,
-        ``torch.func`` and ``torch.compile``.
+        A module, called with ``(input, target, reduction="mean", weight=None, **params)``, or if the expression names v
+        with ``(input, target, third, reduction="mean", weight=None, **params)``. It has derivatives of every order, to
+        all operands, and runs in float32, float64, bfloat16 and float16, under autocast, ``torch.func`` and
+        ``torch.compile``.
 
     Raises:
         ValueError: an unknown name or a mistake in an expression, or a ``grad`` that does not agree with finite
@@ -156,6 +188,8 @@ def pointwise_loss(
     params = checked_params(name, params or {}, OF_ELEMENT, MOST_PARAMS)
     try:
         trees = _trees(value, grad, params)
+        if len(trees) == 4:
+            check_parameters(params, OF_THREE)
         source = functor(trees, params)
     except RecursionError:
         raise ValueError("the expression is nested too deeply, or has too many terms") from None
@@ -170,7 +204,7 @@ def pointwise_loss(
         if op not in CHECKED:
             check(name, trees, params, as_routed(path.routed, params))
             CHECKED.add(op)
-    return PointwiseLoss(name, trees, params, path)
+    return (PointwiseLossOfThree if len(trees) == 4 else PointwiseLoss)(name, trees, params, path)
 
 
 MOST_PARAMS = 8  # the kernels' own number, which tests/contract/test_custom.py compares with this one
@@ -179,16 +213,23 @@ MOST_PARAMS = 8  # the kernels' own number, which tests/contract/test_custom.py 
 def _trees(value: str, grad: str | None, params: Mapping[str, float]) -> Trees:
     from ._derivative import derivative  # imports SymPy, which takes half a second
 
-    tree = stable(parse(value, params))
-    by_input = derivative(tree, "x") if grad is None else stable(parse(grad, params))
-    return tree, by_input, derivative(tree, "t")
+    known = OF_ELEMENT if "v" in params else OF_THREE
+    tree = stable(parse(value, params, known))
+    operands = known.names if "v" in names(tree) and known is OF_THREE else OF_ELEMENT.names
+    by_input = derivative(tree, "x", operands) if grad is None else stable(parse(grad, params, known))
+    return tree, by_input, *(derivative(tree, operand, operands) for operand in operands[1:])
 
 
 def _formula(name: str, tree: Tree, parameters: tuple[str, ...]) -> _route.Formula:
-    def native(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any) -> Tensor:
+    def native(
+        input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *params: Any, third: Tensor | None = None
+    ) -> Tensor:
         dtype = torch.promote_types(input.dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
         values: dict[str, Any] = {"x": in_float(input), "t": in_float(target)}
+        if third is not None:
+            values["v"] = in_float(third)
+            dtype = torch.promote_types(dtype, third.dtype)
         for parameter, value in zip(parameters, params, strict=True):
             values[parameter] = value if isinstance(value, NUMBERS) else checked(name, parameter, value)
         losses = evaluate(tree, values)
@@ -206,8 +247,8 @@ def _path(op: str, source: str, name: str, native: _route.Formula) -> Path:
         extension.add_pointwise(op, address)
         return Path(native, _route.pointwise(op, listed=False)(native), "")
 
-    def told(*arguments: Any) -> Tensor:
+    def told(*arguments: Any, **options: Any) -> Tensor:
         _route.tell_native(why_native)
-        return native(*arguments)
+        return native(*arguments, **options)
 
     return Path(native, told, why_native)

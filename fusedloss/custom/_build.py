@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +15,20 @@ import torch
 from .._library import extension, why_native
 from ._architectures import listed
 from ._cache import cached
-from ._expression import OF_ROW, Tree, names, of_difference, renamed
+from ._expression import OF_ROW, OF_THREE, Tree, names, of_difference, renamed
 from ._printing import cpp
 
 
-def functor(trees: tuple[Tree, Tree, Tree], params: Mapping[str, float]) -> str:
-    """The functor of a loss with these expressions for the value and its slopes by x and t."""
+def functor(trees: Sequence[Tree], params: Mapping[str, float]) -> str:
+    """The functor of a loss with these expressions for the value and its slopes by x, t and, where it has one, v."""
     own, declared, members = _members(params)
-    value, grad, grad_target = (cpp(renamed(tree, own)) for tree in trees)
-    arguments = "([[maybe_unused]] T x, [[maybe_unused]] T t) const"
+    operands = OF_THREE.names[: len(trees) - 1]
+    arguments = f"({', '.join(f'[[maybe_unused]] T {name}' for name in operands)}) const"
+    functions = "".join(
+        f"  FUSEDLOSS_HD T {name}{arguments} {{ return {cpp(renamed(tree, own), operands)}; }}\n"
+        for name, tree in zip(("value", "grad", "grad_target", "grad_third"), trees, strict=False)
+    )
+    takes_third = "  static constexpr bool takes_third = true;\n" if "v" in operands else ""
     return f"""
 namespace fusedloss::FUSEDLOSS_ISA::functions {{
 
@@ -31,12 +36,9 @@ template <class T>
 struct Expression {{
   static constexpr bool of_difference = {str(of_difference(trees[0])).lower()};
   static constexpr ResultDType result = ResultDType::Promoted;
-  {declared}
+{takes_third}  {declared}
   explicit FUSEDLOSS_HD Expression([[maybe_unused]] const double* given) {members} {{}}
-  FUSEDLOSS_HD T value{arguments} {{ return {value}; }}
-  FUSEDLOSS_HD T grad{arguments} {{ return {grad}; }}
-  FUSEDLOSS_HD T grad_target{arguments} {{ return {grad_target}; }}
-}};
+{functions}}};
 
 }}
 """

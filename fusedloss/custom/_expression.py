@@ -94,6 +94,9 @@ class Operands(NamedTuple):
 OF_ELEMENT = Operands(
     ("x", "t"), "x is the prediction and t the target", ("self", "input", "target", "reduction", "weight")
 )
+OF_THREE = Operands(
+    ("x", "t", "v"), "x is the prediction, t the target and v the third operand", (*OF_ELEMENT.arguments, "third")
+)
 OF_ROW = Operands(
     ("ce", "nll", "p", "q", "lse", "weight"),
     "ce, nll, p, q, lse and weight are what a row is known by",
@@ -128,7 +131,7 @@ def parse(source: str, parameters: Iterable[str] = (), operands: Operands = OF_E
         source: the expression, in C++ syntax: numbers, operands and parameters; ``+ - * /``; comparisons, ``&& || !``
             and ``c ? a : b``; and the functions of ``FUNCTIONS``, also with ``std::`` before them.
         parameters: the names it may use beside the operands.
-        operands: x and t, or those of a row.
+        operands: x and t, those and v, or those of a row.
 
     Raises:
         ValueError: a syntax error, an unknown name, a call with a wrong number of arguments, a condition in place of a
