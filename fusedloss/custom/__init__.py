@@ -6,7 +6,9 @@ rows in _rows.py, _stable_row.py and _check_rows.py.
 """
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from torch.overrides import has_torch_function_variadic
 from .. import _route
 from .._dtypes import in_float, widened
 from .._library import extension
-from ..losses._elementwise import reduced, warn_of_broadcasting
+from .._one_hot import over_class_indices
+from .._traced import asked_once
+from ..losses._elementwise import INDEX_DTYPES, reduced, warn_of_broadcasting
 from ..losses._numbers import NUMBERS, checked
 from ._build import functor, library
 from ._check import Trees, as_expressed, as_routed, check
@@ -30,9 +34,10 @@ __all__ = ["PointwiseLoss", "PointwiseLossOfThree", "SoftmaxLoss", "pointwise_lo
 
 
 class PointwiseLoss(nn.Module):
-    """A loss made by :func:`pointwise_loss`: ``loss(input, target, reduction="mean", weight=None, **params)``.
+    """A loss made by :func:`pointwise_loss`.
 
-    A module without parameters and buffers. Copied or pickled, it is made anew from its expressions.
+    ``loss(input, target, reduction="mean", weight=None, ignore_index=None, **params)``. A module without parameters and
+    buffers. Copied or pickled, it is made anew from its expressions.
 
     Attributes:
         name: its name, as given.
@@ -51,6 +56,7 @@ class PointwiseLoss(nn.Module):
         self.grad_third = third[0] if third else None
         self.params = dict(params)
         self._native, self._routed, self.why_native = path
+        self._finite_at_zero = asked_once(_finite_at_zero(trees[0], tuple(params)))
         _MADE[self._definition] = self
 
     @property
@@ -58,39 +64,67 @@ class PointwiseLoss(nn.Module):
         return not self.why_native
 
     def forward(
-        self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None, **params: float
-    ) -> Tensor:
+        self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None,
+        ignore_index: int | None = None, **params: float,
+    ) -> Tensor:  # fmt: skip
         """Computes the loss.
 
         Args:
             input: predictions x, any shape; float32, float64, bfloat16 or float16.
-            target: t, of the same shape; another shape broadcasts, with torch's warning.
+            target: t, of the same shape; another shape broadcasts, with torch's warning. With an ``ignore_index``:
+                class indices y (N) or (N, d1, ...) of an input (N, C) or (N, C, d1, ...), which stand for their
+                one-hot: t is 1 in column y and 0 in the others. C, like every negative number, names no column.
             reduction: ``"mean"`` (over all elements), ``"sum"`` or ``"none"``.
             weight: a factor that broadcasts to the input.
+            ignore_index: targets are class indices, and rows of this one count nowhere, whatever their input.
             params: parameters that differ from their defaults. Given as a tensor, one gets a gradient too, natively.
 
         Raises:
-            TypeError: a parameter that the loss does not have, or one that is no number.
-            ValueError: an unknown ``reduction``.
+            TypeError: a parameter that the loss does not have, or one that is no number; an ``ignore_index`` that is no
+                int, or beside targets that are no integers.
+            ValueError: an unknown ``reduction``, or class indices that do not fit the input.
+            IndexError: a class index above C that is not ignored; on a GPU as for
+                :func:`fusedloss.functional.cross_entropy`.
         """
-        return self._run(input, target, None, reduction, weight, params)
+        return self._run(input, target, None, reduction, weight, params, ignore_index)
 
     def _run(
         self, input: Tensor, target: Tensor, third: Tensor | None, reduction: str, weight: Tensor | None,
-        params: dict[str, float],
+        params: dict[str, float], ignore_index: int | None = None,
     ) -> Tensor:  # fmt: skip
         tensors = (input, target, weight, third)
         if has_torch_function_variadic(*tensors) and _route.overrides_apply():
             given = {**self.params, **params}
             return _route.overridden(
-                _call, tensors, input, target, reduction, weight, given, self._definition, third
+                _call, tensors, input, target, reduction, weight, given, self._definition, third, ignore_index
             )  # fmt: skip
         if reduction not in _route.REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")
         names_known(self.name, params, self.params)
+        if ignore_index is not None:
+            return self._of_class_indices(input, target, reduction, weight, params, ignore_index)
         warn_of_broadcasting(input, target, stacklevel=6)
         call = (input, target, weight, reduction, *{**self.params, **params}.values())
         return self._routed(*call) if third is None else self._routed(*call, third=third)
+
+    def _of_class_indices(
+        self, input: Tensor, target: Tensor, reduction: str, weight: Tensor | None, params: dict[str, float],
+        ignore_index: Any,
+    ) -> Tensor:  # fmt: skip
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+            raise TypeError(f"{self.name}(): argument 'ignore_index' must be int, not {type(ignore_index).__name__}")
+        if target.dtype not in INDEX_DTYPES:
+            expected = "class indices for targets beside an ignore_index"
+            raise TypeError(f"{self.name}: expected {expected}, got a target of {target.dtype}")
+        values = tuple({**self.params, **params}.values())
+        call = (input, target.long(), weight, reduction, *values)
+        # The kernels take an ignored row for zeros of weight 0. What is no number takes care of itself.
+        if self.fused and all(isinstance(value, NUMBERS) for value in values):
+            finite, _ = self._finite_at_zero((), values)
+            if not finite:
+                _route.tell_native("class indices, and no finite value at x = 0 and t = 0")
+                return self._native(*call, ignore_index=ignore_index)
+        return self._routed(*call, ignore_index=ignore_index)
 
     @property
     def _definition(self) -> Definition:
@@ -127,7 +161,10 @@ class PointwiseLossOfThree(PointwiseLoss):
 
 
 # The attributes that follow from the definition; the others, such as hooks, are copied and pickled.
-_DEFINED = ("name", "value", "grad", "grad_target", "grad_third", "params", "why_native", "_native", "_routed")
+_DEFINED = (
+    "name", "value", "grad", "grad_target", "grad_third", "params", "why_native", "_native", "_routed",
+    "_finite_at_zero",
+)  # fmt: skip
 _MADE: dict[Definition, PointwiseLoss] = {}
 
 
@@ -137,11 +174,20 @@ def _made(name: str, value: str, grad: str, params: tuple[tuple[str, float], ...
 
 def _call(
     input: Tensor, target: Tensor, reduction: str, weight: Tensor | None, params: dict[str, float],
-    definition: Definition, third: Tensor | None = None,
+    definition: Definition, third: Tensor | None = None, ignore_index: int | None = None,
 ) -> Tensor:  # fmt: skip
     """A call of a loss as ``__torch_function__`` sees it: a function that a graph of torch.fx can hold and pickle."""
     loss = _MADE[definition] if definition in _MADE else _made(*definition)
-    return loss._run(input, target, third, reduction, weight, params)
+    return loss._run(input, target, third, reduction, weight, params, ignore_index)
+
+
+def _finite_at_zero(tree: Tree, parameters: tuple[str, ...]) -> Callable[..., bool]:
+    @lru_cache
+    def finite(*values: float) -> bool:
+        point = {"x": 0.0, "t": 0.0, "v": 0.0, **dict(zip(parameters, values, strict=True))}
+        return math.isfinite(float(evaluate(tree, point)))
+
+    return finite
 
 
 def pointwise_loss(
@@ -164,9 +210,10 @@ def pointwise_loss(
         params: the loss's parameters, eight at most, with their defaults; the expressions use them by name.
 
     Returns:
-        A module, called with ``(input, target, reduction="mean", weight=None, **params)``, or if the expression names v
-        with ``(input, target, third, reduction="mean", weight=None, **params)``. It has derivatives of every order, to
-        all operands, and runs in float32, float64, bfloat16 and float16, under autocast, ``torch.func`` and
+        A module, called with ``(input, target, reduction="mean", weight=None, ignore_index=None, **params)``, where an
+        ``ignore_index`` says that targets are class indices, which need no one-hot. If the expression names v, it is
+        called with ``(input, target, third, reduction="mean", weight=None, **params)``. It has derivatives of every
+        order, to all operands, and runs in float32, float64, bfloat16 and float16, under autocast, ``torch.func`` and
         ``torch.compile``.
 
     Raises:
@@ -241,14 +288,15 @@ def _formula(name: str, tree: Tree, parameters: tuple[str, ...]) -> _route.Formu
 
 
 def _path(op: str, source: str, name: str, native: _route.Formula) -> Path:
+    whole = over_class_indices(native)
     address, why_native = library(op, source, name)
     if address is not None:
         assert extension is not None
         extension.add_pointwise(op, address)
-        return Path(native, _route.pointwise(op, listed=False)(native), "")
+        return Path(whole, _route.pointwise(op, class_indices=True, listed=False)(native), "")
 
     def told(*arguments: Any, **options: Any) -> Tensor:
         _route.tell_native(why_native)
-        return native(*arguments, **options)
+        return whole(*arguments, **options)
 
-    return Path(native, told, why_native)
+    return Path(whole, told, why_native)

@@ -28,7 +28,7 @@ def functor(trees: Sequence[Tree], params: Mapping[str, float]) -> str:
         f"  FUSEDLOSS_HD T {name}{arguments} {{ return {cpp(renamed(tree, own), operands)}; }}\n"
         for name, tree in zip(("value", "grad", "grad_target", "grad_third"), trees, strict=False)
     )
-    takes_third = "  static constexpr bool takes_third = true;\n" if "v" in operands else ""
+    takes = "takes_third" if "v" in operands else "takes_class_indices"
     return f"""
 namespace fusedloss::FUSEDLOSS_ISA::functions {{
 
@@ -36,7 +36,8 @@ template <class T>
 struct Expression {{
   static constexpr bool of_difference = {str(of_difference(trees[0])).lower()};
   static constexpr ResultDType result = ResultDType::Promoted;
-{takes_third}  {declared}
+  static constexpr bool {takes} = true;
+  {declared}
   explicit FUSEDLOSS_HD Expression([[maybe_unused]] const double* given) {members} {{}}
 {functions}}};
 
@@ -123,7 +124,7 @@ _ON_CUDA = """
 {functor}
 namespace fusedloss {{
 int fusedloss_custom_cuda(PointwiseResult result, const CudaPointwiseArgs& args, CudaStream stream) {{
-  return FUSEDLOSS_ISA::run_pointwise<FUSEDLOSS_ISA::functions::Expression>(result, args, stream);
+{indexed}  return FUSEDLOSS_ISA::run_pointwise<FUSEDLOSS_ISA::functions::Expression>(result, args, stream);
 }}
 bool fusedloss_custom_cuda_has_kernels() {{
   using namespace FUSEDLOSS_ISA;
@@ -132,6 +133,18 @@ bool fusedloss_custom_cuda_has_kernels() {{
 }}
 """
 
+
+# Class indices are read by kernels of their own, compiled for a list that names this loss alone.
+_INDEXED = "  if (args.index) return cuda_indexed(Pointwise(0), result, args, stream);\n"
+_INDEXED_ON_CUDA = """
+#define FUSEDLOSS_ISA cuda
+#include "losses/functions.h"
+#include "losses/pointwise.h"
+{functor}
+#undef FUSEDLOSS_POINTWISE
+#define FUSEDLOSS_POINTWISE(X) X(own, functions::Expression)
+#include "cuda/pointwise_indexed.cu"
+"""
 
 # What the units of a loss of rows begin with: a list of softmax losses that names this one alone.
 _OF_ROWS = """
@@ -192,7 +205,12 @@ def of_elements(functor: str, target: str, on_cuda: bool) -> Units:
     """What is compiled for a pointwise loss."""
     declared, entries = (_CUDA_DECLARED, _CUDA_ENTRIES) if on_cuda else ("", "nullptr, nullptr")
     units = {"main.cpp": _ON_CPU.format(target=target, functor=functor, cuda=declared, cuda_entries=entries)}
-    return {**units, "cuda.cu": _ON_CUDA.format(functor=functor)} if on_cuda else units
+    if on_cuda:
+        indexed = "takes_class_indices" in functor
+        units["cuda.cu"] = _ON_CUDA.format(functor=functor, indexed=_INDEXED if indexed else "")
+        if indexed:
+            units["indexed.cu"] = _INDEXED_ON_CUDA.format(functor=functor)
+    return units
 
 
 def of_rows(functor: str, target: str, on_cuda: bool) -> Units:

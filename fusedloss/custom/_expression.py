@@ -92,7 +92,9 @@ class Operands(NamedTuple):
 
 
 OF_ELEMENT = Operands(
-    ("x", "t"), "x is the prediction and t the target", ("self", "input", "target", "reduction", "weight")
+    ("x", "t"),
+    "x is the prediction and t the target",
+    ("self", "input", "target", "reduction", "weight", "ignore_index"),
 )
 OF_THREE = Operands(
     ("x", "t", "v"), "x is the prediction, t the target and v the third operand", (*OF_ELEMENT.arguments, "third")

@@ -141,10 +141,12 @@ def test_instructions_are_those_of_the_table(nvcc_runs):
 @pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 def test_a_loss_of_ones_own_uses_no_local_memory(tmp_path):
     expression = "log_cosh(x - t) + tanh(x) * sinh(t)"
-    file = tmp_path / "custom.cu"
-    file.write_text(_build._ON_CUDA.format(functor=_build.functor(custom._trees(expression, None, {}), {})))
+    units = _build.of_elements(_build.functor(custom._trees(expression, None, {}), {}), "", True)
+    files = [tmp_path / name for name in ("cuda.cu", "indexed.cu")]
+    for file in files:
+        file.write_text(units[file.name])
     architecture = nvcc.supported()[0]
-    functions = nvcc.functions(nvcc.compile([file], [architecture]), architecture)
+    functions = nvcc.functions(nvcc.compile(files, [architecture]), architecture)
     assert any("Expression" in function.name for function in functions) and not nvcc.using_local_memory(functions)
 
 
