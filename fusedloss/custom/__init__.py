@@ -1,8 +1,8 @@
 """A user's own loss: an expression, compiled once into the kernels that the built-in losses run on.
 
 The steps: _expression.py reads it, _stable.py rewrites it, _derivative.py derives the slopes, _printing.py prints them
-all in C++, _build.py compiles that, _cache.py keeps it, and _check.py checks it. Pointwise losses are here, those of
-rows in _rows.py, _stable_row.py and _check_rows.py.
+all in C++, _source.py puts that into files, _build.py compiles them, _cache.py keeps the result, and _check.py checks
+it. Pointwise losses are here, those of rows in _rows.py, _stable_row.py and _check_rows.py.
 """
 
 import hashlib
@@ -22,12 +22,13 @@ from .._one_hot import over_class_indices
 from .._traced import asked_once
 from ..losses._elementwise import INDEX_DTYPES, reduced, warn_of_broadcasting
 from ..losses._numbers import NUMBERS, checked
-from ._build import functor, library
+from ._build import library
 from ._check import Trees, as_expressed, as_routed, check
 from ._definition import CHECKED, LOCK, PATHS, Definition, Path, checked_params, names_known
 from ._expression import OF_ELEMENT, OF_THREE, Tree, check_parameters, evaluate, names, parse
 from ._printing import text
 from ._rows import SoftmaxLoss, softmax_loss
+from ._source import functor
 from ._stable import stable
 
 __all__ = ["PointwiseLoss", "PointwiseLossOfThree", "SoftmaxLoss", "pointwise_loss", "softmax_loss"]

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ._build import RowTrees
 from ._check import compare
 from ._expression import evaluate, names
 from ._printing import text
+from ._source import RowTrees
 
 _STEP = 1e-6
 

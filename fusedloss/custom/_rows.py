@@ -15,11 +15,12 @@ from ..losses._ignored import IgnoreIndex, is_one, with_one_index
 from ..losses._numbers import NUMBERS, checked
 from ..losses._rows import class_dim, class_index, reduced
 from ..losses.focal import log_odds_against
-from ._build import RowTrees, library, of_rows, row_functor
+from ._build import library
 from ._check_rows import check_routed, check_slopes
 from ._definition import CHECKED, LOCK, PATHS, Definition, Path, checked_params, names_known
 from ._expression import OF_ROW, Tree, evaluate, names, number, parse, renamed
 from ._printing import text
+from ._source import RowTrees, of_rows, row_functor
 from ._stable_row import stable_in_row
 
 MOST_PARAMS = 7  # the kernels' own number, less the label smoothing

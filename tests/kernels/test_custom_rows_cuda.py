@@ -27,7 +27,7 @@ from executor import (
 from marks import needs_compiler, needs_extension
 from torch import Tensor
 
-from fusedloss.custom import _build, _rows
+from fusedloss.custom import _rows, _source
 
 pytestmark = [needs_extension, needs_compiler]
 
@@ -36,7 +36,7 @@ SHAPES = [(1, 1), (40, 3), (300, 64), (9, 515), (40, 257), (2, 7000), (3, 21, 33
 
 
 def functor(value: str, params: dict[str, float]) -> str:
-    return _build.row_functor(_rows._trees(value, None, params)[2], params)
+    return _source.row_functor(_rows._trees(value, None, params)[2], params)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_rows_and_columns(own, shape: tuple[int, ...], smoothing: float) -> None
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc; the executor compiles the same kernels")
 @pytest.mark.deep("what nvcc says of a loss of rows of one's own; it ran on the CPU", minutes=1)
 def test_nvcc_compiles_it_without_local_memory(tmp_path: Path) -> None:
-    units = _build.of_rows(functor("pow(q, gamma) * ce", {"gamma": 2.0}), "", True)
+    units = _source.of_rows(functor("pow(q, gamma) * ce", {"gamma": 2.0}), "", True)
     with_kernels = set(units) - {"targets.cu"}  # of which no loss of one's own has any
     files = [tmp_path / name for name in sorted(with_kernels) if name.endswith(".cu")]
     for file in files:

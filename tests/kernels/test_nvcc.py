@@ -16,7 +16,7 @@ import pytest
 from compiler import CSRC, fingerprint
 
 from fusedloss import custom
-from fusedloss.custom import _build
+from fusedloss.custom import _source
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc; tests/kernels runs the kernels without it"
@@ -141,7 +141,7 @@ def test_instructions_are_those_of_the_table(nvcc_runs):
 @pytest.mark.deep("what nvcc says of the kernels; they ran on the CPU")
 def test_a_loss_of_ones_own_uses_no_local_memory(tmp_path):
     expression = "log_cosh(x - t) + tanh(x) * sinh(t)"
-    units = _build.of_elements(_build.functor(custom._trees(expression, None, {}), {}), "", True)
+    units = _source.of_elements(_source.functor(custom._trees(expression, None, {}), {}), "", True)
     files = [tmp_path / name for name in ("cuda.cu", "indexed.cu")]
     for file in files:
         file.write_text(units[file.name])
