@@ -4,6 +4,7 @@ On the executor's device (kernels/executor_device.py) the sizes are small, and w
 """
 
 import ctypes
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -806,3 +807,30 @@ def test_a_custom_loss_runs_its_own_kernels(dtype, expression):
         assert_close_to_float64(
             lambda x, t, r: loss(x, t[:1].expand_as(x), r), native, x, t[:1].expand_as(x), reduction
         )
+
+
+@hardware
+@each_dtype
+def test_a_custom_loss_of_rows_runs_its_own_kernels(dtype):
+    params = {"gamma": 2.0, "z": 1e-4}
+    loss = fusedloss.softmax_loss("custom_rows", "weight * pow(q, gamma) * ce + z * square(lse)", params=params)
+    for shape in ((500, 10), (300, 1001), (7, 60_000), (4, 21, 33)):
+        x, y = torch.randn(shape).to(dtype), torch.randint(shape[1], shape[:1] + shape[2:])
+        y.view(-1)[::7] = -100
+        assert fusedloss.explain(loss, x, y).startswith("fused: cuda")
+        for smoothing, reduction in itertools.product((0.0, 0.1), REDUCTIONS):
+            native = lambda x, y, r: loss._native(x, y, None, r, -100, smoothing, *params.values())  # noqa: E731, B023
+            fused = lambda x, y, r: loss(x, y, r, label_smoothing=smoothing)  # noqa: E731, B023
+            assert_close_to_float64(fused, native, x, y, reduction)
+
+
+@hardware
+def test_a_custom_loss_takes_class_indices_on_a_gpu():
+    loss = fusedloss.pointwise_loss("custom_indexed", "2 * t * softplus(-x) + (1 - t) * softplus(x)")
+    for shape in ((300, 1001), (4, 21, 33)):
+        x, y = torch.randn(shape), torch.randint(-1, shape[1] + 1, shape[:1] + shape[2:])
+        y.view(-1)[::7] = -100
+        assert fusedloss.explain(loss, x, y, ignore_index=-100).startswith("fused: cuda")
+        for reduction in REDUCTIONS:
+            native = lambda x, y, r: loss._native(x, y, None, r, ignore_index=-100)  # noqa: E731
+            assert_close_to_float64(lambda x, y, r: loss(x, y, r, ignore_index=-100), native, x, y, reduction)

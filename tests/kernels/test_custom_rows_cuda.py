@@ -96,6 +96,7 @@ def test_rows_and_columns(own, shape: tuple[int, ...], smoothing: float) -> None
     assert statistics.intact() and grad.intact()
 
 
+@pytest.mark.skipif(SANITIZED, reason="the other run does it")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc; the executor compiles the same kernels")
 @pytest.mark.deep("what nvcc says of a loss of rows of one's own; it ran on the CPU", minutes=1)
 def test_nvcc_compiles_it_without_local_memory(tmp_path: Path) -> None:
