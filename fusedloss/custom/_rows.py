@@ -1,7 +1,7 @@
 """A user's own loss of rows of logits, over class indices."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class SoftmaxLoss(nn.Module):
         return not self.why_native
 
     def forward(
-        self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | Sequence[float] | None = None,
+        self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None,
         ignore_index: IgnoreIndex = -100, label_smoothing: float = 0.0, sample_weight: Tensor | None = None,
         **params: float,
     ) -> Tensor:  # fmt: skip
@@ -72,8 +72,10 @@ class SoftmaxLoss(nn.Module):
             params: parameters that differ from their defaults. Given as a tensor, one gets a gradient too, natively.
 
         Raises:
-            TypeError: a parameter that the loss does not have, one that is no number, or a floating point target.
-            ValueError: an unknown ``reduction``, a label smoothing outside [0, 1], or one of an expression without ce.
+            TypeError: a parameter that the loss does not have, one that is no number, a weight that is no tensor, or a
+                floating point target.
+            ValueError: an unknown ``reduction``, a weight of another length than there are classes, a label smoothing
+                outside [0, 1], or one of an expression without ce.
             IndexError: a target is out of range and not ignored; on a GPU as for
                 :func:`fusedloss.functional.cross_entropy`.
         """
@@ -92,6 +94,8 @@ class SoftmaxLoss(nn.Module):
             raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
         if label_smoothing != 0 and "ce" not in self._names:
             raise ValueError(f"{self.name}: label_smoothing smooths ce, which {self.value} does not name")
+        if weight is not None:
+            self._check_weight(weight, input)
         if target.is_floating_point():
             raise TypeError(f"{self.name}: expected class indices for targets, got a target of {target.dtype}")
         index: Any = ignore_index
@@ -99,6 +103,15 @@ class SoftmaxLoss(nn.Module):
             target, index, sample_weight = with_one_index(self.name, input, target, index, sample_weight)
         call = (input, target, weight, reduction, index, label_smoothing, *{**self.params, **params}.values())
         return self._routed(*call) if sample_weight is None else self._routed(*call, sample_weight=sample_weight)
+
+    def _check_weight(self, weight: Any, input: Tensor) -> None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{self.name}(): argument 'weight' must be Tensor, not {type(weight).__name__}")
+        classes = input.shape[class_dim(input)] if input.dim() else 0
+        if weight.shape != (classes,):
+            raise ValueError(
+                f"{self.name}: weight must hold one of each of {classes} classes, got shape {tuple(weight.shape)}"
+            )
 
     @property
     def _definition(self) -> Definition:
@@ -167,12 +180,12 @@ def softmax_loss(
         TypeError: a default that is no number.
         RuntimeError: the compiler refuses the expression.
 
-    >>> poly = softmax_loss("poly1", "ce + epsilon * (1 - p)", params={"epsilon": 1.0})
+    >>> poly = softmax_loss("poly1", "alpha * ce + epsilon * (1 - p)", params={"alpha": 1.0, "epsilon": 1.0})
     >>> poly(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), epsilon=2.0)
     tensor(0.3653)
     >>> print(poly)
-    poly1(ce, q, epsilon=1.0) = ce + epsilon * q
-      d/dce = 1 + epsilon * p
+    poly1(ce, q, alpha=1.0, epsilon=1.0) = alpha * ce + epsilon * q
+      d/dce = alpha + epsilon * p
     """
     params = checked_params(name, params or {}, OF_ROW, MOST_PARAMS)
     try:

@@ -195,6 +195,12 @@ def test_bad_calls(natively: None) -> None:
         (ValueError, "gce: label_smoothing smooths ce, which .* does not name", lambda: gce(x, y, label_smoothing=0.1)),
         (ValueError, "avg is not a valid value for reduction", lambda: loss(x, y, "avg")),
         (IndexError, "Target 9 is out of bounds", lambda: loss(x, y.clone().fill_(9))),
+        (TypeError, r"focal\(\): argument 'weight' must be Tensor, not list", lambda: loss(x, y, weight=[1.0] * 5)),
+        (
+            ValueError,
+            r"weight must hold one of each of 5 classes, got shape \(7,\)",
+            lambda: loss(x, y, weight=x.new_ones(7)),
+        ),
         (TypeError, "expected class indices for targets, got a target of torch.float64", lambda: loss(x, x)),
         (ValueError, "sample_weight must be of the rows' shape", lambda: loss(x, y, sample_weight=torch.ones(3))),
         (RuntimeError, "TorchScript compiles no loss of your own", lambda: torch.jit.script(loss)),
