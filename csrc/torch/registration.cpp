@@ -1,7 +1,6 @@
 // Every op of the package: its schema, its autograd side, and its kernels on each device.
 
-#include "distillation.h"
-#include "in_place.h"
+#include "distillation_in_place.h"
 #include "pointwise.h"
 #include "row_sums.h"
 #include "softmax.h"
@@ -21,6 +20,7 @@ void for_each_device(F f) {
 template <class F>
 void for_each_op_in_place(F f) {
   f("scale_");
+  for (const char* name : kDistillationInPlace) f(name);
   for (int i = 0; i < kSoftmaxLosses; ++i) {
     for (const std::string& name : softmax_ops_in_place(softmax_loss(i))) f(name);
   }
@@ -36,6 +36,7 @@ TORCH_LIBRARY_FRAGMENT(fusedloss, m) {
   for (int i = 0; i < kSoftmaxLosses; ++i) define_softmax(m, softmax_loss(i));
   for (int i = 0; i < kRowSumsLosses; ++i) define_row_sums(m, row_sums_loss(i));
   define_distillation(m);
+  define_distillation_in_place(m);
   for_each_device([](const Device& device, torch::Library& on_device) {
     device.implement_scale(on_device);
     for (int i = 0; i < kPointwiseLosses; ++i) device.implement_pointwise(on_device, pointwise_loss(i));

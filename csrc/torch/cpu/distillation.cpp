@@ -1,4 +1,4 @@
-#include "../distillation.h"
+#include "../distillation_in_place.h"
 
 #include <algorithm>
 #include <vector>
@@ -68,6 +68,9 @@ struct CpuDistillation {
 
 }  // namespace
 
-void implement_distillation_on_cpu(torch::Library& m) { implement_distillation<CpuDistillation>(m); }
+void implement_distillation_on_cpu(torch::Library& m) {
+  implement_distillation<CpuDistillation>(m);
+  implement_distillation_in_place<CpuDistillation>(m);
+}
 
 }  // namespace fusedloss

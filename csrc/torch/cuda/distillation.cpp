@@ -1,4 +1,4 @@
-#include "../distillation.h"
+#include "../distillation_in_place.h"
 
 #include <ATen/ops/ones.h>
 
@@ -46,6 +46,9 @@ struct CudaDistillation {
 
 }  // namespace
 
-void implement_distillation_on_cuda(torch::Library& m) { implement_distillation<CudaDistillation>(m); }
+void implement_distillation_on_cuda(torch::Library& m) {
+  implement_distillation<CudaDistillation>(m);
+  implement_distillation_in_place<CudaDistillation>(m);
+}
 
 }  // namespace fusedloss

@@ -1,0 +1,60 @@
+// The divergence of two rows over the memory of the student's: what a linear loss makes of its chunks of logits.
+//
+// The kernels read a part of a row before they write the gradient of that part, so both may be the same memory.
+#pragma once
+
+#include "distillation.h"
+#include "in_place.h"
+
+namespace fusedloss {
+
+constexpr const char* kDistillationInPlace[] = {"kl_divergence_with_grad_", "kl_divergence_backward_"};
+
+void define_distillation_in_place(torch::Library& m);
+
+// What is only read lies elsewhere, or is copied.
+inline OptionalTensor apart_from(const Tensor& written, const OptionalTensor& read) {
+  return read ? OptionalTensor(apart_from(written, *read)) : read;
+}
+
+template <class OnDevice>
+void implement_distillation_in_place(torch::Library& m) {
+  m.impl("kl_divergence_with_grad_",
+         [](Tensor student, const Tensor& teacher, const OptionalTensor& weight, std::string_view divergence,
+            std::string_view teacher_is, double temperature, double beta) {
+           check_overwritten(student, {});
+           DistillationInputs inputs(student, apart_from(student, teacher), std::nullopt, apart_from(student, weight),
+                                     divergence, teacher_is, "sum", 0, temperature, beta, true);
+           const Tensor losses = empty_beside(student, {inputs.rows()}, inputs.arithmetic);
+           const Tensor statistics = empty_beside(student, {kSavedOfPair * inputs.rows()}, inputs.arithmetic);
+           Tensor loss = empty_beside(student, {}, inputs.result);
+           DistillationArgs& args = inputs.args;
+           args.grad = args.student;
+           args.losses = losses.mutable_data_ptr();
+           args.statistics = statistics.mutable_data_ptr();
+           OnDevice::forward(args, inputs, losses, loss);
+           return loss;
+         });
+  m.impl("kl_divergence_backward_",
+         [](const Tensor& upstream, Tensor student, const Tensor& teacher, const OptionalTensor& weight,
+            const Tensor& statistics, std::string_view divergence, std::string_view teacher_is, double temperature,
+            double beta) {
+           check_overwritten(student, {});
+           const bool none = upstream.dim() != 0;
+           DistillationInputs inputs(student, apart_from(student, teacher), std::nullopt, apart_from(student, weight),
+                                     divergence, teacher_is, none ? "none" : "sum", 0, temperature, beta, true);
+           const int64_t rows = inputs.rows();
+           inputs.check_numbers("an upstream gradient", upstream, none ? at::IntArrayRef(rows) : at::IntArrayRef());
+           inputs.check_numbers("statistics", statistics, kSavedOfPair * rows);
+           const Tensor saved = apart_from(student, statistics).to(inputs.arithmetic).contiguous();
+           const Upstream of_value = read_upstream(apart_from(student, upstream).to(inputs.arithmetic));
+           DistillationArgs& args = inputs.args;
+           args.grad = args.student;
+           args.upstream = of_value.tensor.const_data_ptr();
+           args.upstream_stride = of_value.stride;
+           args.statistics = const_cast<void*>(saved.const_data_ptr());
+           OnDevice::backward(args, inputs);
+         });
+}
+
+}  // namespace fusedloss
