@@ -14,6 +14,14 @@ NONE, MEAN, SUM = (REDUCTIONS[name] for name in ("none", "mean", "sum"))
 MEAN_OR_ZERO = 3 if extension is None else extension.mean_or_zero
 
 
+ARGUMENTS = (
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? sample_weight, "
+    "Tensor? normalizer, str loss, int reduction, int ignore_index, float[] params, float logit_scale, int chunk_rows, "
+    "bool wide, bool by_classes"
+)
+TENSORS = 7
+
+
 class Call(NamedTuple):
     """A loss over ``logits = logit_scale * (input @ linear_weight.T + linear_bias)``.
 

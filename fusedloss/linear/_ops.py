@@ -2,56 +2,82 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _decomposed as _decompositions
 from .._derivatives import needs_formula
-from . import _passes
-from ._call import NONE, Call
-from ._kept import size
-
-_CALL = (
-    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? sample_weight, "
-    "Tensor? normalizer, str loss, int reduction, int ignore_index, float[] params, float logit_scale, int chunk_rows, "
-    "bool wide, bool by_classes"
-)
-_SCHEMAS = {
-    "linear": f"({_CALL}, bool second, bool correct, bool keep, bool grad_input) "
-    "-> (Tensor loss, Tensor second, Tensor correct, Tensor kept, Tensor grad_input)",
-    "linear_with_grad": f"({_CALL}, bool[3] wanted, bool correct) "
-    "-> (Tensor loss, Tensor correct, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-    "linear_backward": f"(Tensor upstream, Tensor? upstream_second, {_CALL}, bool second, Tensor kept, "
-    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
-}
-_FIELDS = len(Call._fields)
-_TENSORS = 7
+from ._call import NONE
 
 # formula(call, second, correct)(input, linear_weight, linear_bias): the loss, the second result, which rows are right
-Formula = Callable[[Call, bool, bool], Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]]
+Formula = Callable[[Any, bool, bool], Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]]
 
 
-def _linear(*given: Any) -> tuple[Tensor, ...]:
-    call = Call(*given[:_FIELDS])
+class Family(NamedTuple):
+    """Losses whose calls have the same fields. The first three are the input, the head and its bias."""
+
+    name: str
+    call: Any  # their NamedTuple
+    tensors: int  # how many fields are tensors; they come first
+    arguments: str  # the fields in a schema
+    size: Callable[[Any], int]  # the numbers that forward keeps
+    forward: Callable[..., tuple[Tensor, ...]]
+    forward_with_gradients: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    formula: Formula
+
+    def split(self, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """The call, and what an op is given beside it."""
+        return self.call(*given[: self.fields]), given[self.fields :]
+
+    @property
+    def fields(self) -> int:
+        return len(self.call._fields)
+
+    @property
+    def ops(self) -> tuple[Any, Any, Any]:
+        """Forward, forward with the gradients, and backward."""
+        library = torch.ops.fusedloss
+        forward, with_grad, backward = (getattr(library, name) for name in self.schemas)
+        return forward, with_grad, backward
+
+    @property
+    def schemas(self) -> dict[str, str]:
+        given = self.arguments
+        return {
+            self.name: f"({given}, bool second, bool correct, bool keep, bool grad_input) "
+            "-> (Tensor loss, Tensor second, Tensor correct, Tensor kept, Tensor grad_input)",
+            f"{self.name}_with_grad": f"({given}, bool[3] wanted, bool correct) "
+            "-> (Tensor loss, Tensor correct, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+            f"{self.name}_backward": f"(Tensor upstream, Tensor? upstream_second, {given}, bool second, Tensor kept, "
+            "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+        }
+
+
+def _linear(family: Family, *given: Any) -> tuple[Tensor, ...]:
+    call, rest = family.split(given)
     with no_autocast(call):
-        return _passes.forward(call, *given[_FIELDS:])
+        return family.forward(call, *rest)
 
 
-def _linear_with_grad(*given: Any) -> tuple[Tensor, ...]:
-    call = Call(*given[:_FIELDS])
+def _linear_with_grad(family: Family, *given: Any) -> tuple[Tensor, ...]:
+    call, rest = family.split(given)
     with no_autocast(call):
-        return _passes.forward_with_gradients(call, *given[_FIELDS:])
+        return family.forward_with_gradients(call, *rest)
 
 
-def _linear_backward(upstream: Tensor, upstream_second: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
-    call = Call(*given[:_FIELDS])
+def _linear_backward(
+    family: Family, upstream: Tensor, upstream_second: Tensor | None, *given: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
+    call, rest = family.split(given)
     with no_autocast(call):
-        return _passes.backward(upstream, upstream_second, call, *given[_FIELDS:])
+        return family.backward(upstream, upstream_second, call, *rest)
 
 
-def no_autocast(call: Call) -> AbstractContextManager[Any]:
+def no_autocast(call: Any) -> AbstractContextManager[Any]:
     """The operands have their dtypes by now. A backward may run under autocast, which would round its products."""
     device = call.input.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -60,11 +86,11 @@ def no_autocast(call: Call) -> AbstractContextManager[Any]:
 # ---- without data, for tracing
 
 
-def _empty_loss(call: Call) -> Tensor:
+def _empty_loss(call: Any) -> Tensor:
     return call.input.new_empty(call.row_shape if call.reduction == NONE else (), dtype=call.result)
 
 
-def _empty_gradients(call: Call, wanted: list[bool]) -> tuple[Tensor, ...]:
+def _empty_gradients(call: Any, wanted: list[bool]) -> tuple[Tensor, ...]:
     like = (call.input, call.linear_weight, call.linear_bias)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -74,26 +100,29 @@ def _empty_gradients(call: Call, wanted: list[bool]) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_linear(*given: Any) -> tuple[Tensor, ...]:
-    call, (second, correct, keep, grad_input) = Call(*given[:_FIELDS]), given[_FIELDS:]
+def _fake_linear(family: Family, *given: Any) -> tuple[Tensor, ...]:
+    call, (second, correct, keep, grad_input) = family.split(given)
     new = call.input.new_empty
     return (
         _empty_loss(call),
         new(call.row_shape if second else 0, dtype=call.result),
         new(call.row_shape if correct else 0, dtype=call.arithmetic),
-        new(size(call) if keep else 0, dtype=call.arithmetic),
+        new(family.size(call) if keep else 0, dtype=call.arithmetic),
         new(call.input.shape if grad_input else 0),
     )
 
 
-def _fake_with_grad(*given: Any) -> tuple[Tensor, ...]:
-    call, (wanted, correct) = Call(*given[:_FIELDS]), given[_FIELDS:]
+def _fake_with_grad(family: Family, *given: Any) -> tuple[Tensor, ...]:
+    call, (wanted, correct) = family.split(given)
     right = call.input.new_empty(call.row_shape if correct else 0, dtype=call.arithmetic)
     return _empty_loss(call), right, *_empty_gradients(call, wanted)
 
 
-def _fake_backward(upstream: Tensor, upstream_second: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
-    return _empty_gradients(Call(*given[:_FIELDS]), given[-1])
+def _fake_backward(
+    family: Family, upstream: Tensor, upstream_second: Tensor | None, *given: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
+    call, (*_, wanted) = family.split(given)
+    return _empty_gradients(call, wanted)
 
 
 # ---- derivatives
@@ -103,20 +132,21 @@ def _none_for(op_arguments: int, gradients: tuple[Tensor | None, ...]) -> tuple[
     return (*gradients, *[None] * (op_arguments - len(gradients)))
 
 
-def _save(ctx: Any, given: tuple[Any, ...], *made: Tensor) -> None:
-    ctx.save_for_backward(*(each for each in given[:_TENSORS] if each is not None), *made)
-    ctx.present = [each is not None for each in given[:_TENSORS]]
-    ctx.rest = given[_TENSORS:_FIELDS]
+def _save(family: Family, ctx: Any, given: tuple[Any, ...], *made: Tensor) -> None:
+    tensors = given[: family.tensors]
+    ctx.save_for_backward(*(each for each in tensors if each is not None), *made)
+    ctx.present = [each is not None for each in tensors]
+    ctx.rest = given[family.tensors : family.fields]
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any) -> tuple[Call, list[Tensor]]:
+def _saved(family: Family, ctx: Any) -> tuple[Any, list[Tensor]]:
     tensors = iter(ctx.saved_tensors)
     given: list[Any] = [next(tensors) if present else None for present in ctx.present]
-    return Call(*given, *ctx.rest), list(tensors)
+    return family.call(*given, *ctx.rest), list(tensors)
 
 
-def _by_formula(formula: Formula, call: Call, second: bool, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
+def _by_formula(formula: Formula, call: Any, second: bool, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
     """By native autograd. Of views, so that a target which was computed from the input does not count twice."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -129,39 +159,41 @@ def _by_formula(formula: Formula, call: Call, second: bool, upstreams: list[Tens
     return tuple(next(grads) if want else None for want in call.wanted)
 
 
-def _decomposed(formula: Formula) -> Callable[..., tuple[Tensor, ...]]:
+def _decomposed(family: Family) -> Callable[..., tuple[Tensor, ...]]:
     """The op in PyTorch's own operators. What only its own backward reads is zeros."""
 
     def decomposed(*given: Any) -> tuple[Tensor, ...]:
-        call, (second, correct, keep, _) = Call(*given[:_FIELDS]), given[_FIELDS:]
-        results = formula(call, second, correct)(*call[:3])
+        call, (second, correct, keep, _) = family.split(given)
+        results = family.formula(call, second, correct)(*call[:3])
         new = call.input.new_zeros
         nothing = (new(0), new(0, dtype=call.result), new(0, dtype=call.arithmetic))
         wanted = (each if each is not None else empty for each, empty in zip(results, nothing, strict=True))
-        return *wanted, new(size(call) if keep else 0, dtype=call.arithmetic), new(0)
+        return *wanted, new(family.size(call) if keep else 0, dtype=call.arithmetic), new(0)
 
     return decomposed
 
 
-def register(formula: Formula) -> None:
+def register(family: Family) -> None:
     library = torch.library.Library("fusedloss", "FRAGMENT")
     _kept.append(library)
-    kernels = {"linear": _linear, "linear_with_grad": _linear_with_grad, "linear_backward": _linear_backward}
-    fakes = {"linear": _fake_linear, "linear_with_grad": _fake_with_grad, "linear_backward": _fake_backward}
-    for name, schema in _SCHEMAS.items():
+    kernels = (_linear, _linear_with_grad, _linear_backward)
+    fakes = (_fake_linear, _fake_with_grad, _fake_backward)
+    for (name, schema), kernel, fake in zip(family.schemas.items(), kernels, fakes, strict=True):
         library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        library.impl(name, kernels[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedloss::{name}", fakes[name], lib=library)
+        library.impl(name, partial(kernel, family), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedloss::{name}", partial(fake, family), lib=library)
+    forward_op, with_grad_op, backward_op = family.ops
+    formula = family.formula
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, inputs, output[3])
-        ctx.second, *_, ctx.grad_input = inputs[_FIELDS:]
+        _save(family, ctx, inputs, output[3])
+        ctx.second, *_, ctx.grad_input = inputs[family.fields :]
         # Detached: an output that the node holds would hold the node.
         ctx.left = output[4].detach() if ctx.grad_input else None
 
     def backward(ctx: Any, upstream: Tensor | None, upstream_second: Tensor | None, *_: Any) -> Any:
-        call, (kept,) = _saved(ctx)
-        arguments, wanted = _FIELDS + 4, call.wanted
+        call, (kept,) = _saved(family, ctx)
+        arguments, wanted = family.fields + 4, call.wanted
         if not ctx.second:
             upstream_second = None
         if upstream is None and upstream_second is None:
@@ -172,41 +204,34 @@ def register(formula: Formula) -> None:
             upstream = call.input.new_zeros(call.row_shape if call.reduction == NONE else (), dtype=call.result)
         of_input = None
         if ctx.grad_input and wanted[0]:
-            of_input = scaled(_taken(ctx, upstream, lambda: _linear_again(call)), upstream)
+            of_input = scaled(_taken(ctx, upstream, lambda: forward_op(*call, False, False, False, True)[4]), upstream)
             wanted = [False, *wanted[1:]]
-        made = _only(
-            torch.ops.fusedloss.linear_backward(upstream, upstream_second, *call, ctx.second, kept, wanted), wanted
-        )
+        made = _only(backward_op(upstream, upstream_second, *call, ctx.second, kept, wanted), wanted)
         return _none_for(arguments, (of_input, *made[1:]) if of_input is not None else made)
 
     def leave(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, inputs)
+        _save(family, ctx, inputs)
         ctx.left = [each.detach() for each in output[2:]]
 
     def scale(ctx: Any, upstream: Tensor | None, *_: Any) -> Any:
-        call, _nothing = _saved(ctx)
-        arguments, wanted = _FIELDS + 2, call.wanted
+        call, _nothing = _saved(family, ctx)
+        arguments, wanted = family.fields + 2, call.wanted
         if upstream is None:
             return _none_for(arguments, ())
         if needs_formula(upstream):
             return _none_for(arguments, _by_formula(formula, call, False, [upstream]))
-        left = _taken(ctx, upstream, lambda: torch.ops.fusedloss.linear_with_grad(*call, wanted, False)[2:])
+        left = _taken(ctx, upstream, lambda: with_grad_op(*call, wanted, False)[2:])
         made = _only(left, wanted)
         del left
         return _none_for(arguments, tuple(each if each is None else scaled(each, upstream) for each in made))
 
     def refuse(ctx: Any, *upstreams: Any) -> Any:
-        raise RuntimeError("derivative for fusedloss::linear_backward is not implemented")
+        raise RuntimeError(f"derivative for fusedloss::{family.name}_backward is not implemented")
 
-    torch.library.register_autograd("fusedloss::linear_backward", refuse, lib=library)
-    torch.library.register_autograd("fusedloss::linear", backward, setup_context=keep, lib=library)
-    torch.library.register_autograd("fusedloss::linear_with_grad", scale, setup_context=leave, lib=library)
-    _decompositions.register(torch.ops.fusedloss.linear.default, _decomposed(formula))
-
-
-def _linear_again(call: Call) -> Tensor:
-    of_input: Tensor = torch.ops.fusedloss.linear(*call, False, False, False, True)[4]
-    return of_input
+    torch.library.register_autograd(f"fusedloss::{family.name}_backward", refuse, lib=library)
+    torch.library.register_autograd(f"fusedloss::{family.name}", backward, setup_context=keep, lib=library)
+    torch.library.register_autograd(f"fusedloss::{family.name}_with_grad", scale, setup_context=leave, lib=library)
+    _decompositions.register(forward_op.default, _decomposed(family))
 
 
 def _taken(ctx: Any, upstream: Tensor, make: Callable[[], Any]) -> Any:

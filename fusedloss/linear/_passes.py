@@ -29,12 +29,16 @@ class Logits:
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """As (rows, C * K) and as the kernels read them: (rows, C) or (rows, C, K)."""
-        flat = self.memory[: chunk.size]
-        self.call.logits_of(chunk.input, slice(0, self.columns), flat)
+        flat = self.of_rows(chunk.input)
         return flat, flat.view(self.call.logits_shape(chunk.size))
 
+    def of_rows(self, input: Tensor) -> Tensor:
+        flat = self.memory[: input.shape[0]]
+        self.call.logits_of(input, slice(0, self.columns), flat)
+        return flat
 
-def _reduced(call: Call, rows: Rows, total: Tensor) -> Tensor:
+
+def reduced(call: Call, rows: Rows, total: Tensor) -> Tensor:
     return (total if call.reduction == SUM else total / rows.divisor).to(call.result)
 
 
@@ -68,7 +72,7 @@ def forward(
             _gradient_in_place(call, chunk, seen, losses.new_ones(()), None, statistics)
             gradients.add(chunk, flat)
     # In float64, so that no number of threads changes the sum in float32.
-    loss = losses.to(call.result) if call.reduction == NONE else _reduced(call, rows, losses.sum(dtype=torch.float64))
+    loss = losses.to(call.result) if call.reduction == NONE else reduced(call, rows, losses.sum(dtype=torch.float64))
     made = call.input.new_empty(0) if gradients is None else gradients.finish()[0]
     return loss, of_second.to(call.result), right.finish(), memory, made
 
@@ -98,7 +102,7 @@ def forward_with_gradients(call: Call, wanted: list[bool], correct: bool) -> tup
         )
         total += value
         gradients.add(chunk, flat)
-    return _reduced(call, rows, total), right.finish(), *gradients.finish()
+    return reduced(call, rows, total), right.finish(), *gradients.finish()
 
 
 def backward(

@@ -14,8 +14,8 @@ from .._dtypes import HALVES, in_float, widened
 from .._library import extension, why_native
 from .._sizes import at_most
 from .._traced import Described
-from . import _by_classes, _ops
-from ._call import MEAN_OR_ZERO, Call
+from . import _by_classes, _kept, _ops, _passes
+from ._call import ARGUMENTS, MEAN_OR_ZERO, TENSORS, Call
 from ._chunks import PRODUCT_ELEMENTS, count
 from ._rows import hits, rows_kept
 
@@ -75,7 +75,7 @@ def softmax(
     if why is not None:
         _route.tell_native(why)
         return _through_logits(name, head, target, weight, reduction, ignore_index, params, options)
-    if options.chunk_rows is None and _is_small(head):
+    if options.chunk_rows is None and is_small(head):
         rounds = head.input.dtype in HALVES and head.input.device.type == "cpu"
         through = _through_float_logits if rounds else _through_logits
         return through(name, head, target, weight, reduction, ignore_index, params, options)
@@ -89,11 +89,11 @@ def softmax(
         MEAN_OR_ZERO if zero else _captures.REDUCTIONS[reduction], ignore_index, [float(each) for each in params],
         float(head.logit_scale), options.chunk_rows or options.torchs_rows or 0, wide, False,
     )  # fmt: skip
-    needs = _needs_gradients(call)
+    needs = needs_gradients(call)
     if needs and call.linear_weight.requires_grad and _by_classes.pays(call):
         call = call._replace(by_classes=True)
     if not is_compiling():
-        _route.tell(_path(call))
+        _route.tell(path(call))
     in_forward = makes_gradients(call, options)
     if in_forward and not call.by_classes:
         loss, right, *_ = torch.ops.fusedloss.linear_with_grad(*call, call.wanted, options.correct)
@@ -103,23 +103,23 @@ def softmax(
     return loss, second if options.second else None, right.detach() if options.correct else None
 
 
-def _is_small(head: Head) -> bool:
+def is_small(head: Head) -> bool:
     (rows, features), columns = head.input.shape, head.linear_weight.shape[0]
     return at_most(rows * columns, _FEW_LOGITS) and at_most(columns * features, _SMALL_HEAD)
 
 
-def _needs_gradients(call: Call) -> bool:
+def needs_gradients(call: Any) -> bool:
     return torch.is_grad_enabled() and any(call.wanted)
 
 
-def makes_gradients(call: Call, options: Options) -> bool:
+def makes_gradients(call: Any, options: Options) -> bool:
     """Whether forward makes the gradients: where one factor is all that backward has to add.
 
     Not in float16, whose gradients need the upstream gradient of a GradScaler before they are rounded.
     """
     if options.second or options.grad_in_forward is False or call.reduction == _captures.REDUCTIONS["none"]:
         return False
-    if call.input.dtype == torch.float16 or not _needs_gradients(call):
+    if call.input.dtype == torch.float16 or not needs_gradients(call):
         return False
     return may_keep_gradients()
 
@@ -167,13 +167,16 @@ def _declines(
     )  # fmt: skip
 
 
-def _path(call: Call) -> str:
-    """In words, for ``explain``: the chunks, and what a call takes beside its gradients and some numbers a row."""
+def path(call: Call, of_class: int = 0) -> str:
+    """In words, for ``explain``: the chunks, and what a call takes beside its gradients and some numbers a row.
+
+    ``of_class``: the bytes beside each logit.
+    """
     rows, columns = call.input.shape[0], call.linear_weight.shape[0]
-    of_head = _needs_gradients(call) and call.linear_weight.requires_grad
+    of_head = needs_gradients(call) and call.linear_weight.requires_grad
     chunk_rows = min(rows, call.rows_of_chunk(of_head and not call.by_classes))
     chunks = count(rows, chunk_rows)
-    extra = chunk_rows * columns * call.input.dtype.itemsize
+    extra = chunk_rows * columns * (call.input.dtype.itemsize + of_class)
     device = call.input.device.type
     if call.input.dtype in HALVES and of_head:
         in_float = call.linear_weight.numel()
@@ -247,4 +250,9 @@ def _formula(call: Call, second: bool, correct: bool) -> Callable[..., Results]:
 _NAMES = {number: name for name, number in _captures.REDUCTIONS.items()}
 
 if extension is not None:
-    _ops.register(_formula)
+    _ops.register(
+        _ops.Family(
+            "linear", Call, TENSORS, ARGUMENTS, _kept.size, _passes.forward, _passes.forward_with_gradients,
+            _passes.backward, _formula,
+        )
+    )  # fmt: skip

@@ -61,9 +61,12 @@ class Rows:
     waiting for the device, so that all are computed.
     """
 
-    def __init__(self, call: Call, second: bool = False, sums: bool = False, kept: Tensor | None = None) -> None:
-        """``kept``: which losses count, where the target does not say it."""
-        self.call, self.sums = call, sums
+    def __init__(
+        self, call: Call, second: bool = False, sums: bool = False, kept: Tensor | None = None, of_row: int = 1
+    ) -> None:  # fmt: skip
+        """``kept``: which losses count, where the target does not say it. ``of_row``: what a mean divides by for each
+        row of weight 1."""
+        self.call, self.sums, self.of_row = call, sums, of_row
         every_row = second and call.known.traits.second_of_ignored
         self.index: Tensor | None = None  # of the rows that count; None: all
         self.ignored: Tensor | None = None
@@ -108,11 +111,12 @@ class Rows:
             counted = call.input.new_full((), math.prod(call.row_shape), dtype=torch.float64)
         else:
             of_rows = torch.ones_like(kept, dtype=torch.float64)
-            if call.known.traits.mean_by_weight and call.weight is not None:
+            if call.weight is not None and call.known.traits.mean_by_weight:
                 of_rows = weights_of(call, kept).double()
             if call.sample_weight is not None:
                 of_rows = of_rows * call.sample_weight.double()
             counted = of_rows.masked_fill(~kept, 0).sum()
+        counted = counted * self.of_row
         return counted.masked_fill(counted == 0, torch.inf) if call.reduction == MEAN_OR_ZERO else counted
 
     def share(self, upstream: Tensor | None) -> Tensor:
