@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._rows import class_dim
 
 
 def is_dtensor(tensor: Any) -> bool:
-    return type(tensor) is not Tensor and any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+    kind = type(tensor)  # torch.compile does not look through the bases of a Parameter
+    return kind is not Tensor and kind is not Parameter and any(each.__name__ == "DTensor" for each in kind.__mro__)
 
 
 def served(loss: str, logits: Any, tensors: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -93,6 +93,16 @@ def test_the_default_compiler(frozen):
 
 
 @needs_extension
+def test_a_head_that_is_a_parameter():
+    input, weight, _ = operands()
+    head = torch.nn.Parameter(weight.detach())
+    run = lambda h, y: L.linear_cross_entropy(h, head, y, chunk_rows=5)  # noqa: E731
+    compiled, ops = compiled_with_ops(run)
+    torch.testing.assert_close(compiled(input, indices()), run(input, indices()))
+    assert holds(ops, "linear_with_grad")
+
+
+@needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_retained_compiled_backward_scales_once(dtype):
     leaves = operands(dtype=dtype)[:2]
