@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from ._distillation_module import DistillationLoss
 from ._library import check
+from ._linear_distillation_module import LinearDistillationLoss
 from ._linear_module import LinearCrossEntropyLoss
 from ._route import explain
 from .adoption import patch, scope
@@ -51,6 +52,7 @@ __all__ = [
     "KLDivLoss",
     "L1Loss",
     "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
     "MarginRankingLoss",
     "MSELoss",
     "MultiLabelSoftMarginLoss",

@@ -17,6 +17,8 @@ from .losses.focal import *  # noqa: F403
 from .losses.focal import __all__ as _focal
 from .losses.linear import *  # noqa: F403
 from .losses.linear import __all__ as _linear
+from .losses.linear_distillation import *  # noqa: F403
+from .losses.linear_distillation import __all__ as _linear_distillation
 from .losses.log_probs import *  # noqa: F403
 from .losses.log_probs import __all__ as _log_probs
 from .losses.margin import *  # noqa: F403
@@ -37,6 +39,7 @@ __all__ = [
     *_divergence,
     *_focal,
     *_linear,
+    *_linear_distillation,
     *_log_probs,
     *_margin,
     *_nll,

@@ -131,20 +131,8 @@ def kl_divergence(
         )  # fmt: skip
         if results is not None:
             return results
-    for name, value, known in (
-        ("direction", direction, DIRECTIONS), ("teacher_is", teacher_is, TEACHERS),
-        ("reduction", reduction, REDUCTIONS), ("rest", rest, _top_k.RESTS),
-    ):  # fmt: skip
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    if not isinstance(temperature, NUMBERS):
-        temperature = checked("kl_divergence", "temperature", temperature)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if not isinstance(beta, NUMBERS):
-        beta = checked("kl_divergence", "beta", beta)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be from 0 to 1, got {beta}")
+    check_names(direction=direction, teacher_is=teacher_is, reduction=reduction, rest=rest)
+    temperature, beta = checked_numbers("kl_divergence", temperature, beta)
     indices, numbers = teacher if isinstance(teacher, tuple) else (None, teacher)
     if not student_logits.is_nested:  # a nested one has no shape, and what torch says of it is clearer
         _check_shapes(student_logits, indices, numbers, labels, weight)
@@ -159,6 +147,27 @@ def kl_divergence(
     else:
         loss, lse = divergence(call, return_lse)
     return (loss, lse) if return_lse else loss
+
+
+_NAMES = {"direction": DIRECTIONS, "teacher_is": TEACHERS, "reduction": REDUCTIONS, "rest": _top_k.RESTS}
+
+
+def check_names(**given: str) -> None:
+    for name, value in given.items():
+        if value not in _NAMES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, _NAMES[name]))}, got {value!r}")
+
+
+def checked_numbers(function: str, temperature: Any, beta: Any) -> tuple[Any, Any]:
+    if not isinstance(temperature, NUMBERS):
+        temperature = checked(function, "temperature", temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not isinstance(beta, NUMBERS):
+        beta = checked(function, "beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be from 0 to 1, got {beta}")
+    return temperature, beta
 
 
 def _check_shapes(
@@ -187,6 +196,10 @@ def _check_shapes(
     for name, tensor in (("student_logits", student), ("teacher", teacher)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a floating point dtype, got {tensor.dtype}")
+    check_of_rows(rows, labels, weight)
+
+
+def check_of_rows(rows: tuple[int, ...], labels: Tensor | None, weight: Tensor | None) -> None:
     if labels is not None and labels.is_floating_point():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if weight is not None and not weight.is_floating_point():

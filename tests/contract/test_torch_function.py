@@ -59,6 +59,10 @@ CALLS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
     "linear_focal_loss": (("x", "head", "y"), {"alpha": "of_classes", "gamma": 1.0, "chunk_rows": 2}),
+    "linear_kl_divergence": (
+        ("x", "head", "t"),
+        {"linear_bias": "of_classes", "labels": "y", "ignore_index": 2, "weight": "of_rows", "chunk_rows": 2},
+    ),
     "linear_log_probs": (
         ("x", "head", "y"),
         {"linear_bias": "of_classes", "temperature": 2.0, "return_entropy": True},
