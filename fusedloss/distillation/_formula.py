@@ -67,12 +67,20 @@ def of_log_probs(log_q: Tensor, log_p: Tensor, direction: str, beta: float) -> T
         return _relative(p, log_p, log_q)
     if direction == "reverse":
         return _relative(q, log_q, log_p)
-    if beta in (0, 1):  # m is q or p, and the other term has no weight
-        return 0.0 * (q + p).sum(-1)
+    of_student, of_teacher = from_mixture(log_q, log_p, beta)
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+def from_mixture(log_q: Tensor, log_p: Tensor, beta: Any) -> tuple[Tensor, Tensor]:
+    """The divergences of q and of p from m = beta p + (1 - beta) q, without the one that has no weight."""
+    q, p = log_q.exp(), log_p.exp()
+    if beta in (0, 1):  # m is q or p
+        nothing = 0.0 * (q + p).sum(-1)
+        return nothing, nothing
     neither = (p == 0) & (q == 0)  # logaddexp has no derivative there
     of_p, of_q = (torch.where(neither, 0.0, each) for each in (log_p, log_q))
     log_m = torch.logaddexp(of_p + _log(beta), of_q + _log(1 - beta))
-    return beta * _relative(p, log_p, log_m) + (1 - beta) * _relative(q, log_q, log_m)
+    return _relative(q, log_q, log_m), _relative(p, log_p, log_m)
 
 
 def _log(share: Any) -> Any:

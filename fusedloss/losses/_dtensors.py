@@ -36,17 +36,32 @@ def served_pointwise(loss: Callable[..., Any], formula: Callable[..., Any], *cal
     return _placed_pointwise.served(loss, formula, *call, **options)
 
 
+def served_divergence(call: Any, return_lse: bool) -> Any:
+    """The divergence of a DTensor student by its shards; None where PyTorch's operators are to make it."""
+    from ..parallel import _placed_divergence
+
+    made = _placed_divergence.served(call, return_lse)
+    if made is None:
+        _refuse_in_loss_parallel(call.student, call.student.dim() - 1)
+    return made
+
+
 def refused_softmax(loss: Callable[..., Any], formula: Callable[..., Any], *call: Any, **options: Any) -> None:
     """Refuses what torch's loss_parallel would give silently wrong gradients: its handlers take the backward of any
     log-softmax for that of a cross-entropy."""
-    logits, aten = call[0], torch.ops.aten
-    if not is_dtensor(logits) or not any(_cuts_classes(logits)):
+    if is_dtensor(call[0]):
+        _refuse_in_loss_parallel(call[0], class_dim(call[0]))
+
+
+def _refuse_in_loss_parallel(logits: Any, dim: int) -> None:
+    aten = torch.ops.aten
+    if not any(_cuts(logits, dim)):
         return
     if aten._log_softmax.default in getattr(type(logits)._op_dispatcher, "_custom_op_handlers", {}):
         raise RuntimeError(
             "expected logits whose classes are whole on every rank for a loss that runs in PyTorch's operators inside "
             f"loss_parallel, got a DTensor of placements {logits.placements}; leave loss_parallel, or pass DTensors of "
-            "class indices and numbers for parameters to cross_entropy, focal_loss or log_probs"
+            "class indices and numbers for parameters to cross_entropy, focal_loss, log_probs or kl_divergence"
         )
 
 
@@ -55,7 +70,7 @@ def over_whole_classes(formula: Callable[..., Any]) -> Callable[..., Any]:
     torch's reductions takes a rank without classes."""
 
     def native(logits: Any, *rest: Any, **options: Any) -> Any:
-        if is_dtensor(logits) and any(cut := _cuts_classes(logits)):
+        if is_dtensor(logits) and any(cut := _cuts(logits, class_dim(logits))):
             from torch.distributed.tensor import Replicate
 
             places = [Replicate() if yes else place for yes, place in zip(cut, logits.placements, strict=True)]
@@ -65,9 +80,8 @@ def over_whole_classes(formula: Callable[..., Any]) -> Callable[..., Any]:
     return native
 
 
-def _cuts_classes(logits: Any) -> list[bool]:
-    """By dimensions of the mesh."""
-    dim = class_dim(logits)
+def _cuts(logits: Any, dim: int) -> list[bool]:
+    """Whether each dimension of the mesh cuts that of the logits."""
     return [place.is_shard(dim) or place.is_shard(dim - logits.dim()) for place in logits.placements]
 
 

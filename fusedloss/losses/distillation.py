@@ -11,6 +11,7 @@ from .. import _route
 from ..distillation import _top_k
 from ..distillation._formula import DIRECTIONS, REDUCTIONS, TEACHERS, Call
 from ..distillation._route import divergence, run
+from ._dtensors import is_dtensor, served_divergence
 from ._numbers import NUMBERS, checked
 
 __all__ = ["kl_divergence"]
@@ -73,7 +74,8 @@ def kl_divergence(
     rows): no log-softmax and no probability of either is ever in memory.
 
     Args:
-        student_logits: (..., C), the classes last; float32, float64, bfloat16 or float16.
+        student_logits: (..., C), the classes last; float32, float64, bfloat16 or float16. DTensors take
+            :func:`fusedloss.parallel.kl_divergence` where their classes are cut.
         teacher: numbers of the same shape, in any of these dtypes; or a pair (indices, log-probabilities), both
             (..., k), of the k most probable classes of each row.
         temperature: divides the logits of both; positive.
@@ -145,6 +147,8 @@ def kl_divergence(
         _route.tell_native(_top_k.WHY_NATIVE)
         loss, lse = _top_k.divergence(call, indices, rest, return_lse)
     else:
+        if is_dtensor(student_logits) and (made := served_divergence(call, return_lse)) is not None:
+            return made
         loss, lse = divergence(call, return_lse)
     return (loss, lse) if return_lse else loss
 

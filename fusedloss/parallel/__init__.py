@@ -20,12 +20,16 @@ tensor(0.1269)
 - ``_upstream``: what keeps its gradients of half precision in range
 - ``_linear``: its passes over chunks, with an exchange or a sum over the ranks in each
 - ``_call``: what the losses share
-- ``_placed``, ``_placed_linear``, ``_placed_pointwise``: DTensors in the functions of :mod:`fusedloss.functional`
+- ``_pair``: a row of a divergence from what its parts are known by
+- ``_pair_rows``: the divergences with their derivatives
+- ``_placed``, ``_placed_divergence``, ``_placed_linear``, ``_placed_pointwise``: DTensors in the functions of
+  :mod:`fusedloss.functional`
 """
 
 from .cross_entropy import cross_entropy
+from .divergence import kl_divergence
 from .focal import focal_loss
 from .linear import linear_cross_entropy
 from .log_probs import log_probs
 
-__all__ = ["cross_entropy", "focal_loss", "linear_cross_entropy", "log_probs"]
+__all__ = ["cross_entropy", "focal_loss", "kl_divergence", "linear_cross_entropy", "log_probs"]

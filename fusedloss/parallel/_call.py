@@ -94,7 +94,7 @@ class Checked(NamedTuple):
     def agreed(self, logits: Tensor, heads: Tensor) -> Tensor:
         """Raises what all ranks raise once they have heard each other; what is in doubt of each row, 0 or NaN."""
         shard = self.given.shard
-        looks = _may_look(logits, shard)
+        looks = may_look(logits, shard)
         if looks:
             _shards.check(self.function, heads)
         if self.weight is not None and not same_shape(self.weight.shape, torch.Size([shard.total])):
@@ -230,7 +230,7 @@ def _labels(logits: Tensor, target: Tensor, ignore_index: int, shard: Shard) -> 
 _looked: set[tuple[Shard, torch.device]] = set()
 
 
-def _may_look(logits: Tensor, shard: Shard) -> bool:
+def may_look(logits: Tensor, shard: Shard) -> bool:
     """Whether the host may read what the ranks say: on a CPU always, elsewhere once for each way to cut the classes,
     because it waits for the device."""
     if is_compiling():

@@ -19,7 +19,7 @@ from ..losses._rows import class_dim
 from ._call import result_dtype
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     mesh: Any
     classes: int | None  # the dimension of the mesh that cuts them
     rows: list[Any]  # the placements of what each row has one of
@@ -38,7 +38,7 @@ def served(name: str, logits: Any, tensors: dict[str, Any], options: dict[str, A
 
     ``tensors``: the target, and what else is a DTensor or None. A mean of rows that the mesh cuts is the sum, divided.
     """
-    layout = _layout_of(logits)
+    layout = layout_of(logits, class_dim(logits))
     given = [each for each in tensors.values() if each is not None]
     if layout is None or not all(is_dtensor(each) for each in given):
         return None
@@ -73,15 +73,15 @@ def served(name: str, logits: Any, tensors: dict[str, Any], options: dict[str, A
     if divides:
         mean = first.double() / _divisor(layout, logits, local, options)
         first = mean.to(result_dtype(logits.to_local(), options.get("out_dtype")))
-    made = [_placed(layout, logits, each) for each in (first, *others)]
+    made = [placed(layout, rows_of(logits), each) for each in (first, *others)]
     return tuple(made) if others else made[0]
 
 
 _OF_CLASSES = ("weight", "alpha")
 
 
-def _layout_of(logits: Any) -> _Layout | None:
-    dim = class_dim(logits)
+def layout_of(logits: Any, dim: int) -> Layout | None:
+    """``dim``: that of the classes. None where no rank has whole rows or parts of them."""
     classes = None
     rows: list[Any] = []
     for place, placement in enumerate(logits.placements):
@@ -98,10 +98,10 @@ def _layout_of(logits: Any) -> _Layout | None:
             rows.append(placement)
         else:
             return None
-    return _Layout(logits.device_mesh, classes, rows)
+    return Layout(logits.device_mesh, classes, rows)
 
 
-def _divisor(layout: _Layout, logits: Any, local: dict[str, Any], options: dict[str, Any]) -> Tensor:
+def _divisor(layout: Layout, logits: Any, local: dict[str, Any], options: dict[str, Any]) -> Tensor:
     """What the mean over the rows of all ranks divides by: a loss of 1 for each row, summed as that of the rows is."""
     target, weight = local["target"], local.get("weight")
     classes = logits.shape[class_dim(logits)]
@@ -111,14 +111,20 @@ def _divisor(layout: _Layout, logits: Any, local: dict[str, Any], options: dict[
         ones, target.flatten(), weight if weight is None else weight.double(), reduction="sum",
         ignore_index=options["ignore_index"], sample_weight=None if sample_weight is None else sample_weight.flatten(),
     )  # fmt: skip
-    for place in layout.over_rows:
-        name = layout.mesh.get_group(place).group_name
-        counted = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(counted, "sum", name))
+    counted = over_all_rows(layout, counted)
     return torch.where(counted == 0, torch.inf, counted) if options.get("all_ignored") == "zero" else counted
 
 
-def _placed(layout: _Layout, logits: Any, result: Tensor) -> Any:
-    shape = rows_of(logits)
+def over_all_rows(layout: Layout, counted: Tensor) -> Tensor:
+    """The sum over the ranks that hold other rows."""
+    for place in layout.over_rows:
+        name = layout.mesh.get_group(place).group_name
+        counted = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(counted, "sum", name))
+    return counted
+
+
+def placed(layout: Layout, shape: torch.Size, result: Tensor) -> Any:
+    """A result as a DTensor; ``shape``: that of all rows."""
     if result.dim() == 0 and len(shape):
         return DTensor.from_local(result, layout.mesh, layout.partial, run_check=False)
     stride = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))

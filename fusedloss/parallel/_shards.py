@@ -111,7 +111,11 @@ def check(function: str, heads: Tensor) -> None:
                 f"{shards}; pass vocab_size, and vocab_start where shards are not cut as by torch.chunk"
             )
         end += size
+    alike = _ALIKE.get(function, "target, ignore_index and sample_weight of 0")
     beside_a_head = "; and the same weight, chunk_rows and ways to make gradients" if "linear" in function else ""
-    raise ValueError(
-        f"{function}: expected the same target, ignore_index and sample_weight of 0 on every rank{beside_a_head}"
-    )
+    raise ValueError(f"{function}: expected the same {alike} on every rank{beside_a_head}")
+
+
+_ALIKE = {
+    "kl_divergence": "arguments, labels to ignore and weights of 0, and teachers of the students' classes and dtype,"
+}

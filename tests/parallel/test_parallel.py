@@ -17,6 +17,9 @@ CALLS = ["collectives", "in_blocks", "accounting", "groups", "memory", "errors",
 DTENSORS = ["placements", "labels_of_dtensors", "weights_of_dtensors"]
 DERIVATIVES = ["derivatives", "derivatives_of_factors", "compiled", "compiled_placements"]
 
+DIVERGENCE_SMOKE = ["few_values", "errors"]
+DIVERGENCE = ["values", "shapes", "masks", "natively", "placements", "errors"]
+
 LINEAR_SMOKE = ["few_values", "errors"]
 LINEAR = [
     "values", "shapes", "edges", "scaled_means", "collectives", "parts_of_the_input", "frozen", "in_blocks", "memory",
@@ -67,6 +70,21 @@ def test_ranks_of_a_head(tmp_path, ranks):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_derivatives_of_a_head(tmp_path, ranks):
     run(ranks, tmp_path, ["derivatives", "derivatives_of_factors", "compiled"], "linear_ranks.py")
+
+
+def test_two_ranks_of_a_divergence(tmp_path):
+    run(2, tmp_path, DIVERGENCE_SMOKE, "divergence_ranks.py")
+
+
+@pytest.mark.deep("sharded divergences on 2 and 4 ranks; a few calls of two ranks ran", minutes=0.2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_a_divergence(tmp_path, ranks):
+    run(ranks, tmp_path, DIVERGENCE, "divergence_ranks.py")
+
+
+@pytest.mark.deep("sharded divergences: second derivatives, torch.compile and memory on 2 ranks", minutes=0.3)
+def test_derivatives_of_a_divergence(tmp_path):
+    run(2, tmp_path, ["derivatives", "compiled", "memory"], "divergence_ranks.py")
 
 
 def test_two_ranks_of_dtensors(tmp_path):
