@@ -20,11 +20,12 @@ inline OptionalTensor apart_from(const Tensor& written, const OptionalTensor& re
 template <class OnDevice>
 void implement_distillation_in_place(torch::Library& m) {
   m.impl("kl_divergence_with_grad_",
-         [](Tensor student, const Tensor& teacher, const OptionalTensor& weight, std::string_view divergence,
+         [](Tensor student, const Tensor& teacher, const OptionalTensor& weight, std::string_view direction,
             std::string_view teacher_is, double temperature, double beta) {
            check_overwritten(student, {});
-           DistillationInputs inputs(student, apart_from(student, teacher), std::nullopt, apart_from(student, weight),
-                                     divergence, teacher_is, "sum", 0, temperature, beta, true);
+           const DistillationCall call(std::nullopt, apart_from(student, weight), direction, teacher_is, "sum", 0,
+                                       temperature, beta, /*wide=*/true, /*with_lse=*/false);
+           DistillationInputs inputs(student, apart_from(student, teacher), call);
            const Tensor losses = empty_beside(student, {inputs.rows()}, inputs.arithmetic);
            const Tensor statistics = empty_beside(student, {kSavedOfPair * inputs.rows()}, inputs.arithmetic);
            Tensor loss = empty_beside(student, {}, inputs.result);
@@ -37,12 +38,13 @@ void implement_distillation_in_place(torch::Library& m) {
          });
   m.impl("kl_divergence_backward_",
          [](const Tensor& upstream, Tensor student, const Tensor& teacher, const OptionalTensor& weight,
-            const Tensor& statistics, std::string_view divergence, std::string_view teacher_is, double temperature,
+            const Tensor& statistics, std::string_view direction, std::string_view teacher_is, double temperature,
             double beta) {
            check_overwritten(student, {});
            const bool none = upstream.dim() != 0;
-           DistillationInputs inputs(student, apart_from(student, teacher), std::nullopt, apart_from(student, weight),
-                                     divergence, teacher_is, none ? "none" : "sum", 0, temperature, beta, true);
+           const DistillationCall call(std::nullopt, apart_from(student, weight), direction, teacher_is,
+                                       none ? "none" : "sum", 0, temperature, beta, /*wide=*/true, /*with_lse=*/false);
+           DistillationInputs inputs(student, apart_from(student, teacher), call);
            const int64_t rows = inputs.rows();
            inputs.check_numbers("an upstream gradient", upstream, none ? at::IntArrayRef(rows) : at::IntArrayRef());
            inputs.check_numbers("statistics", statistics, kSavedOfPair * rows);

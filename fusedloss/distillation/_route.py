@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _captures, _route
+from .._derivatives import transformed
 from .._library import extension, why_native
 from .._sizes import exceeds, is_empty
 from . import _ops
@@ -56,16 +57,18 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def declines(call: Call) -> str | None:
-    """Why the op does not own a call that a compiler captures, as csrc/torch/distillation.cpp states it of eager ones;
-    None where it does."""
+    """Why the op does not own a call, as csrc/torch/distillation.cpp states it of eager ones; None where it does."""
     if extension is None:
         return why_native
     tensors = [each for each in call[:4] if isinstance(each, Tensor)]
     for tensor in tensors:
         if why := _captures.unfit(tensor):
             return why
-    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
-        return "a transform of torch.func, or tracing"
+    if is_compiling():
+        if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
+            return "a transform of torch.func, or tracing"
+    elif why := transformed(tensors):
+        return why
     if any(each.device != call.student.device for each in tensors):
         return _captures.DIFFERENT_DEVICES
     device = _captures.DEVICES[call.student.device.type]
