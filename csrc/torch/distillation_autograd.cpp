@@ -181,7 +181,14 @@ void implement_distillation_under_autograd(torch::Library& m) {
                              bool with_grad) {
     const DistillationCall call(labels, weight, direction, teacher_is, reduction, ignore_index, temperature, beta, wide,
                                 with_lse);
-    TORCH_CHECK(!with_grad, "kl_divergence: a gradient made in forward is not differentiable, got with_grad=True");
+    if (with_grad) {
+      TORCH_CHECK(
+          !at::GradMode::is_enabled() || !student.requires_grad(),
+          "kl_divergence: expected a student that requires no gradient beside with_grad=True, whose gradient has "
+          "no derivative");
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return divergence_of(student, teacher, call, true);
+    }
     auto results =
         needs_formula({student, teacher, labels, weight})
             ? native(student, teacher, call)

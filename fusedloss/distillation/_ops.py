@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _decomposed as _decompositions
+from .. import _fake as _fakes
 from .._library import extension
 from ._formula import Call, formula
 
@@ -40,6 +41,11 @@ def _fake_backward(upstream: Tensor, upstream_lse: Tensor | None, student: Tenso
     return torch.empty_like(student)
 
 
+def _fake_with_grad_in_place(student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
+    computed = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student.new_empty((), dtype=computed)
+
+
 def _native(*given: Any) -> tuple[Tensor, Tensor]:
     """What a backward that is itself differentiated differentiates: a call, and whether its results were wide."""
     return formula(Call(*given[:_FIELDS]), given[_FIELDS])
@@ -59,7 +65,11 @@ def _decomposed(*given: Any) -> tuple[Tensor, ...]:
 
 
 def register() -> None:
-    for suffix, fake in (("", _fake), (".carrying", _fake_carrying), ("_backward", _fake_backward)):
+    fakes = {
+        "": _fake, ".carrying": _fake_carrying, "_backward": _fake_backward,
+        "_with_grad_": _fake_with_grad_in_place, "_backward_": _fakes.nothing,
+    }  # fmt: skip
+    for suffix, fake in fakes.items():
         torch.library.register_fake(f"fusedloss::kl_divergence{suffix}", fake)
     _decompositions.register(torch.ops.fusedloss.kl_divergence.default, _decomposed)
     extension.distillation.set_native(_native)  # type: ignore[union-attr]

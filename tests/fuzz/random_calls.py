@@ -224,7 +224,7 @@ class _Pair(_Maker):
         return self.maybe(lambda: self.share(self.rows))
 
     def statistics(self, op: Op) -> Tensor:
-        rows = [self.made[name] for name in ("student", "teacher", "labels", "weight")]
+        rows = [self.made.get(name) for name in ("student", "teacher", "labels", "weight")]
         rest = (*self.named, self.reduction, -100, 2.0, 0.3, False, False, False)
         statistics: Tensor = torch.ops.fusedloss.kl_divergence(*rows, *rest)[2]
         return statistics
