@@ -1,6 +1,7 @@
 """The examples of a few seconds, each as a user runs it; they check themselves what they claim."""
 
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -27,6 +28,14 @@ def run(name: str, *arguments: str) -> int:
 def test_an_example(name, capsys):
     assert run(name) == 0
     assert "fused: cpu" in capsys.readouterr().out
+
+
+def test_distillation():
+    """It starts processes, each with a peak memory of its own."""
+    command = [sys.executable, str(ROOT / "examples" / "distillation.py"), "--steps", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("fused: cpu") == 2
 
 
 @needs_compiler
