@@ -60,13 +60,13 @@ class Patch:
         self._last: Report | None = None
         with _lock:
             for place in wanted:
-                self._hold(place)
+                self.hold(place)
             if rebind:
                 self._rebound = list(self._copies())
                 for module, name, held in self._rebound:
                     setattr(module, name, held.ours)
 
-    def _hold(self, place: Place) -> None:
+    def hold(self, place: Place) -> None:
         key = (place.path, place.name)
         held = _standing.get(key)
         if held is None or getattr(place.owner, place.name) is not held.ours:

@@ -1,6 +1,6 @@
 """Which names of which packages have a loss here, of the same arguments and results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -26,43 +26,52 @@ class Place(NamedTuple):
         return f"{self.path}.{self.name}"
 
 
-def _of_torch() -> Iterator[Place]:
-    """The functions, which torch.nn's modules look up in every call."""
-    for name in functional.__all__:
-        if hasattr(F, name):
-            yield Place(F, name, getattr(functional, name))
+class Site(NamedTuple):
+    """Where a package defines a loss: known before the package is imported."""
+
+    module: str
+    name: str  # in the module; of a class, its method
+    ours: Callable[..., Any]
+
+    def place(self) -> Place:
+        owner: Any = import_module(self.module)
+        *classes, name = self.name.split(".")
+        for each in classes:
+            owner = getattr(owner, each)
+        getattr(owner, name)  # an AttributeError here names what another version of the package lacks
+        return Place(owner, name, self.ours)
 
 
-def _of_torchvision() -> Iterator[Place]:
-    for module in ("torchvision.ops", "torchvision.ops.focal_loss"):
-        yield Place(import_module(module), "sigmoid_focal_loss", functional.sigmoid_focal_loss)
-
-
-def _of_timm() -> Iterator[Place]:
-    losses = import_module("timm.loss")
-    yield Place(losses.LabelSmoothingCrossEntropy, "forward", _timm.smoothed_cross_entropy)
-    yield Place(losses.SoftTargetCrossEntropy, "forward", _timm.soft_cross_entropy)
-    yield Place(losses.BinaryCrossEntropy, "forward", _timm.binary_cross_entropy)
-
-
-_QUERIES = ("loss_for_object_detection", "loss_deformable_detr", "loss_lw_detr", "loss_rt_detr")
-
-
-def _of_transformers() -> Iterator[Place]:
-    """Not ``ForCausalLMLoss``: the Trainer asks whether a model's loss is that very function, to count the tokens."""
-    yield Place(import_module("transformers.loss.loss_utils"), "fixed_cross_entropy", _transformers.fixed_cross_entropy)
-    yield Place(import_module("transformers.trainer_pt_utils").LabelSmoother, "__call__", _transformers.smoothed)
-    # The same name is in several modules, and one of them has another mean.
-    focal = {f"transformers.loss.{module}": _transformers.focal_of_queries for module in _QUERIES}
-    focal["transformers.loss.loss_grounding_dino"] = _transformers.summed_focal
-    for module, ours in focal.items():
-        yield Place(import_module(module), "sigmoid_focal_loss", ours)
-
-
-_PACKAGES = {"torch": _of_torch, "torchvision": _of_torchvision, "transformers": _of_transformers, "timm": _of_timm}
+# Not ``ForCausalLMLoss``: the Trainer asks whether a model's loss is that very function, to count the tokens.
+_OF_TRANSFORMERS = [
+    Site("transformers.loss.loss_utils", "fixed_cross_entropy", _transformers.fixed_cross_entropy),
+    Site("transformers.trainer_pt_utils", "LabelSmoother.__call__", _transformers.smoothed),
+    *(
+        Site(f"transformers.loss.{module}", "sigmoid_focal_loss", _transformers.focal_of_queries)
+        for module in ("loss_for_object_detection", "loss_deformable_detr", "loss_lw_detr", "loss_rt_detr")
+    ),
+    # Of the same name, with another mean.
+    Site("transformers.loss.loss_grounding_dino", "sigmoid_focal_loss", _transformers.summed_focal),
+]
+SITES = {
+    # The functions, which torch.nn's modules look up in every call.
+    "torch": [
+        Site("torch.nn.functional", name, getattr(functional, name)) for name in functional.__all__ if hasattr(F, name)
+    ],
+    "torchvision": [
+        Site(module, "sigmoid_focal_loss", functional.sigmoid_focal_loss)
+        for module in ("torchvision.ops", "torchvision.ops.focal_loss")
+    ],
+    "transformers": _OF_TRANSFORMERS,
+    "timm": [
+        Site("timm.loss", "LabelSmoothingCrossEntropy.forward", _timm.smoothed_cross_entropy),
+        Site("timm.loss", "SoftTargetCrossEntropy.forward", _timm.soft_cross_entropy),
+        Site("timm.loss", "BinaryCrossEntropy.forward", _timm.binary_cross_entropy),
+    ],
+}
 
 
 def places(package: str) -> list[Place]:
-    if package not in _PACKAGES:
-        raise ValueError(f"expected one of {', '.join(map(repr, _PACKAGES))}, got {package!r}")
-    return list(_PACKAGES[package]())
+    if package not in SITES:
+        raise ValueError(f"expected one of {', '.join(map(repr, SITES))}, got {package!r}")
+    return [site.place() for site in SITES[package]]

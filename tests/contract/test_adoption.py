@@ -1,17 +1,14 @@
 """fusedloss.patch(): the losses of other packages become fused, and nothing else changes."""
 
 import pickle
-import subprocess
 import sys
 import threading
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiler import ROOT
 from marks import needs_extension, not_under_a_default_device, on_cpu_alone
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as imported_before
@@ -310,34 +307,3 @@ def test_torchvisions_focal_loss_in_both_its_places(monkeypatch):
             torch.testing.assert_close(got, L.sigmoid_focal_loss(X, (X > 0).float(), 0.5, 2, "mean"))
         assert F.cross_entropy is imported_before
     assert ops.sigmoid_focal_loss is focal.sigmoid_focal_loss is sigmoid_focal_loss
-
-
-def run_script(tmp_path: Path, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(text)
-    command = [sys.executable, "-m", "fusedloss", "run", str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
-@needs_extension
-@on_cpu_alone("another process")
-def test_a_script_runs_as_it_is(tmp_path):
-    (tmp_path / "beside.py").write_text("name = 'beside'")
-    text = (
-        "import sys, torch, beside\n"
-        "if __name__ == '__main__':\n"
-        "    loss = torch.nn.CrossEntropyLoss()(torch.zeros(2, 4), torch.tensor([0, 3]))\n"
-        "    print(sys.argv[1:], beside.name, loss.item())\n"
-        "    sys.exit(3)\n"
-    )
-    ran = run_script(tmp_path, text, "--epochs", "2")
-    assert ran.stdout == "['--epochs', '2'] beside 1.3862943649291992\n"
-    assert ran.returncode == 3
-    assert f"fusedloss: {PLACE}: 1 fused, 0 native" in ran.stderr
-
-
-@on_cpu_alone("another process")
-def test_a_script_that_is_not_there():
-    command = [sys.executable, "-m", "fusedloss", "run", "no_such.py"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert ran.returncode == 2 and ran.stderr.endswith("fusedloss: no file no_such.py\n")
