@@ -110,5 +110,5 @@ def knows_originals(values: Iterable[Any] = ()) -> bool:
 
 def is_transformed() -> bool:
     """Export and tracing would write our ops into programs that are to run without this package, and under a transform
-    of torch.func ours are native."""
-    return in_transform() or is_exporting()
+    of torch.func ours are native. torch.compile, while it traces, looks like such a transform."""
+    return is_exporting() or (not is_dynamo_compiling() and in_transform())

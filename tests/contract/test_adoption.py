@@ -1,6 +1,7 @@
 """fusedloss.patch(): the losses of other packages become fused, and nothing else changes."""
 
 import pickle
+import subprocess
 import sys
 import threading
 import types
@@ -283,6 +284,39 @@ def test_a_scope_leaves_modes_transforms_and_tracing_to_torchs_functions():
         exported = torch.export.export(nn.CrossEntropyLoss(), (X, T))
         assert not ran_fused(lambda: torch.func.grad(F.cross_entropy)(X, T))
     assert not ran_fused(lambda: traced(X)) and not ran_fused(lambda: exported.module()(X, T))
+
+
+COMPILED = """
+import torch, torch.nn.functional as F, fusedloss
+from torch.overrides import TorchFunctionMode
+
+class Plain(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+def backend(graph, _):
+    ops.update(str(node.target) for node in graph.graph.nodes)
+    return graph
+
+ops = set()
+x, t = torch.randn(64, 1000, requires_grad=True), torch.arange(64)  # few elements are left to the compiler
+loss = torch.compile(lambda x, t: F.cross_entropy(x, t), backend=backend, fullgraph=True)
+with fusedloss.scope():
+    torch.testing.assert_close(loss(x, t), F.cross_entropy(x, t))
+assert "fusedloss.cross_entropy" in ops, ops
+ops.clear()
+loss(x, t)
+with Plain(), fusedloss.scope():  # a mode that knows torch's function
+    loss(x, t)
+assert ops and not any(op.startswith("fusedloss") for op in ops), ops
+"""
+
+
+@needs_extension
+@on_cpu_alone("the operands are the CPU's")
+def test_a_compiled_call_within_a_scope_keeps_the_op():
+    """In a process of its own: torch.compile lists torch's functions once, and a patch may have stood there then."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=300)
 
 
 @needs_extension
