@@ -2,6 +2,8 @@
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# A build that fails is no reason to go on without kernels here.
+export FUSEDLOSS_BUILD ?= require
 
 ifeq ($(VENV),none)
 PYTHON := python3
@@ -28,14 +30,14 @@ DEV := $(call extra,dev)
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
-.PHONY: build test test-all test-rest clients site docs demo bench cuda gpu lint clean
+.PHONY: build test test-all test-rest clients site docs wheel demo bench cuda gpu lint clean
 
 build: $(READY)
 
 $(READY): $(SOURCES)
 ifneq ($(VENV),none)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PIP) $(TORCH) "setuptools>=68" wheel ninja numpy pybind11
+	$(PIP) $(TORCH) "setuptools>=77.0.3" wheel ninja numpy pybind11
 	$(PIP) $(DEV) & $(PIP_ITSELF) && wait $$!
 else
 	$(PIP_ITSELF)
@@ -71,6 +73,10 @@ endif
 docs: build site
 	$(PYTHON) -m docs.site.build
 
+# For the torch that is installed, into dist/.
+wheel: build
+	$(PYTHON) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
 demo: build
 	$(PYTHON) examples/demo.py
 
@@ -96,4 +102,4 @@ lint: build
 	$(dir $(PYTHON))clang-format --dry-run --Werror $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.inl" -o -name "*.cu" -o -name "*.cuh")
 
 clean:
-	rm -rf build *.egg-info fusedloss/*.so
+	rm -rf build dist *.egg-info fusedloss/*.so fusedloss/_C*.json
