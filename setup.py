@@ -1,13 +1,19 @@
-"""Builds fusedloss._C where there is a C++ compiler; installs the pure Python package where there is none."""
+"""Builds fusedloss._C where that can be done; where not, installs the pure Python package, which knows why."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from runpy import run_path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 
 def toolkit():
@@ -37,12 +43,14 @@ except ImportError as error:
     raise SystemExit(
         f"fusedloss is built against the torch it will run with, and that is missing here ({error}).\n"
         "Install the build requirements, then build without isolation:\n"
-        "    pip install torch setuptools wheel ninja pybind11 numpy\n"
+        "    pip install torch setuptools wheel ninja\n"
         "    pip install --no-build-isolation ."
     ) from None
 
 HERE = Path(__file__).parent
 
+
+NOT_WANTED = "FUSEDLOSS_NO_EXTENSION=1 when it was built"
 
 # What a build without TORCH_CUDA_ARCH_LIST is for: A100, H100 and B200, and by PTX what comes after.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
@@ -72,8 +80,13 @@ def with_cuda():
 
 
 def files_in(*folders):
-    paths = [path for folder in folders for path in (HERE / "csrc" / folder).iterdir()]
-    return sorted(path for path in paths if path.suffix in (".cpp", ".cu"))
+    found = []
+    for folder in folders:
+        sources = [path for path in (HERE / "csrc" / folder).glob("*.*") if path.suffix in (".cpp", ".cu")]
+        if not sources:
+            raise SystemExit(f"fusedloss: expected the sources of kernels in csrc/{folder}, found none")
+        found += sources
+    return sorted(found)
 
 
 def joined(sources):
@@ -90,9 +103,26 @@ def joined(sources):
     return list(units)
 
 
+def accepted(compiler, flags):
+    """Those that the compiler knows; clang warns of the others."""
+
+    def knows(some):
+        command = [*compiler, "-Werror", *some, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return flags if knows(flags) else [flag for flag in flags if knows([flag])]
+
+
+def why_not():
+    """Why no kernels are to be built here, or nothing."""
+    if os.environ.get("FUSEDLOSS_NO_EXTENSION") == "1":
+        return NOT_WANTED
+    compiler, *_ = get_cxx_compiler().split()
+    return "" if shutil.which(compiler) else f"no C++ compiler: {compiler} is not on the PATH"
+
+
 def extensions():
-    if os.environ.get("FUSEDLOSS_NO_EXTENSION") == "1" or shutil.which(get_cxx_compiler().split()[0]) is None:
-        print("fusedloss: no C++ compiler, or FUSEDLOSS_NO_EXTENSION=1: installing without kernels (native PyTorch)")
+    if NOT_BUILT:
         return []
     cuda = with_cuda()
     units = files_in("cpu", "cpu/isa", *(["cuda"] if cuda else []))
@@ -105,6 +135,10 @@ def extensions():
     # Python's own flags ask for debugging information, five times the size of the code.
     cxx += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
     cxx += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+    of_gcc = list(cxx)
+    cxx = accepted(get_cxx_compiler().split(), of_gcc)
+    if cxx != of_gcc:
+        cxx.append("-Wno-unknown-pragmas")  # GCC ivdep
     # What a user's own loss is compiled with later.
     flags_of_kernels = " ".join(cxx)
     # As system headers, torch's own do not warn: every warning is about this project.
@@ -124,7 +158,96 @@ def extensions():
     return [module]
 
 
+def record(package, **facts):
+    """For fusedloss/_library.py: beside the extension, or in its place."""
+    package.mkdir(parents=True, exist_ok=True)
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").with_suffix(".json").write_text(json.dumps(facts) + "\n")
+
+
+@contextmanager
+def overheard():
+    """What processes write to this one's stdout goes there, and into the list that this gives."""
+    sys.stdout.flush()
+    heard, kept = [], os.dup(1)
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.close(write)
+
+    def pass_on():
+        while some := os.read(read, 1 << 16):
+            os.write(kept, some)
+            heard.append(some)
+
+    listener = threading.Thread(target=pass_on)
+    listener.start()
+    try:
+        yield heard
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        listener.join()
+        os.close(read)
+        os.close(kept)
+
+
+def first_error(output):
+    """The compiler's, where it wrote one."""
+    found = re.search(rb"^.*\berror: .*$", output, re.MULTILINE)
+    return found[0].decode(errors="replace").strip() if found else ""
+
+
+class Recorded(build_py):
+    """Says in the package why it has no kernels, where that is known before a build."""
+
+    def run(self):
+        super().run()
+        if NOT_BUILT:
+            package = Path(self.get_package_dir("fusedloss") if self.editable_mode else f"{self.build_lib}/fusedloss")
+            (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)  # of an earlier build
+            record(package, reason=NOT_BUILT)
+            print(f"fusedloss: {NOT_BUILT}; {WITHOUT}", file=sys.stderr)
+
+
+class Forgiving(BuildExtension):
+    """A build that fails leaves the package without kernels, unless they were asked for."""
+
+    failure = ""
+
+    def build_extensions(self):
+        try:
+            with overheard() as output:
+                super().build_extensions()
+        except Exception as error:
+            self.failure = f"the build failed: {first_error(b''.join(output)) or error}"
+            self.extensions.clear()
+
+    def run(self):
+        super().run()
+        library = Path(self.get_ext_fullpath("fusedloss._C"))
+        if not self.failure:
+            record(library.parent, torch=torch.__version__)
+        elif REQUIRED:
+            raise SystemExit(f"fusedloss: {self.failure}")
+        else:
+            library.unlink(missing_ok=True)  # of older sources
+            record(library.parent, reason=self.failure)
+            print(f"fusedloss: {self.failure}\n{WITHOUT}", file=sys.stderr)
+
+
+WITHOUT = (
+    "installed without kernels, so that losses run in native PyTorch. FUSEDLOSS_BUILD=require makes this an error, "
+    "FUSEDLOSS_NO_EXTENSION=1 says that no kernels are wanted."
+)
+REQUIRED = (
+    os.environ.get("FUSEDLOSS_BUILD") == "require"
+    or os.environ.get("FUSEDLOSS_CUDA") == "1"
+    or "build_ext" in sys.argv  # by its name
+)
+NOT_BUILT = why_not()
+if NOT_BUILT and REQUIRED and NOT_BUILT != NOT_WANTED:
+    raise SystemExit(f"fusedloss: {NOT_BUILT}")
+
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Forgiving, "build_py": Recorded},
 )

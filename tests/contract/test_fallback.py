@@ -1,14 +1,22 @@
 """The package without its extension: the same results, natively, and a self-check that says so."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
+import pytest
 import torch
 from compiler import ROOT
 from marks import needs_extension
 
+import fusedloss
 from fusedloss.__main__ import devices, rows
+
+in_other_ways = pytest.mark.deep("another process; the daily run has one that runs natively by accident")
 
 SCRIPT = """
 import sys, torch, fusedloss, fusedloss.functional as L
@@ -48,16 +56,75 @@ def test_the_results_are_the_same_without_the_extension(tmp_path):
         torch.testing.assert_close(value, native)
 
 
+def copied(folder: Path, record: str = "", extension: bool = False) -> None:
+    """The package in another place, with what a build has left there."""
+    source = Path(fusedloss.__file__).parent
+    ignored = shutil.ignore_patterns("_C*.json", "__pycache__", *([] if extension else ["*.so"]))
+    shutil.copytree(source, folder / "fusedloss", ignore=ignored)
+    if record:
+        (folder / "fusedloss" / f"_C{EXTENSION_SUFFIXES[0]}").with_suffix(".json").write_text(record)
+
+
+def in_place(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+
+
 def test_a_package_that_was_never_built_runs_natively(tmp_path):
     # The sources alone, in another place: no extension lies beside them.
-    import shutil
-
-    import fusedloss
-
-    source = os.path.dirname(fusedloss.__file__)
-    shutil.copytree(source, tmp_path / "fusedloss", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    built, values = results(tmp_path / "values", NO_EDITABLE, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    copied(tmp_path)
+    built, values = results(tmp_path / "values", NO_EDITABLE, **in_place(tmp_path))
     assert not built and all(value.isfinite().all() for value in values)
+
+
+WHY = """
+import sys, warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fusedloss
+    import fusedloss.parallel
+x = torch.zeros(2, 3)
+print([str(each.message) for each in caught], fusedloss.explain(fusedloss.MSELoss(), x, x), sep="\\n")
+"""
+
+
+def told(**environment: str) -> list[str]:
+    """The warnings of an import, and what explain says."""
+    command = [sys.executable, "-c", NO_EDITABLE + WHY]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ('{"torch": "2.0.1+cu118"}', "built for torch 2.0.1+cu118, this is " + torch.__version__),
+        pytest.param('{"reason": "the build failed: x"}', "the build failed: x", marks=in_other_ways),
+        pytest.param("", "the extension is not built", marks=in_other_ways),
+    ],
+    ids=["another torch", "failed", "never"],
+)
+def test_why_it_runs_natively_is_told_once_where_nobody_chose_it(record, why, tmp_path):
+    copied(tmp_path, record, extension="torch" in record)
+    warned, explained = told(**in_place(tmp_path))
+    assert warned.startswith(f"['fusedloss runs in native PyTorch: {why}") and warned.count("fusedloss runs") == 1
+    assert explained.startswith(f"native: {why}")
+
+
+@in_other_ways
+def test_what_was_chosen_is_no_warning(tmp_path):
+    assert told(FUSEDLOSS_DISABLE="1") == ["[]", "native: FUSEDLOSS_DISABLE=1"]
+    why = "FUSEDLOSS_NO_EXTENSION=1 when it was built"
+    copied(tmp_path, json.dumps({"reason": why}))
+    assert told(**in_place(tmp_path)) == ["[]", f"native: {why}"]
+
+
+@in_other_ways
+def test_the_folder_of_sources_is_named_where_it_shadows_an_installed_copy(tmp_path):
+    copied(tmp_path)
+    (tmp_path / "setup.py").touch()
+    warned, _ = told(**in_place(tmp_path))
+    assert f"not built in {tmp_path / 'fusedloss'}, a folder of sources" in warned and "install" in warned
 
 
 def self_check(**environment: str) -> subprocess.CompletedProcess:
@@ -74,8 +141,15 @@ def test_self_check():
     done = self_check()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" ok\n") == len(list(rows())) * len(devices()) and "path:" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
     disabled = self_check(FUSEDLOSS_DISABLE="1")
     assert disabled.returncode == 0 and "native PyTorch (FUSEDLOSS_DISABLE=1)" in disabled.stdout
+
+
+def test_self_check_ends_with_its_reader():
+    command = f"{sys.executable} -m fusedloss | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("fusedloss ") and not done.stderr
 
 
 def test_self_check_fails_where_a_loss_is_off(monkeypatch, capsys):

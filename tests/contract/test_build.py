@@ -1,0 +1,85 @@
+"""The build: what a source distribution holds, and what becomes of a build that fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compiler import ROOT
+from marks import needs_compiler, on_cpu_alone
+
+pytestmark = on_cpu_alone("another process")
+another_build = pytest.mark.deep("builds that fail in other ways; one that fails is in the daily run")
+
+
+def setup(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(command, env=known | environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def recorded(build: Path) -> dict[str, str]:
+    (found,) = build.glob("lib*/fusedloss/_C.*.json")
+    return json.loads(found.read_text())
+
+
+@needs_compiler
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout to compare with")
+def test_a_source_distribution_holds_what_git_holds(tmp_path):
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = {name for name in git if name and (ROOT / name).exists()}
+    made = setup("-q", "egg_info", "--egg-base", str(tmp_path), FUSEDLOSS_CUDA="0")
+    assert made.returncode == 0, made.stderr
+    listed = set((tmp_path / "fusedloss.egg-info" / "SOURCES.txt").read_text().split("\n"))
+    assert tracked <= listed, sorted(tracked - listed)
+    assert not {name for name in listed if name.startswith("build/") or name.endswith((".so", ".pyc"))}
+
+
+COMPILER = """#!/bin/sh
+case "$*" in *.cpp*) echo "in a header"; echo "kernels.cpp:12:5: error: no such type"; echo "and more"; exit 1;; esac
+exec c++ "$@"
+"""
+
+
+@needs_compiler
+def test_a_build_that_fails_is_recorded(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    why = "the build failed: kernels.cpp:12:5: error: no such type"
+    made = setup("build", "--build-base", str(tmp_path), CXX=str(compiler), FUSEDLOSS_CUDA="0")
+    assert made.returncode == 0 and recorded(tmp_path) == {"reason": why}
+    assert made.stderr.rstrip().split("\n")[-2] == f"fusedloss: {why}"
+    assert "FUSEDLOSS_BUILD=require" in made.stderr and "and more" in made.stdout
+
+
+@another_build
+@needs_compiler
+def test_a_build_that_fails_may_be_an_error(tmp_path):
+    build = ("build", "--build-base", str(tmp_path))
+    made = setup(*build, CXX="c++ --no-such-option", FUSEDLOSS_CUDA="0", FUSEDLOSS_BUILD="require")
+    assert made.returncode == 1 and "fusedloss: the build failed: " in made.stderr
+    assert not list(tmp_path.glob("lib*/fusedloss/_C.*.*"))
+
+
+@another_build
+def test_no_compiler_is_recorded_or_an_error(tmp_path):
+    why = "no C++ compiler: nowhere is not on the PATH"
+    build = ("build", "--build-base", str(tmp_path))
+    made = setup(*build, CXX="nowhere c++")
+    assert made.returncode == 0 and why in made.stderr and recorded(tmp_path) == {"reason": why}
+    made = setup(*build, CXX="nowhere c++", FUSEDLOSS_BUILD="require")
+    assert made.returncode == 1 and made.stderr == f"fusedloss: {why}\n"
+
+
+@another_build
+def test_sources_that_are_missing_are_an_error(tmp_path):
+    for name in ("pyproject.toml", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    (tmp_path / "fusedloss" / "custom").mkdir(parents=True)
+    made = setup("--version", cwd=tmp_path, FUSEDLOSS_CUDA="0")
+    assert made.returncode == 1
+    assert made.stderr == "fusedloss: expected the sources of kernels in csrc/cpu, found none\n"
