@@ -75,6 +75,12 @@ __all__ = [
     "softmax_loss",
 ]
 
+
+def __dir__() -> list[str]:
+    """Without the modules that the package is made of, which may change."""
+    return [*__all__, "parallel", *(name for name in globals() if name.startswith("__"))]
+
+
 if TYPE_CHECKING:  # which would take every name for one that exists
     from . import parallel as parallel
 else:

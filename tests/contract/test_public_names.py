@@ -13,6 +13,11 @@ def test_functional_exports_its_functions():
     assert functions == set(fusedloss.functional.__all__)
 
 
+def test_the_names_that_are_shown_are_public():
+    assert {name for name in dir(fusedloss) if not name.startswith("__")} == {*fusedloss.__all__, "parallel"}
+    assert all(getattr(fusedloss, name) is not None for name in dir(fusedloss))
+
+
 def test_a_function_asked_of_the_package_names_its_place():
     with pytest.raises(AttributeError, match="no attribute 'cross_entropy'; use fusedloss.functional.cross_entropy"):
         _ = fusedloss.cross_entropy
