@@ -151,7 +151,7 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
         ``"fused: "`` with the device, the instruction set and the work, or ``"native: "`` with the reason.
 
     Raises:
-        ValueError: the callable is no loss of this package.
+        ValueError: it is no loss of this package, or a class of one and not a module.
         Exception: whatever the call raises before it comes to a path.
 
     >>> import fusedloss
@@ -162,6 +162,8 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     >>> explain(torch.compile(fusedloss.MSELoss()), torch.zeros(3), torch.ones(3))
     'native: a formula that torch.compile fuses into its neighbours'
     """
+    if isinstance(loss, type) or not callable(loss):
+        raise ValueError(f"expected a loss of fusedloss, a module or a function, got {loss!r}")
     compiled = _is_compiled(loss)
     token = _asking.set("compiled" if compiled else "eager")
     try:

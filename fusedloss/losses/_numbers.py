@@ -26,6 +26,13 @@ def checked(function: str, name: str, value: Any) -> Any:
     raise TypeError(f"{function}(): argument '{name}' must be float, not {_described(value)}")
 
 
+def refuse_others(function: str, **given: Any) -> None:
+    """What is no tensor, in torch's words."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"

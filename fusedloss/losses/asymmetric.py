@@ -9,7 +9,7 @@ from .. import _route
 from .._dtypes import in_float, widened
 from .._sizes import same_shape
 from ._elementwise import INDEX_DTYPES, check_broadcasts, reduced
-from ._numbers import NUMBERS, checked
+from ._numbers import NUMBERS, checked, refuse_others
 
 __all__ = ["asymmetric_loss"]
 
@@ -124,6 +124,8 @@ def asymmetric_loss(
             asymmetric_loss, (input, target, weight), input, target, gamma_neg=gamma_neg, gamma_pos=gamma_pos,
             clip=clip, reduction=reduction, weight=weight, ignore_index=ignore_index,
         )  # fmt: skip
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        refuse_others("asymmetric_loss", input=input, target=target)
     params = exponents_and_margin("asymmetric_loss", gamma_neg, gamma_pos, clip)
     if reduction not in _route.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")

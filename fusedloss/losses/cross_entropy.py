@@ -91,6 +91,8 @@ def checked_options(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if all_ignored not in ("nan", "zero"):
         raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"{function}(): argument 'out_dtype' must be torch.dtype, not {type(out_dtype).__name__}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating point type, got {out_dtype}")
     return 0.0 if softcap is None or softcap == math.inf else softcap

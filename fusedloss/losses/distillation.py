@@ -12,7 +12,7 @@ from ..distillation import _top_k
 from ..distillation._formula import DIRECTIONS, REDUCTIONS, TEACHERS, Call
 from ..distillation._route import divergence, run
 from ._dtensors import is_dtensor, served_divergence
-from ._numbers import NUMBERS, checked
+from ._numbers import NUMBERS, checked, refuse_others
 
 __all__ = ["kl_divergence"]
 
@@ -136,6 +136,8 @@ def kl_divergence(
     check_names(direction=direction, teacher_is=teacher_is, reduction=reduction, rest=rest)
     temperature, beta = checked_numbers("kl_divergence", temperature, beta)
     indices, numbers = teacher if isinstance(teacher, tuple) else (None, teacher)
+    if not (isinstance(student_logits, Tensor) and isinstance(numbers, Tensor)):
+        refuse_others("kl_divergence", student_logits=student_logits, teacher=numbers)
     if not student_logits.is_nested:  # a nested one has no shape, and what torch says of it is clearer
         _check_shapes(student_logits, indices, numbers, labels, weight)
     call = Call(

@@ -13,7 +13,7 @@ from .._sizes import same_shape
 from .._weighted import check, reduced_by_weight, weighted
 from ._dtensors import is_dtensor, served
 from ._ignored import IgnoreIndex, is_one, with_one_index
-from ._numbers import NUMBERS, checked, factors_of_classes
+from ._numbers import NUMBERS, checked, factors_of_classes, refuse_others
 from ._rows import class_dim, class_index, reduced
 
 __all__ = ["focal_loss"]
@@ -154,7 +154,7 @@ def focal_loss(
     Raises:
         ValueError: ``gamma`` is negative or NaN, ``alpha`` has the wrong length, ``reduction`` is unknown, or
             probabilities are not of the input's shape.
-        TypeError: ``gamma`` or ``alpha`` is no number.
+        TypeError: ``gamma`` or ``alpha`` is no number; ``input`` or ``target`` is no tensor.
         ValueError, TypeError: a ``sample_weight`` or an ``ignore_index``, as for :func:`cross_entropy`.
         IndexError: a target is out of range and not ``ignore_index``; on a GPU as for :func:`cross_entropy`.
 
@@ -166,6 +166,8 @@ def focal_loss(
             focal_loss, (input, target, alpha, sample_weight), input, target, alpha=alpha, gamma=gamma,
             ignore_index=ignore_index, reduction=reduction, sample_weight=sample_weight,
         )  # fmt: skip
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        refuse_others("focal_loss", input=input, target=target)
     if is_dtensor(input):
         tensors: dict[str, Any] = {"target": target, "sample_weight": sample_weight}
         options: dict[str, Any] = {"gamma": gamma, "ignore_index": ignore_index, "reduction": reduction}

@@ -8,7 +8,7 @@ from .. import _route
 from .._dtypes import in_float, widened
 from .._sizes import same_shape
 from ._elementwise import INDEX_DTYPES, check_broadcasts, reduced
-from ._numbers import NUMBERS, checked
+from ._numbers import NUMBERS, checked, refuse_others
 
 __all__ = ["sigmoid_focal_loss"]
 
@@ -108,6 +108,8 @@ def sigmoid_focal_loss(
             sigmoid_focal_loss, (inputs, targets, weight, normalizer), inputs, targets, alpha=alpha, gamma=gamma,
             reduction=reduction, weight=weight, ignore_index=ignore_index, normalizer=normalizer,
         )  # fmt: skip
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        refuse_others("sigmoid_focal_loss", inputs=inputs, targets=targets)
     if not isinstance(gamma, NUMBERS):
         gamma = checked("sigmoid_focal_loss", "gamma", gamma)
     if not gamma >= 0:
@@ -120,6 +122,8 @@ def sigmoid_focal_loss(
         raise ValueError(f"normalizer must be a number or a tensor of one element, got shape {tuple(normalizer.shape)}")
     if normalizer is not None and not isinstance(normalizer, NUMBERS):
         normalizer = checked("sigmoid_focal_loss", "normalizer", normalizer)
+    if isinstance(normalizer, NUMBERS) and not normalizer > 0:  # of a tensor that is 0 the result tells
+        raise ValueError(f"normalizer must be positive, got {normalizer}")
     check_broadcasts("weight", weight, inputs)
 
     kind = reduction if normalizer is None else "sum"

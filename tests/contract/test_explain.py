@@ -73,5 +73,8 @@ def test_nothing_is_computed_and_later_calls_are():
 def test_what_is_no_loss_of_this_package_is_refused():
     with pytest.raises(ValueError, match="expected a loss of fusedloss"):
         explain(torch.nn.functional.cross_entropy, X, Y)
+    for other in (fusedloss.CrossEntropyLoss, None):
+        with pytest.raises(ValueError, match="expected a loss of fusedloss, a module or a function, got"):
+            explain(other, X, Y)
     with pytest.raises(ValueError, match="softcap must be positive, got -1"):
         explain(L.cross_entropy, X, Y, softcap=-1.0)

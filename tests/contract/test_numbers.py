@@ -52,6 +52,35 @@ def test_none_is_no_number(function, name):
             getattr(L, function)(*operands(function), **{name: None})
 
 
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        ("focal_loss", ("input", "target")),
+        ("sigmoid_focal_loss", ("inputs", "targets")),
+        ("asymmetric_loss", ("input", "target")),
+        ("kl_divergence", ("student_logits", "teacher")),
+    ],
+)
+@pytest.mark.parametrize(("other", "described"), [(numpy.ones((4, 3)), "ndarray"), (None, "NoneType")])
+def test_what_is_no_tensor_is_named(function, names, position, other, described):
+    given: list[object] = [*operands(function)]
+    given[position] = other
+    with pytest.raises(
+        TypeError, match=rf"^{function}\(\): argument '{names[position]}' must be Tensor, not {described}$"
+    ):
+        getattr(L, function)(*given)
+
+
+def test_a_dtype_and_a_normalizer_of_another_kind_are_named():
+    x, y = operands("cross_entropy")
+    with pytest.raises(TypeError, match=r"^cross_entropy\(\): argument 'out_dtype' must be torch.dtype, not str$"):
+        L.cross_entropy(x, y, out_dtype="float32")
+    for normalizer in (0, -1.5):
+        with pytest.raises(ValueError, match=f"^normalizer must be positive, got {normalizer}$"):
+            L.sigmoid_focal_loss(x, y, reduction="mean", normalizer=normalizer)
+
+
 @pytest.mark.parametrize("described", WRONG)
 @pytest.mark.parametrize(("function", "name"), OF_TORCH)
 def test_of_torchs_parameters_the_answer_is_torchs(function, name, described):
