@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,15 @@ def test_sources_that_are_missing_are_an_error(tmp_path):
     made = setup("--version", cwd=tmp_path, FUSEDLOSS_CUDA="0")
     assert made.returncode == 1
     assert made.stderr == "fusedloss: expected the sources of kernels in csrc/cpu, found none\n"
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here, and nothing else covers it")
+@pytest.mark.deep("a file of each instruction set, by another compiler than the build's", minutes=1)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_clang_compiles_the_kernels(isa, tmp_path):
+    options = ["-std=c++20", "-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-trapping-math"]
+    source = ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp"
+    made = subprocess.run(
+        ["clang++", *options, "-c", str(source), "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr[:2000]

@@ -2,4 +2,6 @@
 #include "target_avx2.inl"
 
 #include "../softmax_forward.inl"
+
+#include "end_target.inl"
 #endif

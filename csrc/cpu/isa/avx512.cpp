@@ -2,4 +2,6 @@
 #include "target_avx512.inl"
 
 #include "../isa.inl"
+
+#include "end_target.inl"
 #endif

@@ -8,6 +8,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__clang__)  // until end_target.inl
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
+#endif
 #define FUSEDLOSS_ISA avx2
 #define FUSEDLOSS_F16C  // conversions of half types, which the pragma does not tell the preprocessor
