@@ -29,6 +29,7 @@ LARGEST_DIFFERENCE = 1e-4
 Run = dict[str, Any]
 
 
+FOR_A_RATIO = 50  # steps: medians of fewer say little
 # Forked, a process has torch and scikit-learn imported already: six seconds less for each.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
@@ -46,28 +47,29 @@ def difference(runs: dict[str, Run], side: str) -> float:
 
 
 def print_table(results: list[dict[str, Run]]) -> None:
-    heads = ["task", "losses of", "metric", "", "curves differ", "step ms", "loss ms", "peak MB", "step", "loss"]
-    form = "{:20s} {:10s} {:>20s} {:>8s} {:>14s} {:>9s} {:>9s} {:>8s} {:>7s} {:>7s}"
+    heads = ["losses of", "metric", "curves differ", "step ms", "loss ms", "peak MB", "step", "loss"]
+    form = "{:12s} {:>9s} {:>14s} {:>9s} {:>9s} {:>8s} {:>7s} {:>7s}"
     print("\n" + form.format(*heads))
     for runs in results:
+        base = runs["torch"]
+        print(f"{base['task']}: {base['metric_name']}")
         for side, run in runs.items():
-            base, fused = runs["torch"], side != "torch"
+            fused, enough = side != "torch", len(run["curve"]) >= FOR_A_RATIO
             print(
                 form.format(
-                    "" if fused else run["task"],
-                    side,
-                    run["metric_name"],
+                    f"  {side}",
                     f"{run['metric']:.4g}",
                     f"{difference(runs, side):.1e}" if fused else "",
                     f"{run['step_ms']:.3f}",
                     f"{run['loss_ms']:.3f}",
                     f"{run['peak_mb']:.0f}",
-                    f"{base['step_ms'] / run['step_ms']:.2f}x" if fused else "",
-                    f"{base['loss_ms'] / run['loss_ms']:.2f}x" if side == "fusedloss" else "",
+                    f"{base['step_ms'] / run['step_ms']:.2f}x" if fused and enough else "",
+                    f"{base['loss_ms'] / run['loss_ms']:.2f}x" if side == "fusedloss" and enough else "",
                 )
             )
     print(
-        "\nstep and loss (its forward and backward): medians, and the speed-up; peak: memory above that before training"
+        "\nstep and loss (its forward and backward): medians, and the speed-up"
+        "\npeak: memory above that before training"
         "\nlinear: fusedloss.LinearCrossEntropyLoss, whose loss ms are those of the model's last layer too"
     )
 

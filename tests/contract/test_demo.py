@@ -18,6 +18,7 @@ def test_the_demo_compares_both_sides(tmp_path):
         [sys.executable, str(script), "--quick", "--picture", str(picture)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
     assert done.stdout.count("fusedloss ") >= 3 and picture.stat().st_size > 10_000
 
 
