@@ -1,11 +1,12 @@
 """Fused C++ kernels for the loss functions of PyTorch: drop-in replacements for the modules of ``torch.nn``."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import functional
 from ._distillation_module import DistillationLoss
-from ._library import check
+from ._library import by_accident, check, why_native
 from ._linear_distillation_module import LinearDistillationLoss
 from ._linear_module import LinearCrossEntropyLoss
 from ._route import explain
@@ -74,6 +75,9 @@ __all__ = [
     "scope",
     "softmax_loss",
 ]
+
+if by_accident:
+    warnings.warn(f"fusedloss runs in native PyTorch: {why_native}", stacklevel=2)
 
 
 def __dir__() -> list[str]:

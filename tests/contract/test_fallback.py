@@ -83,6 +83,7 @@ with warnings.catch_warnings(record=True) as caught:
     import fusedloss
     import fusedloss.parallel
 x = torch.zeros(2, 3)
+assert all(each.filename == "<string>" for each in caught), "the line that imports"
 print([str(each.message) for each in caught], fusedloss.explain(fusedloss.MSELoss(), x, x), sep="\\n")
 """
 
