@@ -1,7 +1,7 @@
 """The softmax losses from hidden states and a head, without ever holding the logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,31 @@ from .focal import checked_alpha, focal_loss
 from .log_probs import log_probs
 
 __all__ = ["linear_cross_entropy", "linear_focal_loss", "linear_log_probs"]
+
+
+# fmt: off
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: IgnoreIndex | None = ...,
+    label_smoothing: float = ..., options: Any = ..., z_loss: float = ..., softcap: float | None = ...,
+    logit_scale: float | Tensor = ..., shift: int = ..., normalizer: float | Tensor | None = ...,
+    sample_weight: Tensor | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
+    return_lse: Literal[False] = ..., return_accuracy: Literal[False] = ...,
+    chunk_rows: int | None = ..., grad_in_forward: bool | None = ...,
+) -> Tensor: ...
+
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: IgnoreIndex | None = ...,
+    label_smoothing: float = ..., options: Any = ..., z_loss: float = ..., softcap: float | None = ...,
+    logit_scale: float | Tensor = ..., shift: int = ..., normalizer: float | Tensor | None = ...,
+    sample_weight: Tensor | None = ..., out_dtype: torch.dtype | None = ..., all_ignored: str = ...,
+    return_lse: bool = ..., return_accuracy: bool = ...,
+    chunk_rows: int | None = ..., grad_in_forward: bool | None = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
+# fmt: on
 
 
 def linear_cross_entropy(
@@ -231,6 +256,30 @@ def linear_focal_loss(
         checked_scale("linear_focal_loss", logit_scale), shift,
         lambda logits: focal_loss(logits, given.target, alpha, gamma, reduction=reduction),
     )[0]  # fmt: skip
+
+
+# fmt: off
+@overload
+def linear_log_probs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ..., temperature: float = ...,
+    ignore_index: int = ..., return_entropy: Literal[False] = ...,
+    logit_scale: float | Tensor = ..., shift: int = ..., chunk_rows: int | None = ...,
+) -> Tensor: ...
+
+@overload
+def linear_log_probs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ..., temperature: float = ...,
+    ignore_index: int = ..., return_entropy: Literal[True],
+    logit_scale: float | Tensor = ..., shift: int = ..., chunk_rows: int | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+@overload
+def linear_log_probs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ..., temperature: float = ...,
+    ignore_index: int = ..., return_entropy: bool,
+    logit_scale: float | Tensor = ..., shift: int = ..., chunk_rows: int | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 
 
 def linear_log_probs(
