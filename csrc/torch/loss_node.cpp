@@ -64,6 +64,17 @@ struct KeptValues final : Kept {
   bool wants(size_t input) const override { return wanted[input]; }
 };
 
+// "CrossEntropy" of cross_entropy.
+std::string joined_words(const std::string& name) {
+  std::string joined;
+  bool begins = true;
+  for (const char letter : name) {
+    if (letter != '_') joined += begins && 'a' <= letter && letter <= 'z' ? char(letter - 'a' + 'A') : letter;
+    begins = letter == '_';
+  }
+  return joined;
+}
+
 class LossNode final : public Node, public Kept {
  public:
   LossNode(const Backward& backward, SavedCall&& call, GradientOfForward&& of_forward)
@@ -71,7 +82,11 @@ class LossNode final : public Node, public Kept {
 
   void save(size_t i, const Tensor& tensor) { saved[i] = SavedVariable(tensor, /*is_output=*/false); }
 
-  std::string name() const override { return std::string("fusedloss::") + backward.name; }
+  // What a printed loss shows behind grad_fn.
+  std::string name() const override {
+    if (!backward.op) return std::string("fusedloss::") + backward.name;
+    return "fusedloss::" + joined_words(base_name(backward.op(call.loss))) + "Backward";
+  }
 
   SavedTensors tensors() const override {
     TORCH_CHECK(!freed, torch::autograd::ERR_BACKWARD_TWICE);

@@ -49,6 +49,7 @@ struct Backward {
   bool traceable;    // by compiled autograd: it reads no number of a tensor that the tracer hands it
   // Returns a gradient for each input, undefined where there is none. An upstream gradient may be undefined too.
   variable_list (*run)(Kept&, const variable_list& upstreams);
+  std::string (*op)(int64_t loss) = nullptr;  // of a loss, whose name its node then has
 };
 
 inline const Tensor* pointer_to(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }

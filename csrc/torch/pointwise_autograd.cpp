@@ -238,7 +238,8 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
   return gradients;
 }
 
-constexpr Backward kBackward = {"PointwiseBackward", true, &backward};
+constexpr Backward kBackward = {"PointwiseBackward", true, &backward,
+                                [](int64_t loss) { return pointwise_loss(loss).op; }};
 
 Tensor differentiable_loss(const PointwiseLoss& loss, const Tensor& input, const Tensor& target,
                            const PointwiseCall& call, GradientIn gradient) {

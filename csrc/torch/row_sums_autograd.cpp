@@ -77,7 +77,8 @@ variable_list backward_of_row_sums(Kept& kept, const variable_list& upstreams) {
   return gradients;
 }
 
-constexpr Backward kRowSumsBackward = {"RowSumsBackward", true, &backward_of_row_sums};
+constexpr Backward kRowSumsBackward = {"RowSumsBackward", true, &backward_of_row_sums,
+                                       [](int64_t loss) { return row_sums_loss(loss).op; }};
 
 }  // namespace
 

@@ -228,7 +228,7 @@ variable_list backward(Kept& kept, const variable_list& upstreams) {
   return {gradient_by_formula(loss, logits, call, upstream, second)};
 }
 
-constexpr Backward kBackward = {"SoftmaxBackward", true, &backward};
+constexpr Backward kBackward = {"SoftmaxBackward", true, &backward, [](int64_t loss) { return softmax_loss(loss).op; }};
 
 // Returns the loss, the second result, the statistics.
 std::tuple<Tensor, Tensor, Tensor> differentiable_loss(const SoftmaxLoss& loss, const Tensor& logits,

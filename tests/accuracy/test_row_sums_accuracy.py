@@ -100,7 +100,7 @@ def results(functions: Any, recipe: Recipe, operands: list[Tensor], given: dict[
     leaves = [each.detach().requires_grad_() for each in operands]
     value = of(functions, recipe.call, given, reduction=recipe.reduction)(*leaves)
     if functions is L:
-        assert value.grad_fn is not None and value.grad_fn.name() == "fusedloss::RowSumsBackward"
+        assert value.grad_fn is not None and value.grad_fn.name().startswith("fusedloss::")
     upstream = torch.linspace(0.5, 1.5, max(1, value.numel()), dtype=torch.float64).view_as(value)
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
 

@@ -236,3 +236,23 @@ def test_a_node_of_a_gradient_has_hooks_and_a_name():
     (expected,) = torch.autograd.grad(grad.sum(), x, retain_graph=True)
     grad.grad_fn.register_hook(lambda grads, _: tuple(g if g is None else g * 3 for g in grads))
     torch.testing.assert_close(torch.autograd.grad(grad.sum(), x)[0], 3 * expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [
+        ("cross_entropy", "CrossEntropy"),
+        ("nll_loss", "Nll"),
+        ("huber_loss", "Huber"),
+        ("cosine_embedding_loss", "CosineEmbedding"),
+    ],
+)
+def test_a_printed_loss_names_its_node(name, node):
+    if name == "cosine_embedding_loss":
+        x = torch.randn(4, 3, requires_grad=True)
+        loss = L.cosine_embedding_loss(x, x.detach().flip(0), torch.ones(4))
+    else:
+        x, target = data(name)
+        loss = getattr(L, name)(x.requires_grad_(), target)
+    assert loss.grad_fn.name() == f"fusedloss::{node}Backward"
+    assert repr(loss).endswith(f"grad_fn=<{node}Backward>)")

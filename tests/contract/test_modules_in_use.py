@@ -231,5 +231,5 @@ def test_a_profiler_names_the_ops_and_the_nodes_of_backward(op):
         STEPS[op](x).sum().backward()
     names = {event.name for event in profiled.events()}
     assert f"fusedloss::{op}" in names
-    family = "Pointwise" if op.startswith("mse") else "Softmax"
-    assert f"fusedloss::{family}Backward" in names
+    loss = {"cross": "CrossEntropy", "mse": "Mse", "nll": "Nll"}[op.split("_")[0]]
+    assert f"fusedloss::{loss}Backward" in names
