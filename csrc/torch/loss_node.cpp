@@ -85,7 +85,10 @@ class LossNode final : public Node, public Kept {
   // What a printed loss shows behind grad_fn.
   std::string name() const override {
     if (!backward.op) return std::string("fusedloss::") + backward.name;
-    return "fusedloss::" + joined_words(base_name(backward.op(call.loss))) + "Backward";
+    std::string name = base_name(backward.op(call.loss));
+    // custom_<name>_<digest> is a loss of a user's own.
+    if (name.rfind("custom_", 0) == 0 && name.rfind('_') > 7) name = name.substr(7, name.rfind('_') - 7);
+    return "fusedloss::" + joined_words(name) + "Backward";
   }
 
   SavedTensors tensors() const override {

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from marks import needs_extension
+from marks import needs_compiler, needs_extension
 from torch import Tensor
 
+import fusedloss
 import fusedloss.functional as L
 
 pytestmark = needs_extension
@@ -256,3 +257,10 @@ def test_a_printed_loss_names_its_node(name, node):
         loss = getattr(L, name)(x.requires_grad_(), target)
     assert loss.grad_fn.name() == f"fusedloss::{node}Backward"
     assert repr(loss).endswith(f"grad_fn=<{node}Backward>)")
+
+
+@needs_compiler
+def test_a_loss_of_ones_own_is_named_as_its_user_named_it():
+    x = torch.randn(4, 5, requires_grad=True)
+    loss = fusedloss.pointwise_loss("half_square", "square(x - t) / 2")(x, x.detach().flip(0))
+    assert loss.grad_fn.name() == "fusedloss::HalfSquareBackward"
