@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +37,8 @@ def library(
 
     if extension is None:
         return None, why_native
-    if shutil.which(cpp_extension.get_cxx_compiler().split()[0]) is None:
-        warnings.warn(f"{name} runs natively: no C++ compiler", stacklevel=4)
-        return None, "no C++ compiler"
+    if why := _why_not(cpp_extension.get_cxx_compiler().split()[0]):
+        return _natively(name, why)
     isa = extension.cpu_isa()
     architectures = _cuda_architectures()
     target = "" if isa == "baseline" else f'#include "cpu/isa/target_{isa}.inl"'
@@ -49,11 +49,32 @@ def library(
         if header.suffix in (".h", ".inl", ".cuh", ".cu"):
             digest.update(header.read_bytes())
     module = f"{op}_{digest.hexdigest()[:12]}"
-    path = _compiled(module, units, _for_architectures(architectures), name)
+    try:
+        path = _compiled(module, units, _for_architectures(architectures), name)
+    except OSError as error:
+        return _natively(name, f"torch's extension cache cannot be used: {error}")
     entry_point: Any = ctypes.CDLL(path).fusedloss_custom
     entry_point.restype = ctypes.c_void_p
     address: int = entry_point()
     return address, ""
+
+
+def _natively(name: str, why: str) -> tuple[None, str]:
+    """Where nothing can be compiled. What a compiler refuses is an error."""
+    warnings.warn(f"{name} runs natively: {why}", stacklevel=5)
+    return None, why
+
+
+def _why_not(compiler: str) -> str:
+    """Why nothing can be compiled here. A ninja beside the interpreter serves an environment that is not activated."""
+    if shutil.which(compiler) is None:
+        return "no C++ compiler"
+    if shutil.which("ninja") is None:
+        beside = sysconfig.get_path("scripts")
+        if shutil.which("ninja", path=beside) is None:
+            return "no ninja: pip install ninja"
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), beside])
+    return ""
 
 
 def _cuda_architectures() -> list[str]:

@@ -32,6 +32,8 @@ def checked_params(name: str, params: Mapping[str, float], operands: Operands, m
         raise ValueError(f"expected an identifier for the name of a loss, got {name!r}")
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"expected at most {_LONGEST_NAME} letters in the name of a loss, got {len(name)}")
+    if not isinstance(params, Mapping):
+        raise TypeError(f"{name}: params must map names to their defaults, got {type(params).__name__}")
     if len(params) > most:
         raise ValueError(f"expected at most {most} parameters, got {len(params)}")
     check_parameters(params, operands)

@@ -139,13 +139,26 @@ def parse(source: str, parameters: Iterable[str] = (), operands: Operands = OF_E
         ValueError: a syntax error, an unknown name, a call with a wrong number of arguments, a condition in place of a
             number or the reverse, each with the expression and a caret under the place; or a name that no parameter can
             have.
+        TypeError: the expression is no string.
     """
+    if not isinstance(source, str):
+        raise TypeError(f"an expression must be a string, got {type(source).__name__}")
     parameters = tuple(parameters)
     check_parameters(parameters, operands)
     try:
         return _Parser(source, parameters, operands.names).whole()
     except RecursionError:
         raise ValueError("the expression is nested too deeply") from None
+
+
+# What is written otherwise in Python or in torch, and how it is written here; added to the first mistake that is found.
+_HINTS = {
+    r"\*\*|\^": "a power is pow(u, v)",
+    r"\b(torch|F|math|np|numpy)\s*\.": "functions are called by their names alone",
+    r"\bif\b.*\belse\b": "a choice is c ? a : b",
+    r"\b(and|or|not)\b": "and, or, not are &&, ||, !",
+    r"\brelu\b": "relu(u) is max(u, 0)",
+}
 
 
 class _Parser:
@@ -174,6 +187,7 @@ class _Parser:
     def error(self, message: str, where: int) -> ValueError:
         start = self.source.rfind("\n", 0, where) + 1
         line = self.source[start:].split("\n")[0].replace("\t", " ")
+        message += next((f" ({hint})" for sign, hint in _HINTS.items() if re.search(sign, self.source)), "")
         return ValueError(f"{message}\n  {line}\n  {' ' * (where - start)}^")
 
     def expected(self, what: str) -> ValueError:
@@ -273,8 +287,8 @@ class _Parser:
         wanted, args = FUNCTIONS[function][0], list[Tree]()
         self.expect("(")
         while not self.accept(")"):
-            if args:
-                self.expect(",")
+            if args and not self.accept(","):
+                raise self.expected("',' or ')'")
             kind = "condition" if function == "select" and not args else "number"
             args.append(self.operand(kind, self.ternary))
         if len(args) != wanted:

@@ -192,7 +192,8 @@ Units = dict[str, str]  # the text of each file
 def of_elements(functor: str, target: str, on_cuda: bool) -> Units:
     """What is compiled for a pointwise loss."""
     declared, entries = (_CUDA_DECLARED, _CUDA_ENTRIES) if on_cuda else ("", "nullptr, nullptr")
-    units = {"main.cpp": _ON_CPU.format(target=target, functor=functor, cuda=declared, cuda_entries=entries)}
+    main = _ON_CPU.format(target=target, functor=functor, cuda=declared, cuda_entries=entries)
+    units = {"main.cpp": main + _end_of(target)}
     if on_cuda:
         indexed = "takes_class_indices" in functor
         units["cuda.cu"] = _ON_CUDA.format(functor=functor, indexed=_INDEXED if indexed else "")
@@ -205,9 +206,14 @@ def of_rows(functor: str, target: str, on_cuda: bool) -> Units:
     """What is compiled for a loss of rows."""
     declared, entries = (_ROWS_CUDA_DECLARED, _ROWS_CUDA_ENTRIES) if on_cuda else ("", "{}, nullptr")
     begin = _OF_ROWS.format(target=target, functor=functor)
-    units = {"forward.cpp": begin + _ROWS_FORWARD.format(cuda=declared, cuda_entries=entries)}
-    units |= {f"{name}.cpp": begin + text for name, text in _ROWS_ON_CPU.items()}
+    end = _end_of(target)
+    units = {"forward.cpp": begin + _ROWS_FORWARD.format(cuda=declared, cuda_entries=entries) + end}
+    units |= {f"{name}.cpp": begin + text + end for name, text in _ROWS_ON_CPU.items()}
     if on_cuda:
         begin = _OF_ROWS.format(target="#define FUSEDLOSS_ISA cuda", functor=functor)
         units |= {f"{name}.cu": begin + text for name, text in _ROWS_ON_CUDA.items()}
     return units
+
+
+def _end_of(target: str) -> str:
+    return '#include "cpu/isa/end_target.inl"\n' if target else ""

@@ -65,7 +65,7 @@ def _decomposed(*given: Any) -> tuple[Tensor, ...]:
 
 
 def register() -> None:
-    fakes = {
+    fakes: _fakes.Fakes = {
         "": _fake, ".carrying": _fake_carrying, "_backward": _fake_backward,
         "_with_grad_": _fake_with_grad_in_place, "_backward_": _fakes.nothing,
     }  # fmt: skip

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +218,34 @@ def test_without_a_compiler_it_runs_natively(monkeypatch):
     assert fusedloss.explain(loss, x, t) == "native: no C++ compiler" and not loss.fused
     torch.testing.assert_close(loss(x, t), ((x - t) ** 4).mean())
     assert gradcheck(lambda x: loss(x, t), x.requires_grad_())
+
+
+def test_a_ninja_beside_the_interpreter_is_found(monkeypatch, tmp_path):
+    beside = sysconfig.get_path("scripts")
+    if shutil.which("ninja", path=beside) is None:
+        pytest.skip("no ninja beside this interpreter; the next test has none at all")
+    (tmp_path / COMPILER).symlink_to(shutil.which(COMPILER))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _build._why_not(COMPILER) == ""
+    assert os.environ["PATH"] == f"{tmp_path}{os.pathsep}{beside}"
+
+
+def test_without_ninja_or_a_cache_it_runs_natively(monkeypatch, tmp_path):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None if name == "ninja" else which(name, path=path))
+    with pytest.warns(UserWarning, match="fifth runs natively: no ninja"):
+        assert not fusedloss.pointwise_loss("fifth", "pow(abs(x - t), 5)").fused
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match="sixth runs natively: torch's extension cache cannot be used"):
+        assert not fusedloss.pointwise_loss("sixth", "pow(abs(x - t), 6)").fused
+
+
+@pytest.mark.parametrize("params", [["d"], "d", 1.0])
+def test_params_are_a_mapping(params):
+    with pytest.raises(TypeError, match="wrong: params must map names to their defaults, got "):
+        fusedloss.pointwise_loss("wrong", "x - t", params=params)
 
 
 def test_without_the_extension_it_runs_natively():

@@ -99,14 +99,20 @@ def test_parse(source: str, value: float | None) -> None:
         ("1 + pow(x)", "pow takes 2 arguments, got 1", 4),
         ("abs(x, t)", "abs takes 1 argument, got 2", 0),
         ("abs()", "abs takes 1 argument, got 0", 0),
-        ("abs(x t)", "expected ',', got 't'", 6),
+        ("abs(x t)", "expected ',' or ')', got 't'", 6),
+        ("abs(x", "expected ',' or ')', got the end", 5),
         ("abs(x,)", "expected a number, a name or '(', got ')'", 6),
         ("", "expected a number, a name or '(', got the end", 0),
         ("x -", "expected a number, a name or '(', got the end", 3),
         ("(x", "expected ')', got the end", 2),
         ("x)", "expected an operator, got ')'", 1),
         ("2x", "expected an operator, got 'x'", 1),
-        ("x ^ 2", "unexpected character '^'", 2),
+        ("x ^ 2", "unexpected character '^' (a power is pow(u, v))", 2),
+        ("x ** 2", "expected a number, a name or '(', got '*' (a power is pow(u, v))", 3),
+        ("torch.abs(x)", "unexpected character '.' (functions are called by their names alone)", 5),
+        ("x if x > 0 else t", "expected an operator, got 'if' (a choice is c ? a : b)", 2),
+        ("x > 0 and t > 0 ? 1 : 2", "expected a number, got a condition (and, or, not are &&, ||, !)", 0),
+        ("relu(x)", "unknown name 'relu'", 0),
         ("x = t", "unexpected character '='", 2),
         ("x < t ? 1", "expected ':', got the end", 9),
         ("1e999", "a number too large for float64", 0),
@@ -130,6 +136,11 @@ def test_errors_show_the_place(source: str, message: str, column: int) -> None:
     first, line, caret = str(error.value).split("\n")
     assert first.startswith(message)
     assert (line, caret) == (f"  {source}", f"  {' ' * column}^")
+
+
+def test_an_expression_is_a_string() -> None:
+    with pytest.raises(TypeError, match="an expression must be a string, got function"):
+        parse(lambda x, t: x - t)  # type: ignore[arg-type]
 
 
 def test_error_in_a_second_line() -> None:
