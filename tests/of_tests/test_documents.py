@@ -87,8 +87,3 @@ def test_what_make_is_told_to_is_a_target() -> None:
 def test_the_drawing_of_a_call_names_files_that_are_there() -> None:
     files = re.findall(r'class="file"[^>]*>([^<]*/[^<]*)<', (ROOT / "docs" / "call.svg").read_text())
     assert len(files) > 10 and [name for name in files if not (ROOT / name).exists()] == []
-
-
-def test_the_version_is_one() -> None:
-    (built,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert built == fusedloss.__version__
