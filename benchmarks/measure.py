@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
+from fusedloss._bench import peak_bytes
+
 from .case import BACKWARD, BOTH, FORWARD, Call, Case, Inputs, Loss, Timed
-from .memory import peak_bytes
 from .peers import OVERWRITES, describe
 from .results import EAGER, OURS, Row, Times
 

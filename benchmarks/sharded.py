@@ -21,9 +21,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from fusedloss import parallel
+from fusedloss._bench import peak_bytes
 from fusedloss._library import extension as extension
-
-from .memory import peak_bytes
 
 OURS, TORCHS = "fusedloss.parallel", "loss_parallel"
 TIMES_LESS_CPU, SHARE_OF_MEMORY = 4, 1 / 3  # the goals

@@ -2,7 +2,7 @@
 
 import torch
 
-from .memory import peak_bytes
+from fusedloss._bench import peak_bytes
 
 
 def test_result_counts_in_full() -> None:

@@ -1,17 +1,19 @@
 """``python -m fusedloss``: what is installed, which path runs here, and every loss checked against native PyTorch.
 
 ``python -m fusedloss run script.py`` runs a script with its losses fused: see :mod:`.adoption`.
+``python -m fusedloss bench --shape 4096,50257 --dtype bf16`` measures a loss beside torch's: see :mod:`._bench`.
 """
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 import fusedloss
 
+from ._bench import bench
 from ._library import extension, why_native
 from ._route import LOSSES, ROW_SUMS, Formula, Loss
 from .adoption._script import run
@@ -108,7 +110,7 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def check() -> int:
+def check(arguments: list[str]) -> int:
     try:
         return main()
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -116,5 +118,10 @@ def check() -> int:
         return 1
 
 
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"check": check, "run": run, "bench": bench}
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[2:]) if sys.argv[1:2] == ["run"] else check())
+    command, *rest = sys.argv[1:] or ["check"]
+    if command not in COMMANDS:
+        sys.exit(f"expected {', '.join(COMMANDS)} or nothing, got {command}")
+    sys.exit(COMMANDS[command](rest))
