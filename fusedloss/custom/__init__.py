@@ -196,9 +196,9 @@ def pointwise_loss(
 ) -> PointwiseLoss:
     """Makes your own pointwise loss, which runs on the kernels of the built-in ones.
 
-    :func:`torch.utils.cpp_extension.load_inline` compiles the expressions once, for the CPU and, where there is nvcc
-    with a GPU (or a ``TORCH_CUDA_ARCH_LIST``), for CUDA. torch's extension cache keeps the result under a hash of its
-    content. Without a C++ compiler the loss runs natively, with a warning.
+    :func:`torch.utils.cpp_extension.load` compiles the expressions once, for the CPU and, where there is nvcc with a
+    GPU (or a ``TORCH_CUDA_ARCH_LIST``), for CUDA. torch's extension cache keeps the result under a hash of its content.
+    Without a C++ compiler, ninja or a folder for the cache the loss runs natively, with a warning.
 
     Args:
         name: the name of the loss, an identifier of at most 100 letters.
