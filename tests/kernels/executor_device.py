@@ -23,7 +23,6 @@ MACROS = {
     "FUSEDLOSS_CUDA": "1",
     "FUSEDLOSS_CUDA_RUNTIME": '"executor_device.h"',
     "FUSEDLOSS_CUDA_ARCHITECTURES": f'"{NAME}"',
-    "FUSEDLOSS_TORCH_VERSION": '""',
     "FUSEDLOSS_COMPILE_FLAGS": '""',
 }
 TORCH = "".join(
@@ -40,9 +39,11 @@ ONE_INSTRUCTION_SET = "#include <cstdlib>\n#include <stdexcept>\n#include <strin
 def flags() -> list[str]:
     import sysconfig
 
+    import torch
     from torch.utils.cpp_extension import include_paths
 
     macros = [f"-D{name}={value}" for name, value in MACROS.items()]
+    macros.append(f'-DFUSEDLOSS_TORCH_VERSION="{torch.__version__}"')  # without which it is not loaded
     folders = [*include_paths("cpu"), sysconfig.get_paths()["include"]]
     return [*FLAGS, *macros, f"-I{HERE}", *(flag for path in folders for flag in ("-isystem", path))]
 
