@@ -136,6 +136,11 @@ Tensor DistillationInputs::write_gradient() {
   return grad;
 }
 
+Tensor DistillationInputs::write_gradient_in_forward() {
+  TORCH_CHECK(!none(), "kl_divergence: expected a reduction for a gradient in forward, got none");
+  return write_gradient();
+}
+
 void define_distillation(torch::Library& m) {
   const std::string rows = "Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, ";
   const std::string call =

@@ -73,7 +73,8 @@ struct DistillationInputs {
     if (reduction == RowsReduction::MeanOfRows) return 1;
     return reduction == RowsReduction::MeanOfElements ? double(args.classes) : 0;
   }
-  Tensor write_gradient();  // makes the gradient's memory
+  Tensor write_gradient();             // makes the gradient's memory
+  Tensor write_gradient_in_forward();  // the same, of a call that has a reduction
   void check_numbers(const char* what, const Tensor& tensor, at::IntArrayRef sizes) const;
   void check_backward(const Tensor& upstream, const OptionalTensor& upstream_lse, const Tensor& statistics) const;
 };
@@ -83,28 +84,28 @@ void implement_distillation_under_autograd(torch::Library& m);
 void implement_distillation_on_cpu(torch::Library& m);
 void implement_distillation_on_cuda(torch::Library& m);
 
+// The loss, the lse and the statistics; the gradient is written too where args.grad says where.
 template <class OnDevice>
-DistillationResults run_forward(DistillationInputs& inputs, bool with_lse, bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> run_forward(DistillationInputs& inputs, bool with_lse) {
   const Tensor& student = inputs.student;
-  TORCH_CHECK(!with_grad || !inputs.none(), "kl_divergence: expected a reduction for a gradient in forward, got none");
   const int64_t rows = inputs.rows();
   const Tensor losses = empty_beside(student, {rows}, inputs.arithmetic);
   const Tensor lse = empty_beside(student, {with_lse ? rows : 0}, inputs.arithmetic);
   const Tensor statistics = empty_beside(student, {kSavedOfPair * rows}, inputs.arithmetic);
   Tensor loss;
   if (!inputs.none()) loss = empty_beside(student, {}, inputs.result);
-  const Tensor grad = with_grad ? inputs.write_gradient() : empty_beside(student, {0}, student.scalar_type());
   DistillationArgs& args = inputs.args;
   args.losses = losses.mutable_data_ptr();
   args.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
   args.statistics = statistics.mutable_data_ptr();
   OnDevice::forward(args, inputs, losses, loss);
-  return {loss.defined() ? loss : losses.to(inputs.result), lse.to(inputs.result), statistics, grad};
+  return {loss.defined() ? loss : losses.to(inputs.result), lse.to(inputs.result), statistics};
 }
 
+// Writes the gradient where args.grad says.
 template <class OnDevice>
-Tensor run_backward(DistillationInputs& inputs, const Tensor& upstream, const OptionalTensor& upstream_lse,
-                    const Tensor& statistics) {
+void run_backward(DistillationInputs& inputs, const Tensor& upstream, const OptionalTensor& upstream_lse,
+                  const Tensor& statistics) {
   const Upstream of_value = read_upstream(upstream.to(inputs.arithmetic));
   Upstream of_lse;
   DistillationArgs& args = inputs.args;
@@ -116,9 +117,7 @@ Tensor run_backward(DistillationInputs& inputs, const Tensor& upstream, const Op
     args.upstream_lse_stride = of_lse.stride;
   }
   args.statistics = const_cast<void*>(statistics.const_data_ptr());
-  Tensor grad = inputs.write_gradient();
   OnDevice::backward(args, inputs);
-  return grad;
 }
 
 template <class OnDevice>
@@ -130,7 +129,9 @@ void implement_distillation(torch::Library& m) {
            const DistillationCall call(labels, weight, direction, teacher_is, reduction, ignore_index, temperature,
                                        beta, wide, with_lse);
            DistillationInputs inputs(student, teacher, call);
-           return run_forward<OnDevice>(inputs, with_lse, with_grad);
+           const Tensor grad =
+               with_grad ? inputs.write_gradient_in_forward() : empty_beside(student, {0}, student.scalar_type());
+           return std::tuple_cat(run_forward<OnDevice>(inputs, with_lse), std::make_tuple(grad));
          });
   m.impl("kl_divergence.carrying",
          [](const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& weight,
@@ -139,7 +140,8 @@ void implement_distillation(torch::Library& m) {
            const DistillationCall call(labels, weight, direction, teacher_is, reduction, ignore_index, temperature,
                                        beta, wide, false);
            DistillationInputs inputs(student, teacher, call);
-           const auto [loss, lse, statistics, grad] = run_forward<OnDevice>(inputs, false, true);
+           const Tensor grad = inputs.write_gradient_in_forward();
+           const auto [loss, lse, statistics] = run_forward<OnDevice>(inputs, false);
            if (inputs.rows() > 0) carry(statistics, grad);
            return std::make_tuple(loss, statistics);
          });
@@ -154,9 +156,15 @@ void implement_distillation(torch::Library& m) {
            inputs.check_backward(upstream, upstream_lse, statistics);
            const GradientOfForward carried = take_carried(statistics);
            if (carried.made && !upstream_lse && scales_exactly(student, upstream)) {
-             return scaled(carried, upstream, [&] { return std::get<3>(run_forward<OnDevice>(inputs, false, true)); });
+             return scaled(carried, upstream, [&] {
+               const Tensor grad = inputs.write_gradient_in_forward();
+               run_forward<OnDevice>(inputs, false);
+               return grad;
+             });
            }
-           return run_backward<OnDevice>(inputs, upstream, upstream_lse, statistics);
+           Tensor grad = inputs.write_gradient();
+           run_backward<OnDevice>(inputs, upstream, upstream_lse, statistics);
+           return grad;
          });
 }
 

@@ -26,15 +26,8 @@ void implement_distillation_in_place(torch::Library& m) {
            const DistillationCall call(std::nullopt, apart_from(student, weight), direction, teacher_is, "sum", 0,
                                        temperature, beta, /*wide=*/true, /*with_lse=*/false);
            DistillationInputs inputs(student, apart_from(student, teacher), call);
-           const Tensor losses = empty_beside(student, {inputs.rows()}, inputs.arithmetic);
-           const Tensor statistics = empty_beside(student, {kSavedOfPair * inputs.rows()}, inputs.arithmetic);
-           Tensor loss = empty_beside(student, {}, inputs.result);
-           DistillationArgs& args = inputs.args;
-           args.grad = args.student;
-           args.losses = losses.mutable_data_ptr();
-           args.statistics = statistics.mutable_data_ptr();
-           OnDevice::forward(args, inputs, losses, loss);
-           return loss;
+           inputs.args.grad = inputs.args.student;
+           return std::get<0>(run_forward<OnDevice>(inputs, false));
          });
   m.impl("kl_divergence_backward_",
          [](const Tensor& upstream, Tensor student, const Tensor& teacher, const OptionalTensor& weight,
@@ -49,13 +42,8 @@ void implement_distillation_in_place(torch::Library& m) {
            inputs.check_numbers("an upstream gradient", upstream, none ? at::IntArrayRef(rows) : at::IntArrayRef());
            inputs.check_numbers("statistics", statistics, kSavedOfPair * rows);
            const Tensor saved = apart_from(student, statistics).to(inputs.arithmetic).contiguous();
-           const Upstream of_value = read_upstream(apart_from(student, upstream).to(inputs.arithmetic));
-           DistillationArgs& args = inputs.args;
-           args.grad = args.student;
-           args.upstream = of_value.tensor.const_data_ptr();
-           args.upstream_stride = of_value.stride;
-           args.statistics = const_cast<void*>(saved.const_data_ptr());
-           OnDevice::backward(args, inputs);
+           inputs.args.grad = inputs.args.student;
+           run_backward<OnDevice>(inputs, apart_from(student, upstream), std::nullopt, saved);
          });
 }
 

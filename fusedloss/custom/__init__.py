@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .. import _route
@@ -24,7 +24,7 @@ from ..losses._elementwise import INDEX_DTYPES, reduced, warn_of_broadcasting
 from ..losses._numbers import NUMBERS, checked
 from ._build import library
 from ._check import Trees, as_expressed, as_routed, check
-from ._definition import CHECKED, LOCK, PATHS, Definition, Path, checked_params, names_known
+from ._definition import CHECKED, LOCK, PATHS, Definition, OwnLoss, Path, checked_params, names_known
 from ._expression import OF_ELEMENT, OF_THREE, Tree, check_parameters, evaluate, names, parse
 from ._printing import text
 from ._rows import SoftmaxLoss, softmax_loss
@@ -34,7 +34,7 @@ from ._stable import stable
 __all__ = ["PointwiseLoss", "PointwiseLossOfThree", "SoftmaxLoss", "pointwise_loss", "softmax_loss"]
 
 
-class PointwiseLoss(nn.Module):
+class PointwiseLoss(OwnLoss):
     """A loss made by :func:`pointwise_loss`.
 
     ``loss(input, target, reduction="mean", weight=None, ignore_index=None, **params)``. A module without parameters and
@@ -59,10 +59,6 @@ class PointwiseLoss(nn.Module):
         self._native, self._routed, self.why_native = path
         self._finite_at_zero = asked_once(_finite_at_zero(trees[0], tuple(params)))
         _MADE[self._definition] = self
-
-    @property
-    def fused(self) -> bool:
-        return not self.why_native
 
     def forward(
         self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None,
@@ -127,15 +123,8 @@ class PointwiseLoss(nn.Module):
                 return self._native(*call, ignore_index=ignore_index)
         return self._routed(*call, ignore_index=ignore_index)
 
-    @property
-    def _definition(self) -> Definition:
-        return self.name, self.value, self.grad, tuple(self.params.items())
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError(f"{self.name}: TorchScript compiles no loss of your own; torch.jit.trace runs it natively")
-
     def __reduce__(self) -> Any:
-        return _made, self._definition, {name: value for name, value in vars(self).items() if name not in _DEFINED}
+        return _made, self._definition, self._undefined(_DEFINED)
 
     def __repr__(self) -> str:
         params = "".join(f", {name}={value}" for name, value in self.params.items())
@@ -161,7 +150,7 @@ class PointwiseLossOfThree(PointwiseLoss):
         return self._run(input, target, third, reduction, weight, params)
 
 
-# The attributes that follow from the definition; the others, such as hooks, are copied and pickled.
+# The attributes that follow from the definition.
 _DEFINED = (
     "name", "value", "grad", "grad_target", "grad_third", "params", "why_native", "_native", "_routed",
     "_finite_at_zero",

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from numbers import Real
 from threading import RLock
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from .. import _route
 from ..losses._numbers import NUMBERS
@@ -18,6 +20,31 @@ class Path(NamedTuple):
     native: _route.Formula
     routed: _route.Formula
     why_native: str
+
+
+class OwnLoss(nn.Module):
+    """What a module of one's own is, whatever its expression is of."""
+
+    name: str
+    value: str
+    grad: str
+    params: dict[str, float]
+    why_native: str
+
+    @property
+    def fused(self) -> bool:
+        return not self.why_native
+
+    @property
+    def _definition(self) -> Definition:
+        return self.name, self.value, self.grad, tuple(self.params.items())
+
+    def _undefined(self, defined: tuple[str, ...]) -> dict[str, Any]:
+        """The attributes that do not follow from the definition, such as hooks: they are copied and pickled."""
+        return {name: value for name, value in vars(self).items() if name not in defined}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(f"{self.name}: TorchScript compiles no loss of your own; torch.jit.trace runs it natively")
 
 
 LOCK = RLock()  # of several threads that make the same loss, one compiles and registers it

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from .. import _route, _torchs
@@ -17,7 +17,7 @@ from ..losses._rows import class_dim, class_index, reduced
 from ..losses.focal import log_odds_against
 from ._build import library
 from ._check_rows import check_routed, check_slopes
-from ._definition import CHECKED, LOCK, PATHS, Definition, Path, checked_params, names_known
+from ._definition import CHECKED, LOCK, PATHS, Definition, OwnLoss, Path, checked_params, names_known
 from ._expression import OF_ROW, Tree, evaluate, names, number, parse, renamed
 from ._printing import text
 from ._source import RowTrees, of_rows, row_functor
@@ -26,7 +26,7 @@ from ._stable_row import stable_in_row
 MOST_PARAMS = 7  # the kernels' own number, less the label smoothing
 
 
-class SoftmaxLoss(nn.Module):
+class SoftmaxLoss(OwnLoss):
     """A loss made by :func:`softmax_loss`.
 
     ``loss(input, target, reduction="mean", weight=None, ignore_index=-100, label_smoothing=0.0, sample_weight=None,
@@ -47,10 +47,6 @@ class SoftmaxLoss(nn.Module):
         self._names = names(value)
         self._native, self._routed, self.why_native = path
         _MADE[self._definition] = self
-
-    @property
-    def fused(self) -> bool:
-        return not self.why_native
 
     def forward(
         self, input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None,
@@ -113,15 +109,8 @@ class SoftmaxLoss(nn.Module):
                 f"{self.name}: weight must hold one of each of {classes} classes, got shape {tuple(weight.shape)}"
             )
 
-    @property
-    def _definition(self) -> Definition:
-        return self.name, self.value, self.grad, tuple(self.params.items())
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError(f"{self.name}: TorchScript compiles no loss of your own; torch.jit.trace runs it natively")
-
     def __reduce__(self) -> Any:
-        return _made, self._definition, {name: value for name, value in vars(self).items() if name not in _DEFINED}
+        return _made, self._definition, self._undefined(_DEFINED)
 
     def __repr__(self) -> str:
         operands = ", ".join(name for name in OF_ROW.names if name in self._names)
@@ -129,7 +118,7 @@ class SoftmaxLoss(nn.Module):
         return f"{self.name}({operands}{params}) = {self.value}\n  d/dce = {self.grad}"
 
 
-# The attributes that follow from the definition; the others, such as hooks, are copied and pickled.
+# The attributes that follow from the definition.
 _DEFINED = ("name", "value", "grad", "params", "why_native", "_names", "_native", "_routed")
 _MADE: dict[Definition, SoftmaxLoss] = {}
 

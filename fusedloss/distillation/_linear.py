@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _captures, _route
-from .._derivatives import transformed
 from .._dtypes import HALVES, in_float
 from .._library import extension, why_native
 from .._traced import Described
@@ -106,15 +105,8 @@ def _declines(given: Given) -> str | None:
     if extension is None:
         return why_native
     for head in given.heads:
-        for tensor in head[:3]:
-            if why := _captures.unfit(tensor):
-                return why
-        if why := transformed([each for each in head[:3] if each is not None]):
+        if why := _linear.declines_head(head, given.student.input.device):
             return why
-        if any(each is not None and each.dtype != head.input.dtype for each in head[1:3]):
-            return "an input and a head of different dtypes"
-        if any(each is not None and each.device != given.student.input.device for each in head[:3]):
-            return _captures.DIFFERENT_DEVICES
     call = given.described()
     if call.computed == torch.float64 and call.student.dtype != torch.float64:
         return "a teacher of float64 beside a narrower student"

@@ -103,6 +103,22 @@ def softmax(
     return loss, second if options.second else None, right.detach() if options.correct else None
 
 
+def declines_head(head: Head, device: torch.device) -> str | None:
+    """Why the chunks do not own an input and a head that is to be on a device, or None where they do."""
+    for tensor in head[:3]:
+        if why := _captures.unfit(tensor):
+            return why
+    return transformed([each for each in head[:3] if each is not None]) or unlike(head, device)
+
+
+def unlike(head: Head, device: torch.device) -> str | None:
+    if any(each is not None and each.dtype != head.input.dtype for each in head[1:3]):
+        return "an input and a head of different dtypes"
+    if any(each is not None and each.device != device for each in head[:3]):
+        return _captures.DIFFERENT_DEVICES
+    return None
+
+
 def is_small(head: Head) -> bool:
     (rows, features), columns = head.input.shape, head.linear_weight.shape[0]
     return at_most(rows * columns, _FEW_LOGITS) and at_most(columns * features, _SMALL_HEAD)
@@ -150,10 +166,8 @@ def _declines(
     given = [*head[:3], target, weight, options.sample_weight, options.normalizer]
     if why := transformed([each for each in given if isinstance(each, Tensor)]):
         return why
-    if any(each is not None and each.dtype != head.input.dtype for each in head[1:3]):
-        return "an input and a head of different dtypes"
-    if any(each is not None and each.device != head.input.device for each in head[1:3]):
-        return _captures.DIFFERENT_DEVICES
+    if why := unlike(head, head.input.device):
+        return why
     if isinstance(head.logit_scale, Tensor):
         return "a logit_scale that is a tensor"
     if isinstance(options.normalizer, Tensor) and options.normalizer.requires_grad:

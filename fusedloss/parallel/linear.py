@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _captures, _route
-from .._derivatives import transformed
 from .._library import extension, why_native
 from ..linear._chunks import count
-from ..linear._route import Head, Options, makes_gradients, under_autocast
+from ..linear._route import Head, Options, declines_head, makes_gradients, under_autocast
 from ..losses._dtensors import refuse_dtensor
 from ..losses._ignored import IgnoreIndex
 from ..losses._linear import Given as Operands
@@ -197,15 +196,8 @@ def _declines(head: Head, like: Tensor, given: Given) -> str | None:
         return why_native
     if is_compiling():
         return "torch.compile"
-    for tensor in head[:3]:
-        if why := _captures.unfit(tensor):
-            return why
-    if why := transformed([each for each in head[:3] if each is not None]):
+    if why := declines_head(head, head.input.device):
         return why
-    if any(each is not None and each.dtype != head.input.dtype for each in head[1:3]):
-        return "an input and a head of different dtypes"
-    if any(each is not None and each.device != head.input.device for each in head[1:3]):
-        return _captures.DIFFERENT_DEVICES
     if not head.input.shape[0]:
         return "no rows"
     return _local.declines(like, given.column, given.asked) if like.shape[1] else None

@@ -13,7 +13,7 @@ from fusedloss._library import extension
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FAMILIES = {} if extension is None else {name: loss.family for name, loss in extension.losses.items()}
-_LOSSES = {**_route.LOSSES, **_route.ROW_SUMS}
+LOSSES = {**_route.LOSSES, **_route.ROW_SUMS}
 
 
 class Op(NamedTuple):
@@ -87,7 +87,7 @@ class _Maker:
         return getattr(self, name)(op)
 
     def params(self, op: Op) -> list[float]:
-        return [float(each) for each in _LOSSES[op.loss].params]
+        return [float(each) for each in LOSSES[op.loss].params]
 
 
 class _Pointwise(_Maker):

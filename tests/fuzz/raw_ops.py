@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2])]  # the checkout's package
 
-from random_calls import FAMILIES, LAYOUTS, Op, mistaken, ops, right
+from random_calls import FAMILIES, LAYOUTS, LOSSES, Op, mistaken, ops, right
 from running import main, words
 
 from fusedloss import _decomposed, _route
@@ -26,7 +26,6 @@ from fusedloss._library import extension
 EXPECTED = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _OPS = ops()
-_LOSSES = {**_route.LOSSES, **_route.ROW_SUMS}
 
 
 def problems(seed: int) -> Iterator[str]:
@@ -113,7 +112,7 @@ def _expected(op: Op, given: dict[str, Any]) -> list[Tensor]:
     """The loss and the gradient of a call in float64, as far as the op returns them."""
     exact = {name: each.detach().double() if _is_float(each) else each for name, each in given.items()}
     if "params" in exact:  # what is not given is 0, what is too much is not read
-        count = len(_LOSSES[op.loss].params)
+        count = len(LOSSES[op.loss].params)
         exact["params"] = [*exact["params"], *[0.0] * count][:count]
     upstream = exact.get("upstream")
     of = "third" if exact.get("of_third") else "target" if exact.get("of_target") else _input_of(exact)
