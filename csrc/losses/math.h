@@ -87,6 +87,11 @@ template <class S>
 FUSEDLOSS_HD S store(Accumulate<S> x) {
   return x;
 }
+// The upper 16 of the bits are those of the bfloat16.
+FUSEDLOSS_HD uint32_t bits_of_bf16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : 0x7fc00000u;
+}
 template <>
 FUSEDLOSS_HD bf16 store<bf16>(float x) {
 #ifdef __CUDA_ARCH__
@@ -94,9 +99,7 @@ FUSEDLOSS_HD bf16 store<bf16>(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
   return half;
 #else
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {uint16_t(x == x ? rounded : 0x7fc0u)};
+  return {uint16_t(bits_of_bf16(x) >> 16)};
 #endif
 }
 template <>
@@ -276,6 +279,23 @@ FUSEDLOSS_HD float exp_by_exp2(float x) {
 }
 #endif
 
+// e^x = 2^k e^rest for x <= 0, with |rest| <= log(2)/2; 2^k is 0 where e^x would be subnormal.
+template <class T>
+struct Power {
+  T of_two, rest;
+};
+template <class T>
+FUSEDLOSS_HD Power<T> power_of_two(T x) {
+  using C = Constants<T>;
+  using Bits = std::make_unsigned_t<typename C::Int>;
+  x = x < C::exp_lowest ? C::exp_lowest : x;
+  // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits: with the bias, the bits of an exponent.
+  constexpr T shift = C::round_to_int + T(C::bias);
+  const T shifted = x * T(1.44269504088896340736) + shift;
+  const T k = shifted - shift;
+  return {bit_cast<T>(bit_cast<Bits>(shifted) << C::mantissa), (x - k * C::ln2_high) - k * C::ln2_low};
+}
+
 // e^x for x <= 0, which is all a stable loss asks for: 0 where the result would be subnormal, NaN stays NaN.
 template <class T>
 FUSEDLOSS_HD T exp(T x) {
@@ -284,18 +304,8 @@ FUSEDLOSS_HD T exp(T x) {
   // budget of some fifteen per logit before arithmetic rather than memory sets its speed.
   if constexpr (sizeof(T) == sizeof(float)) return exp_by_exp2(x);
 #endif
-  using C = Constants<T>;
-  using Int = typename C::Int;
-  x = x < C::exp_lowest ? C::exp_lowest : x;
-  // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits.
-  const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
-  const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(C::round_to_int);
-  const T n = shifted - C::round_to_int;
-  const T r = (x - n * C::ln2_high) - n * C::ln2_low;
-  const T value = (C::exp_polynomial(r) * r + T(1)) * r + T(1);
-  // 2^k by its exponent bits; at exp_lowest they are 0, and so is the result.
-  using Bits = std::make_unsigned_t<Int>;
-  return value * bit_cast<T>(Bits(k + C::bias) << C::mantissa);
+  const auto [two_k, r] = power_of_two(x);
+  return ((Constants<T>::exp_polynomial(r) * r + T(1)) * r + T(1)) * two_k;
 }
 
 // e^x and e^x - 1 for x <= 0, both to the last digits.
@@ -305,17 +315,9 @@ struct Exponential {
 };
 template <class T>
 FUSEDLOSS_HD Exponential<T> exp_and_expm1(T x) {
-  using C = Constants<T>;
-  using Int = typename C::Int;
-  using Bits = std::make_unsigned_t<Int>;
-  x = x < C::exp_lowest ? C::exp_lowest : x;
-  const T shifted = x * T(1.44269504088896340736) + C::round_to_int;
-  const Int k = bit_cast<Int>(shifted) - bit_cast<Int>(C::round_to_int);
-  const T n = shifted - C::round_to_int;
-  const T r = (x - n * C::ln2_high) - n * C::ln2_low;
-  const T above_one = (C::exp_polynomial(r) * r) * r + r;
-  const T power_of_two = bit_cast<T>(Bits(k + C::bias) << C::mantissa);
-  return {power_of_two * above_one + power_of_two, power_of_two * above_one + (power_of_two - T(1))};
+  const auto [two_k, r] = power_of_two(x);
+  const T above_one = (Constants<T>::exp_polynomial(r) * r) * r + r;
+  return {two_k * above_one + two_k, two_k * above_one + (two_k - T(1))};
 }
 
 // Natural logarithm for x >= 0: -infinity at 0, NaN and infinity stay.
