@@ -1,9 +1,10 @@
 // Rows whose classes lie side by side: vectors along the classes.
 #pragma once
 
+#include "softmax_groups.inl"
+
 namespace fusedloss::FUSEDLOSS_ISA {
 
-constexpr int64_t kBlock = 4096;  // 16 KB of float: stays in the first-level cache between max and sum
 // Shorter rows cost more in tails and lane sums than in logits; the gradient has no sums.
 constexpr int64_t kShortestRowForward = 120, kShortestRowBackward = 24;
 static_assert(kShortestRowForward >= kLanes, "a row fills a group");
@@ -13,92 +14,6 @@ bool by_rows(const SoftmaxArgs& args, int64_t shortest) {
   return args.logits_layout.class_stride == 1 && args.logits_layout.classes >= shortest &&
          (!Loss::soft || args.probabilities_layout.class_stride == 1);
 }
-
-// A block of a row as groups of kLanes values of z. Float logits that are z already are read in place, all others from
-// a buffer. `skipped_column`, if it is in the block, reads as -infinity, and so does the filling of the last group.
-template <class S, class Logit>
-struct Groups {
-  using T = Accumulate<S>;
-  static constexpr bool kReadsInPlace = std::is_same_v<S, T> && !Logit::changes;
-  const Logit& logit;
-  int64_t size;
-  const T* place[kReadsInPlace ? kBlock / kLanes : 1];
-  alignas(64) T buffer[kReadsInPlace ? 2 * kLanes : kBlock];
-
-  // A group that a row's last columns do not fill begins before them: the row has kLanes columns or more.
-  Groups(const Logit& logit_, const S* logits, int64_t count, int64_t skipped_column)
-      : logit(logit_), size((count + kLanes - 1) / kLanes) {
-    const int64_t whole = count / kLanes, filled = count - whole * kLanes;
-    const int64_t group_of_skipped = uint64_t(skipped_column) < uint64_t(count) ? skipped_column / kLanes : -1;
-    const S* last = logits + count - kLanes;
-    if constexpr (kReadsInPlace) {
-      for (int64_t g = 0; g < whole; ++g) place[g] = logits + g * kLanes;
-      if (group_of_skipped >= 0 && group_of_skipped < whole) {
-        place[group_of_skipped] =
-            copy(logits + group_of_skipped * kLanes, 0, skipped_column - group_of_skipped * kLanes, buffer);
-      }
-      if (filled) place[whole] = copy(last, kLanes - filled, skipped_column - (count - kLanes), buffer + kLanes);
-    } else {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < whole * kLanes; ++i) buffer[i] = logit(load(logits[i])).z;
-      if (filled) copy(last, kLanes - filled, -1, buffer + whole * kLanes);
-      if (group_of_skipped >= 0) {
-        buffer[group_of_skipped < whole ? skipped_column : size * kLanes - count + skipped_column] = -infinity<T>();
-      }
-    }
-  }
-
-  const T* copy(const S* from, int64_t first, int64_t skipped_lane, T* to) {
-    using Int = typename Constants<T>::Int;
-    for (Int lane = 0; lane < kLanes; ++lane) {
-      const bool left_out = int(lane < Int(first)) | int(lane == Int(skipped_lane));
-      to[lane] = select(left_out, -infinity<T>(), logit(load(from[lane])).z);
-    }
-    return to;
-  }
-
-  const T* operator[](int64_t g) const { return kReadsInPlace ? place[g] : buffer + g * kLanes; }
-
-  T max() const {
-    T lanes[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = -infinity<T>();
-    for (int64_t g = 0; g < size; ++g) {
-      const T* values = (*this)[g];
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = values[lane] > lanes[lane] ? values[lane] : lanes[lane];
-    }
-    return max_of_lanes(lanes);
-  }
-
-  // The sum of exp(z - max). The exponentials go to `kept`, one for each column of the block.
-  T sum_kept(T max, int64_t count, T* kept) const {
-    T lanes[kLanes] = {}, last[kLanes];
-    for (int64_t g = 0; g < size; ++g) {
-      const T* values = (*this)[g];
-      const bool whole = (g + 1) * kLanes <= count;
-      T* to = whole ? kept + g * kLanes : last;
-#pragma GCC ivdep
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const T e = exp(values[lane] - max);
-        lanes[lane] += e;
-        to[lane] = e;
-      }
-    }
-    const int64_t filled = count % kLanes;
-    for (int64_t i = 0; i < filled; ++i) kept[count - filled + i] = last[kLanes - filled + i];
-    return add_lanes(lanes);
-  }
-
-  // The sum of f(z - max).
-  template <class F>
-  T sum(T max, F f) const {
-    T lanes[kLanes] = {};
-    for (int64_t g = 0; g < size; ++g) {
-      const T* values = (*this)[g];
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += f(values[lane] - max);
-    }
-    return add_lanes(lanes);
-  }
-};
 
 // Adds k_c (max - z_c) and k_c over columns [begin, end).
 template <class S, class Loss, class Factors>
@@ -127,29 +42,32 @@ void add_linear(const Loss& loss, const S* logits, const Factors& factors, int64
 }
 
 // The exponentials of a row, each relative to the max known when its block was read.
-template <class T>
+template <class S>
 struct Kept {
+  using T = Accumulate<S>;
   T* exponentials = nullptr;  // [classes]; null where they are not wanted
   T* max_of_block = nullptr;
+  S* grad = nullptr;  // where the row's gradient will be written
 };
 
 // The statistics of columns [begin, end) of a row, without `skipped_column`.
 template <class S, class P, class Loss>
 RowStatistics<double> statistics_of(const Loss& loss, const SoftmaxArgs& args, int64_t row, int64_t begin, int64_t end,
-                                    int64_t skipped_column, Kept<Accumulate<S>> kept = {}) {
+                                    int64_t skipped_column, Kept<S> kept = {}) {
   using T = Accumulate<S>;
   const S* logits = static_cast<const S*>(args.logits) + row_offset(args.logits_layout, row);
   RowStatistics<double> total = {double(lowest<T>()), 0, 0, 0};  // finite: a row of -infinity masks is no inf - inf
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t stop = least(end, block + kBlock);
     const Groups<S, decltype(loss.logit)> groups(loss.logit, logits + block, stop - block, skipped_column - block);
-    const double max = double(groups.max());
+    const double max = double(groups.max);
     if (max > total.max) {
       if (block > begin) total = raised<typename Loss::Sum>(total, max);
       total.max = max;
     }
     if (kept.exponentials) {
-      total.sum_without_target += double(groups.sum_kept(T(total.max), stop - block, kept.exponentials + block));
+      total.sum_without_target +=
+          double(groups.sum_kept(T(total.max), stop - block, kept.exponentials + block, kept.grad + block));
       kept.max_of_block[block / kBlock] = T(total.max);
     } else {
       total.sum_without_target += double(groups.sum(T(total.max), [](T gap) { return exp(gap); }));
@@ -231,13 +149,24 @@ void write_by_rows(const Loss& loss, const Tile<T>& tile, const SoftmaxArgs& arg
     const T max = tile.max[j];
     const ColumnCoefficients<T> coefficients = gradients.of_columns(j);
     with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
-#pragma GCC ivdep
-      for (int64_t c = begin; c < end; ++c) {
-        const ZAndSlope<T> z = loss.logit(load(logits[c]));
+      const auto gradient_of = [&](int64_t c, T logit) {
+        const ZAndSlope<T> z = loss.logit(logit);
         const T gap = z.z - max, e = exp(gap);
         const T value = column_gradient<typename Loss::Sum>(coefficients, Column<T>{e, gap, factors(c)});
-        grad[c] = store<S>(decltype(loss.logit)::changes ? value * z.slope : value);
+        return decltype(loss.logit)::changes ? value * z.slope : value;
+      };
+      int64_t c = begin;
+      for (; !std::is_same_v<S, T> && c + kLanes <= end; c += kLanes) {
+        T lanes[kLanes];
+        Group<S>::read(logits + c, lanes);
+#pragma GCC ivdep
+        for (int lane = 0; lane < kLanes; ++lane) {
+          lanes[lane] = gradient_of(c + Group<S>::column_of(lane), lanes[lane]);
+        }
+        Group<S>::write(lanes, grad + c);
       }
+#pragma GCC ivdep
+      for (; c < end; ++c) grad[c] = store<S>(gradient_of(c, load(logits[c])));
     });
     const int64_t target = tile.y[j];
     if (target >= begin && target < end) grad[target] = store<S>(gradients.own[j]);

@@ -15,17 +15,35 @@ constexpr int64_t kShortestRowKept = 64;
 
 template <class S, class P, class Loss, class T>
 void write_kept(const Loss& loss, const SoftmaxArgs& args, const Tile<T>& tile, const Gradients<T>& gradients,
-                int64_t j, const Kept<T>& kept, S* grad) {
+                int64_t j, const Kept<S>& kept) {
   const int64_t classes = args.logits_layout.classes;
+  S* grad = kept.grad;
   with_factors<P, T>(loss, args, tile.row + j, [&](const auto& factors) {
     for (int64_t block = 0; block < classes; block += kBlock) {
       ColumnCoefficients<T> coefficients = gradients.of_columns(j);
       coefficients.exponential *= exp(kept.max_of_block[block / kBlock] - tile.max[j]);
       const int64_t last = least(classes, block + kBlock);
+      const auto gradient_of = [&](int64_t c, T exponential) {
+        return column_gradient<typename Loss::Sum>(coefficients, Column<T>{exponential, T(0), factors(c)});
+      };
+      if constexpr (std::is_same_v<S, T>) {
 #pragma GCC ivdep
-      for (int64_t c = block; c < last; ++c) {
-        const Column<T> column = {kept.exponentials[c], T(0), factors(c)};
-        grad[c] = store<S>(column_gradient<typename Loss::Sum>(coefficients, column));
+        for (int64_t c = block; c < last; ++c) grad[c] = gradient_of(c, kept.exponentials[c]);
+      } else {
+        const auto write = [&](int64_t c, const T* exponentials, S* to) {
+          T lanes[kLanes];
+#pragma GCC ivdep
+          for (int lane = 0; lane < kLanes; ++lane) {
+            lanes[lane] = gradient_of(c + Group<S>::column_of(lane), exponentials[lane]);
+          }
+          Group<S>::write(lanes, to);
+        };
+        int64_t c = block;
+        for (; c + kLanes <= last; c += kLanes) write(c, kept.exponentials + c, grad + c);
+        if (c == last) continue;
+        S of_last[kLanes];  // of a group that begins before its columns
+        write(last - kLanes, kept.exponentials + c, of_last);
+        std::memcpy(grad + c, of_last + kLanes - (last - c), (last - c) * sizeof(S));
       }
     }
   });
@@ -39,7 +57,8 @@ SoftmaxSums with_grad_by_rows(const Loss& loss, const SoftmaxArgs& args, int64_t
                               Accumulate<S>* scratch) {
   using T = Accumulate<S>;
   const int64_t classes = args.logits_layout.classes, blocks = (classes + kBlock - 1) / kBlock;
-  const int64_t most = least(kTile / blocks, kSoftmaxScratch / classes), rows = most > 0 ? most : 1;
+  const int64_t kept_numbers = softmax_kept(classes);
+  const int64_t most = least(kTile / blocks, kSoftmaxScratch / kept_numbers), rows = most > 0 ? most : 1;
   SoftmaxSums sums = {0, 0, -1};
   Tile<T> tile;
   Gradients<T> gradients;
@@ -50,11 +69,16 @@ SoftmaxSums with_grad_by_rows(const Loss& loss, const SoftmaxArgs& args, int64_t
     tile.template read_logits<S>(loss, args);
     RowOffsets kept_offsets(args.grad_layout, first), offsets = kept_offsets;
     const auto kept_of = [&](int64_t j, S* grad) {
-      if constexpr (std::is_same_v<S, T>) return Kept<T>{grad, max_of_block + j * blocks};
-      return Kept<T>{scratch + j * classes, max_of_block + j * blocks};
+      T* exponentials = nullptr;
+      if constexpr (std::is_same_v<S, T>) {
+        exponentials = grad;
+      } else {
+        exponentials = scratch + j * kept_numbers;
+      }
+      return Kept<S>{exponentials, max_of_block + j * blocks, grad};
     };
     for (int64_t j = 0; j < tile.count; ++j) {
-      const Kept<T> kept = kept_of(j, static_cast<S*>(args.grad) + kept_offsets.next());
+      const Kept<S> kept = kept_of(j, static_cast<S*>(args.grad) + kept_offsets.next());
       if (tile.active(j)) {
         tile.set(j, rounded<T>(statistics_of<S, P>(loss, args, first + j, 0, classes, tile.y[j], kept)));
       } else {
@@ -66,7 +90,7 @@ SoftmaxSums with_grad_by_rows(const Loss& loss, const SoftmaxArgs& args, int64_t
     for (int64_t j = 0; j < tile.count; ++j) {
       S* grad = static_cast<S*>(args.grad) + offsets.next();
       if (tile.active(j)) {
-        write_kept<S, P>(loss, args, tile, gradients, j, kept_of(j, grad), grad);
+        write_kept<S, P>(loss, args, tile, gradients, j, kept_of(j, grad));
       } else {
         for (int64_t c = 0; c < classes; ++c) grad[c] = store<S>(T(0));
       }

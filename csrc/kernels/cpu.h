@@ -26,7 +26,12 @@ struct SoftmaxPart {
   double max, sum_without_target, sum, mass;
 };
 
+// Floats that softmax_with_grad keeps of a half type: 128 KB, or a row in whole lines of 128 bytes.
 constexpr int64_t kSoftmaxScratch = 32768;
+constexpr int64_t softmax_kept(int64_t classes) { return (classes + 31) / 32 * 32; }
+constexpr int64_t softmax_scratch(int64_t classes) {
+  return kSoftmaxScratch > softmax_kept(classes) ? kSoftmaxScratch : softmax_kept(classes);
+}
 
 struct RowSumsTotal {
   double loss;
@@ -44,7 +49,8 @@ struct CpuKernels {
   SoftmaxSums (*softmax_forward)(Softmax, const SoftmaxArgs&, const SoftmaxPart* parts, int64_t begin, int64_t end);
   void (*softmax_backward)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end);
   // Forward and backward at once, for an upstream gradient of 1 and targets in range; where that would save nothing it
-  // does nothing and returns false. In half types `scratch` holds kSoftmaxScratch or a row of floats, the larger one.
+  // does nothing and returns false. In half types `scratch` holds
+  // softmax_scratch(classes) floats, from a multiple of 64 bytes on.
   bool (*softmax_with_grad)(Softmax, const SoftmaxArgs&, int64_t begin, int64_t end, void* scratch, SoftmaxSums*);
   // Part number `part` of a row whose classes lie side by side.
   SoftmaxPart (*softmax_part)(Softmax, const SoftmaxArgs&, int64_t row, int64_t part);

@@ -153,9 +153,9 @@ MUTANTS = {
         "gradient without the factor": ("losses/row.h", "return value - s * column.factor;", "return value;"),
         "z-loss slope": ("losses/softmax.h", "{smooth + T(2) * upstream * z_loss", "{smooth + upstream * z_loss"),
         "softcap slope": ("losses/logit.h", "T(4) * e.value * one_over * one_over", "T(1)"),
-        "target left in a row": ("cpu/softmax_rows.inl", " | int(lane == Int(skipped_lane))", ""),
+        "target left in a row": ("cpu/softmax_groups.inl", " | int(column == Int(skipped))", ""),
         "target left in a column": ("cpu/softmax_columns.inl", "z[place * kTile + j] = -infinity<T>();", ""),
-        "filling counted": ("cpu/softmax_rows.inl", "int(lane < Int(first)) | ", ""),
+        "filling counted": ("cpu/softmax_groups.inl", "int(column < Int(first)) | ", ""),
         "square askew": ("cpu/lanes.inl", "FUSEDLOSS_SHUFFLE(low, next_low, 2, 3, 6, 7)", "low"),
         "block rescale": (
             "cpu/softmax_rows.inl",
@@ -181,7 +181,7 @@ MUTANTS = {
         "a row's weight not in its loss": ("cpu/softmax_tile.inl", "tile.counts[i] * value", "value"),
         "a row's weight not in its gradient": ("cpu/softmax_tile.inl", " * double(tile.counts[j])", ""),
         "a row of weight 0 not ignored": ("cpu/softmax_tile.inl", "      ++ignored;\n", ""),
-        "kept tail lost": ("cpu/softmax_rows.inl", "kept[count - filled + i] = last[kLanes - filled + i];", ";"),
+        "kept tail lost": ("cpu/softmax_groups.inl", "kept[count - filled + i] = last[kLanes - filled + i];", ";"),
     },
     "focal": {
         "focal ratio": ("losses/softmax.h", "T(1) + gamma * ratio", "T(1) + gamma"),

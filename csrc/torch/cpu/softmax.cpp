@@ -107,13 +107,16 @@ void set_gradient(SoftmaxArgs& args, const Tensor& grad) {
   args.streams = grad.nbytes() >= kStreamed && args.grad != args.logits;
 }
 
-// Kept by each thread: 128 KB, or its longest row.
+// Kept by each thread: 128 KB, or its longest row. Whole lines, so that no vector is stored across two.
 float* scratch_for(const SoftmaxArgs& args) {
   if (args.dtype != DType::BFloat16) return nullptr;
-  static thread_local std::vector<float> scratch;
-  const size_t needed = std::max(kSoftmaxScratch, args.logits_layout.classes);
+  struct alignas(64) Line {
+    float numbers[16];
+  };
+  static thread_local std::vector<Line> scratch;
+  const size_t needed = softmax_scratch(args.logits_layout.classes) / 16;
   if (scratch.size() < needed) scratch.resize(needed);
-  return scratch.data();
+  return scratch.front().numbers;
 }
 
 struct SoftmaxOnCpu {
