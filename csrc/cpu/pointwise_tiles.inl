@@ -2,7 +2,7 @@
 // in the first-level cache; the losses or the gradient are converted back. An operand that is dense in that type is
 // read in place.
 
-#include "widen.inl"
+#include "groups.inl"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
@@ -38,7 +38,11 @@ void over_runs(const PointwiseArgs& args, const int64_t* strides, int64_t begin,
 template <class T>
 class PointwiseTile {
  public:
-  explicit PointwiseTile(const PointwiseArgs& args) : args_(args) {}
+  explicit PointwiseTile(const PointwiseArgs& args)
+      : args_(args),
+        in_groups_(!args.index && (!args.output || args.output_dtype == DType::BFloat16) && in_groups(args.input) &&
+                   in_groups(args.target) && in_groups(args.weight) && in_groups(args.third) &&
+                   (args.one_upstream || in_groups(args.upstream))) {}
 
   bool reads_and_writes_in_place() const {
     return !args_.index && in_place(args_.input) && in_place(args_.target) && in_place(args_.weight) &&
@@ -94,12 +98,23 @@ class PointwiseTile {
 
   void write(int64_t begin, int64_t end) const {
     if (!args_.output || args_.output_dtype == kType) return;
-    with_storage(args_.output_dtype,
-                 [&](auto s) { narrow(output_, end - begin, static_cast<decltype(s)*>(args_.output) + begin); });
+    with_storage(args_.output_dtype, [&](auto s) {
+      using S = decltype(s);
+      S* output = static_cast<S*>(args_.output);
+      if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>) {
+        if (in_groups_) return write_tile<Group>(output_, end - begin, output + begin);
+      }
+      write_tile<InOrder>(output_, end - begin, output + begin);
+    });
   }
 
  private:
   static constexpr DType kType = sizeof(T) == sizeof(double) ? DType::Double : DType::Float;
+
+  // Whether all are dense bfloat16 numbers, which may as well lie in the order of a group.
+  static bool in_groups(const Operand& from) {
+    return std::is_same_v<T, float> && (!from.data || (from.dense && from.dtype == DType::BFloat16));
+  }
 
   static bool in_place(const Operand& from) { return !from.data || (from.dense && from.dtype == kType); }
 
@@ -107,8 +122,14 @@ class PointwiseTile {
     if (!from.data) return nullptr;
     if (in_place(from)) return static_cast<const T*>(from.data) + begin;
     with_storage(from.dtype, [&](auto s) {
-      const auto* data = static_cast<const decltype(s)*>(from.data);
-      if (from.dense) return widen(data + begin, end - begin, tile);
+      using S = decltype(s);
+      const S* data = static_cast<const S*>(from.data);
+      if (from.dense) {
+        if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>) {
+          if (in_groups_) return read_tile<Group>(data + begin, end - begin, tile);
+        }
+        return read_tile<InOrder>(data + begin, end - begin, tile);
+      }
       T* to = tile;
       over_runs(args_, from.strides, begin, end, [&](int64_t offset, int64_t stride, int64_t count) {
         widen(data + offset, stride, count, to);
@@ -122,6 +143,7 @@ class PointwiseTile {
   using Numbers = T[kTileElements<T> + 64 / sizeof(T)];
 
   const PointwiseArgs& args_;
+  const bool in_groups_;
   bool any_ignored_ = false;
   alignas(64) Numbers input_, target_, counted_target_, weight_, third_, upstream_, output_;
 };
