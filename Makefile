@@ -51,9 +51,10 @@ test: build
 test-all: build clients site
 	$(PYTEST) --deep
 
-# What test-all adds to test.
+# What test-all adds to test, or a third of it: PART=2/3.
+PART ?= 1/1
 test-rest: build clients site
-	$(PYTEST) --rest
+	$(PYTEST) --rest --part $(PART)
 
 # Packages whose users' code the thorough tests run: a quarter of a minute. Where they cannot be installed, and in an
 # environment of your own, which stays as it is, the tests that need them are skipped.

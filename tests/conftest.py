@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu, cuda or executor")
     parser.addoption("--deep", action="store_true", help="everything: full grids, mutants, sanitizers, 2,000 examples")
     parser.addoption("--rest", action="store_true", help="what --deep adds to a run without it")
+    parser.addoption("--part", default="1/1", help="k/n: the k-th of n parts of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,6 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # A test that is named runs.
     if not any("::" in argument for argument in config.args):
         kept, config.stash[LEFT_OUT] = selection.selected(items, _wanted(config))
+        kept = selection.part_of(kept, config.getoption("--part"))
         config.hook.pytest_deselected(items=list(set(items).difference(kept)))
         items[:] = sorted(kept, key=selection.minutes, reverse=True)
     if not _on_gpu(config):

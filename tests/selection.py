@@ -3,6 +3,7 @@
 A grid whose cases take seconds may be thinned with --deep too.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Hashable
 from itertools import combinations
@@ -26,6 +27,14 @@ def selected(items: list[pytest.Item], wanted: str) -> tuple[list[pytest.Item], 
         return items, left_out
     rest = set(kinds) | set(examples)
     return [item for item in items if (item in rest if wanted == "rest" else item not in kinds)], left_out
+
+
+def part_of(items: list[pytest.Item], part: str) -> list[pytest.Item]:
+    """The tests of part "k/n", one of n that have about as many tests: those whose names fall into it."""
+    number, of = map(int, part.split("/"))
+    if not 1 <= number <= of:
+        raise pytest.UsageError(f"--part: expected k/n with 1 <= k <= n, got {part}")
+    return [item for item in items if zlib.crc32(item.nodeid.encode()) % of == number - 1]
 
 
 def minutes(item: pytest.Item) -> float:

@@ -40,3 +40,13 @@ def test_what_a_short_run_keeps_of_a_thorough_one_has_every_value():
     grid = cases()
     short = kept_of(kept_of(grid, 2), 1)
     assert values_of(short, 1) == values_of(grid, 1)
+
+
+def test_parts_are_all_tests_once():
+    tests = [SimpleNamespace(nodeid=f"test_file.py::test[{i}]") for i in range(300)]
+    parts = [selection.part_of(tests, f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(test.nodeid for part in parts for test in part) == sorted(test.nodeid for test in tests)
+    assert all(70 < len(part) < 130 for part in parts)
+    assert selection.part_of(tests, "1/1") == tests
+    with pytest.raises(pytest.UsageError, match="expected k/n with 1 <= k <= n, got 4/3"):
+        selection.part_of(tests, "4/3")
