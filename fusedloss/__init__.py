@@ -4,38 +4,41 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import functional
-from ._distillation_module import DistillationLoss
-from ._library import by_accident, check, why_native
-from ._linear_distillation_module import LinearDistillationLoss
-from ._linear_module import LinearCrossEntropyLoss
-from ._route import explain
-from .adoption import patch, scope
-from .custom import PointwiseLoss, SoftmaxLoss, pointwise_loss, softmax_loss
-from .modules import (
-    AsymmetricLoss,
-    BCELoss,
-    BCEWithLogitsLoss,
-    CosineEmbeddingLoss,
-    CrossEntropyLoss,
-    FocalLoss,
-    GaussianNLLLoss,
-    HingeEmbeddingLoss,
-    HuberLoss,
-    KLDivLoss,
-    L1Loss,
-    MarginRankingLoss,
-    MSELoss,
-    MultiLabelSoftMarginLoss,
-    MultiMarginLoss,
-    NLLLoss,
-    NLLLoss2d,
-    PoissonNLLLoss,
-    SigmoidFocalLoss,
-    SmoothL1Loss,
-    SoftMarginLoss,
-    TripletMarginLoss,
-)
+from ._collector import paused
+
+with paused():
+    from . import functional
+    from ._distillation_module import DistillationLoss
+    from ._library import by_accident, check, why_native
+    from ._linear_distillation_module import LinearDistillationLoss
+    from ._linear_module import LinearCrossEntropyLoss
+    from ._route import explain
+    from .adoption import patch, scope
+    from .custom import PointwiseLoss, SoftmaxLoss, pointwise_loss, softmax_loss
+    from .modules import (
+        AsymmetricLoss,
+        BCELoss,
+        BCEWithLogitsLoss,
+        CosineEmbeddingLoss,
+        CrossEntropyLoss,
+        FocalLoss,
+        GaussianNLLLoss,
+        HingeEmbeddingLoss,
+        HuberLoss,
+        KLDivLoss,
+        L1Loss,
+        MarginRankingLoss,
+        MSELoss,
+        MultiLabelSoftMarginLoss,
+        MultiMarginLoss,
+        NLLLoss,
+        NLLLoss2d,
+        PoissonNLLLoss,
+        SigmoidFocalLoss,
+        SmoothL1Loss,
+        SoftMarginLoss,
+        TripletMarginLoss,
+    )
 
 __version__ = "0.1.0"
 
