@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -135,6 +136,8 @@ def extensions():
     # Python's own flags ask for debugging information, five times the size of the code.
     cxx += [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]
     cxx += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+    # On this processor gcc notes arguments that old versions passed in another way; here one compiler makes both sides.
+    cxx += ["-Wno-psabi"] if platform.machine() == "aarch64" else []
     of_gcc = list(cxx)
     cxx = accepted(get_cxx_compiler().split(), of_gcc)
     if cxx != of_gcc:

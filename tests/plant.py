@@ -29,6 +29,12 @@ def keep_one_type(csrc: Path, name: str) -> None:
     header.write_text(text)
 
 
+def leave_out_halves(csrc: Path) -> None:
+    """Of a kernel for each storage type, those for bfloat16 and float16."""
+    for type_, name in (("BFloat16", "bf16"), ("Half", "fp16")):
+        replace_once(csrc / "kernels" / "functors.h", f"    case DType::{type_}:\n      return f({name}());\n", "")
+
+
 def keep_one_loss(csrc: Path, family: str, name: str) -> None:
     """Leaves that loss alone in the list of its family, where it has the number 0."""
     header = csrc / "losses" / f"{family}.h"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from compiler import COMPILER, CSRC
 from distillation_calls import DIRECTIONS, TEACHERS, pair, rows
+from emulated import Kernels, pointer
 from marks import needs_compiler
 from plant import keep_one_type, planted
 from torch import Tensor
@@ -49,7 +50,7 @@ def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def agrees(kernels: ctypes.CDLL) -> bool:
+def agrees(kernels: Kernels) -> bool:
     return all(
         agrees_on(kernels, *pair((5, classes), torch.float64, teacher_is, classes), direction, teacher_is)
         for classes in (7, 40, 2100)
@@ -59,18 +60,18 @@ def agrees(kernels: ctypes.CDLL) -> bool:
 
 
 def run(
-    kernels: ctypes.CDLL, student: Tensor, teacher: Tensor, labels: Tensor, direction: str, teacher_is: str
+    kernels: Kernels, student: Tensor, teacher: Tensor, labels: Tensor, direction: str, teacher_is: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses, in_forward, grad = torch.empty(len(student)).double(), torch.empty_like(student), torch.empty_like(student)
     kernels.run_distillation(
         DIRECTIONS.index(direction), TEACHERS.index(teacher_is), *map(ctypes.c_int64, student.shape),
-        *(ctypes.c_void_p(each.data_ptr()) for each in (student, teacher, labels)), ctypes.c_double(1.7),
-        ctypes.c_double(0.3), *(ctypes.c_void_p(each.data_ptr()) for each in (losses, in_forward, grad)),
+        *map(pointer, (student, teacher, labels)), ctypes.c_double(1.7),
+        ctypes.c_double(0.3), *map(pointer, (losses, in_forward, grad)),
     )  # fmt: skip
     return losses, in_forward, grad
 
 
-def agrees_on(kernels: ctypes.CDLL, student: Tensor, teacher: Tensor, direction: str, teacher_is: str) -> bool:
+def agrees_on(kernels: Kernels, student: Tensor, teacher: Tensor, direction: str, teacher_is: str) -> bool:
     if teacher_is == "probs":
         teacher = 1.5 * teacher
     student[:, -1] += 5  # the last block has the max
@@ -85,7 +86,7 @@ def agrees_on(kernels: ctypes.CDLL, student: Tensor, teacher: Tensor, direction:
     )
 
 
-def forgets(kernels: ctypes.CDLL) -> bool:
+def forgets(kernels: Kernels) -> bool:
     """A mass behind a mask, which two more blocks make nothing, each by a part that is still a number."""
     student, teacher = torch.zeros(1, 3072).double(), torch.zeros(1, 3072).double()
     student[0, :1024] = -math.inf

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from compiler import COMPILER, CSRC
+from emulated import Kernels, pointer, pointers
 from losses import DTYPES, number
 from marks import needs_compiler, needs_extension
 from plant import planted
 from test_row_sums_cuda import KERNELS, Call
-from torch import Tensor
 
 pytestmark = [
     needs_extension,
@@ -81,22 +81,17 @@ def build(folder: Path, edit: tuple[str, str, str] | None) -> ctypes.CDLL:
     return kernels
 
 
-def pointers(tensors: list[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    return (ctypes.c_void_p * 3)(*(tensor.data_ptr() for tensor in tensors))
-
-
-def agrees(kernels: ctypes.CDLL, kernel: str, dtype: torch.dtype, rows: int, columns: int, apart: int) -> bool:
+def agrees(kernels: Kernels, kernel: str, dtype: torch.dtype, rows: int, columns: int, apart: int) -> bool:
     call = Call(kernel, dtype, rows, columns)
     losses, grads = call.exact(call.upstream)
     name, params, operands, target, weight = call.given()
     stored = [torch.cat([each, each[:, :apart]], 1) for each in operands]
     made = [torch.full_like(each, 77.0) for each in operands]
     each = torch.full((rows,), 77.0, dtype=dtype)
-    void = lambda tensor: ctypes.c_void_p(None if tensor is None else tensor.data_ptr())  # noqa: E731
     total = kernels.run_row_sums(
         number(name), DTYPES.index(dtype), ctypes.c_int64(rows), ctypes.c_int64(columns),
-        ctypes.c_int64(stored[0].stride(0)), pointers(stored), void(target), void(weight),
-        (ctypes.c_double * 8)(*params), void(call.upstream), void(each), pointers(made),
+        ctypes.c_int64(stored[0].stride(0)), pointers(stored), pointer(target), pointer(weight),
+        (ctypes.c_double * 8)(*params), pointer(call.upstream), pointer(each), pointers(made),
     )  # fmt: skip
     eps = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     pairs = [(torch.tensor(total, dtype=torch.float64), losses.sum()), (each, losses), *zip(made, grads, strict=True)]
@@ -106,7 +101,7 @@ def agrees(kernels: ctypes.CDLL, kernel: str, dtype: torch.dtype, rows: int, col
     )
 
 
-def all_agree(kernels: ctypes.CDLL, kernel: str) -> bool:
+def all_agree(kernels: Kernels, kernel: str) -> bool:
     """Rows of a tail alone, of lanes, of lanes and a tail, and of several blocks; rows apart; every way to read."""
     sizes = [(9, 7, 0), (12, 64, 3), (12, 45, 0), (5, 1100, 1)]
     return all(agrees(kernels, kernel, torch.float64, *size) for size in sizes) and all(
