@@ -13,8 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from runpy import run_path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
+
+# A new environment of Python 3.10 or 3.11 brings 65.5, which pip keeps, and which stumbles over pyproject.toml.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"fusedloss: expected setuptools 77.0.3 or newer, found {setuptools.__version__}.\n"
+        '    pip install "setuptools>=77.0.3"'
+    )
 
 
 def toolkit():
@@ -44,7 +52,7 @@ except ImportError as error:
     raise SystemExit(
         f"fusedloss is built against the torch it will run with, and that is missing here ({error}).\n"
         "Install the build requirements, then build without isolation:\n"
-        "    pip install torch setuptools wheel ninja\n"
+        '    pip install torch "setuptools>=77.0.3" wheel ninja\n'
         "    pip install --no-build-isolation ."
     ) from None
 

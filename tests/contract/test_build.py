@@ -56,6 +56,17 @@ def test_a_build_that_fails_is_recorded(tmp_path):
     assert "FUSEDLOSS_BUILD=require" in made.stderr and "and more" in made.stdout
 
 
+def test_an_old_setuptools_is_named():
+    """The one that a new environment has: without this, its error is about the licence."""
+    program = (
+        "import runpy, setuptools, sys; setuptools.__version__ = '65.5.0'; sys.argv = ['setup.py', '--version'];"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    made = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 1 and made.stdout == ""
+    assert made.stderr.startswith("fusedloss: expected setuptools 77.0.3 or newer, found 65.5.0.\n")
+
+
 @another_build
 @needs_compiler
 def test_a_build_that_fails_may_be_an_error(tmp_path):
