@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 from compiler import ROOT
 from marks import needs_compiler, on_cpu_alone
+from torch.utils.cpp_extension import include_paths
 
 pytestmark = on_cpu_alone("another process")
 another_build = pytest.mark.deep("builds that fail in other ways; one that fails is in the daily run")
@@ -97,13 +99,25 @@ def test_sources_that_are_missing_are_an_error(tmp_path):
     assert made.stderr == "fusedloss: expected the sources of kernels in csrc/cpu, found none\n"
 
 
-@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here, and nothing else covers it")
+needs_clang = pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++ here, and nothing else covers it")
+STRICT = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-trapping-math"]
+
+
+@needs_clang
 @pytest.mark.deep("a file of each instruction set, by another compiler than the build's", minutes=1)
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_clang_compiles_the_kernels(isa, tmp_path):
-    options = ["-std=c++20", "-O0", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-trapping-math"]
     source = ROOT / "csrc" / "cpu" / "isa" / f"{isa}.cpp"
-    made = subprocess.run(
-        ["clang++", *options, "-c", str(source), "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True
-    )
+    command = ["clang++", *STRICT, "-O0", "-c", str(source), "-o", str(tmp_path / "kernels.o")]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[:2000]
+
+
+@needs_clang
+@pytest.mark.deep("a file that includes torch, by another compiler than the build's")
+def test_clang_reads_what_includes_torch():
+    folders = [*include_paths("cpu"), sysconfig.get_path("include")]
+    system = [flag for folder in folders for flag in ("-isystem", folder)]
+    source = ROOT / "csrc" / "torch" / "pointwise_autograd.cpp"
+    made = subprocess.run(["clang++", *STRICT, "-fsyntax-only", *system, str(source)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[:2000]
