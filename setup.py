@@ -150,6 +150,8 @@ def extensions():
     cxx = accepted(get_cxx_compiler().split(), of_gcc)
     if cxx != of_gcc:
         cxx.append("-Wno-unknown-pragmas")  # GCC ivdep
+    slopes = run_path(str(HERE / "fusedloss" / "_torchs_slopes.py"))["flags"]()
+    cxx += slopes
     # What a user's own loss is compiled with later.
     flags_of_kernels = " ".join(cxx)
     # As system headers, torch's own do not warn: every warning is about this project.
@@ -162,7 +164,7 @@ def extensions():
     else:
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures()
         macros += [("FUSEDLOSS_CUDA", "1"), ("FUSEDLOSS_CUDA_ARCHITECTURES", f'"{architectures}"')]
-        nvcc = ["-O3", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden"]
+        nvcc = ["-O3", "-Xcompiler", "-Wall,-Wextra,-fvisibility=hidden", *slopes]
         extension, flags = CUDAExtension, {"cxx": cxx, "nvcc": nvcc}
     module = extension("fusedloss._C", sorted(sources), define_macros=macros, extra_compile_args=flags)
     module.depends = [str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*.*")]

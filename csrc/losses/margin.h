@@ -2,13 +2,14 @@
 #pragma once
 
 #include "math.h"
+#include "on_slope.h"
 #include "range.h"
 #include "result_dtype.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 
 // torch.nn.functional.hinge_embedding_loss: x for a label of 1, max(0, margin - x) for one of -1, and, as in torch, the
-// sum of both for any other. At the margin itself the slope is -1, that of torch's clamp_min.
+// sum of both for any other.
 template <class T>
 struct HingeEmbedding {
   static constexpr bool of_difference = false, broadcasts = true, takes_integers = true, target_first = true;
@@ -23,7 +24,7 @@ struct HingeEmbedding {
     return select(t == T(1), T(0), of_minus_one) + select(t == T(-1), T(0), x);
   }
   FUSEDLOSS_HD T grad(T x, T t) const {
-    const T of_minus_one = select(margin - x >= T(0), T(1), T(0));
+    const T of_minus_one = select(on_slope(margin - x), T(1), T(0));
     return select(t == T(-1), T(0), T(1)) - select(t == T(1), T(0), of_minus_one);
   }
 };
@@ -43,7 +44,7 @@ struct SoftMargin {
 };
 
 // torch.nn.functional.margin_ranking_loss of two scores and the label of which is the higher one: max(0, margin - y (x
-// - t)). At the margin itself the slope is that of torch's clamp_min.
+// - t)).
 template <class T>
 struct MarginRanking {
   static constexpr bool of_difference = true, takes_third = true;
@@ -59,8 +60,8 @@ struct MarginRanking {
     const T m = missing(x, t, y);
     return select(m < T(0), T(0), m);
   }
-  FUSEDLOSS_HD T grad(T x, T t, T y) const { return select(missing(x, t, y) >= T(0), -y, T(0)); }
-  FUSEDLOSS_HD T grad_third(T x, T t, T y) const { return select(missing(x, t, y) >= T(0), -(x - t), T(0)); }
+  FUSEDLOSS_HD T grad(T x, T t, T y) const { return select(on_slope(missing(x, t, y)), -y, T(0)); }
+  FUSEDLOSS_HD T grad_third(T x, T t, T y) const { return select(on_slope(missing(x, t, y)), -(x - t), T(0)); }
 };
 
 }  // namespace fusedloss::FUSEDLOSS_ISA

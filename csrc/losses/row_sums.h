@@ -7,6 +7,7 @@
 
 #include "functions.h"
 #include "math.h"
+#include "on_slope.h"
 #include "range.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
@@ -55,7 +56,7 @@ struct CosineEmbedding {
     const Cosine of(sums);
     T slope = T(0);
     if (row.label == T(1)) slope = -upstream;
-    if (row.label == T(-1) && of.cos - margin >= T(0)) slope = upstream;
+    if (row.label == T(-1) && on_slope(of.cos - margin)) slope = upstream;
     c[0] = slope / of.norms;
     c[1] = -slope * of.cos / of.first;
     c[2] = -slope * of.cos / of.second;
@@ -97,7 +98,7 @@ struct Triplet {
     return m < T(0) ? T(0) : m;
   }
   FUSEDLOSS_HD void gradient(const T (&sums_)[sums], const RowFacts<T>&, T upstream, T (&c)[sums]) const {
-    const T slope = missing(sums_) >= T(0) ? upstream : T(0);
+    const T slope = on_slope(missing(sums_)) ? upstream : T(0);
     c[0] = by_distance(slope, sums_[0]);
     if constexpr (kSwap) {
       const T negative = distance(sums_[1]), swapped = distance(sums_[2]), half = slope / T(2);

@@ -16,6 +16,8 @@ from losses import number
 from plant import keep_one_loss, keep_one_of_each_driver, keep_one_type
 from torch import Tensor
 
+from fusedloss import _torchs_slopes
+
 LIBRARY = "cuda_on_cpu.so"
 SMALL = ("scale.cu", "softmax.cu", "softmax_targets.cu")  # one unit with the driver: their time is that of headers
 HERE = Path(__file__).parent / "cuda_on_cpu"
@@ -35,6 +37,7 @@ SANITIZED = bool(os.environ.get("FUSEDLOSS_SANITIZED_KERNELS"))
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # Under sanitizers -O1 compiles for nearly three times as long, which its faster runs do not make up for.
 FLAGS += ["-O0", *SANITIZERS] if SANITIZED else ["-O1"]
+FLAGS += _torchs_slopes.flags()
 DTYPES = [torch.float32, torch.bfloat16] if SANITIZED else losses.DTYPES  # see keep_one_of_each_driver
 
 

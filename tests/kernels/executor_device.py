@@ -7,9 +7,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType
 
-from compiler import COMPILER, CSRC, WITHOUT_PRELOAD, precompiled
+from compiler import COMPILER, CSRC, ROOT, WITHOUT_PRELOAD, precompiled
 
 NAME = "executor"
 LIBRARY = "_C.so"
@@ -54,11 +55,12 @@ def build(folder: Path, kernels: Path, source: Path = CSRC, built: Path | None =
     `built` is a folder that has all objects: only csrc/torch/cuda is then compiled.
     """
     headers = precompiled((built or folder) / "torch.h", TORCH, flags())
+    slopes = run_path(str(ROOT / "fusedloss" / "_torchs_slopes.py"))["flags"]()
 
     def compile(name: str) -> Path:
         to = folder / f"{name}.o"
         of_kernels = name.startswith(("baseline", "dispatch"))
-        given = [*FLAGS, "-Wno-unknown-pragmas"] if of_kernels else [*flags(), *headers]
+        given = [*FLAGS, *slopes, "-Wno-unknown-pragmas"] if of_kernels else [*flags(), *headers]
         command = [*COMPILER.split(), *given, "-c", str(to.with_suffix(".cpp")), "-o", str(to)]
         done = subprocess.run(command, capture_output=True, text=True, env=WITHOUT_PRELOAD)
         assert done.returncode == 0, done.stderr

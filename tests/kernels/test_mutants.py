@@ -30,6 +30,8 @@ from marks import needs_compiler, needs_extension
 from plant import keep_one_loss, keep_one_type, planted
 from torch import Tensor
 
+from fusedloss import _torchs_slopes
+
 pytestmark = needs_extension
 
 
@@ -135,8 +137,8 @@ MUTANTS = {
     },
     "margin_ranking": {
         "ranking value": ("losses/margin.h", "select(m < T(0), T(0), m)", "m"),
-        "ranking slope": ("losses/margin.h", "select(missing(x, t, y) >= T(0), -y, T(0))", "-y"),
-        "ranking label": ("losses/margin.h", "select(missing(x, t, y) >= T(0), -(x - t), T(0))", "-(x - t)"),
+        "ranking slope": ("losses/margin.h", "select(on_slope(missing(x, t, y)), -y, T(0))", "-y"),
+        "ranking label": ("losses/margin.h", "select(on_slope(missing(x, t, y)), -(x - t), T(0))", "-(x - t)"),
     },
     "gaussian_nll": {
         "gaussian value": ("losses/divergence.h", "z * z / variance) + constant", "z * z) + constant"),
@@ -202,6 +204,7 @@ MUTANTS = {
 
 
 FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+FLAGS += _torchs_slopes.flags()
 STANDARD = ("cfloat", "cmath", "cstdint", "cstring", "type_traits", "vector")
 
 

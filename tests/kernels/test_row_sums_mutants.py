@@ -14,6 +14,8 @@ from marks import needs_compiler, needs_extension
 from plant import planted
 from test_row_sums_cuda import KERNELS, Call
 
+from fusedloss import _torchs_slopes
+
 pytestmark = [
     needs_extension,
     needs_compiler,
@@ -21,6 +23,7 @@ pytestmark = [
 ]
 
 FLAGS = ["-std=c++20", "-O0", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+FLAGS += _torchs_slopes.flags()
 FORMULAS, DRIVER = "losses/row_sums.h", "cpu/row_sums.inl"
 # The kernel that goes wrong: {name: (file, what stands there, what is put in its place)}
 MUTANTS = {
@@ -28,7 +31,7 @@ MUTANTS = {
         "cosine value": (FORMULAS, "return T(1) - cos;", "return -cos;"),
         "cosine margin": (FORMULAS, "above = cos - margin", "above = cos"),
         "cosine slope": (FORMULAS, "c[1] = -slope * of.cos / of.first;", "c[1] = -slope / of.first;"),
-        "slope below the margin": (FORMULAS, "&& of.cos - margin >= T(0)", ""),
+        "slope below the margin": (FORMULAS, "&& on_slope(of.cos - margin)", ""),
         "a label that is neither": (FORMULAS, "row.label == T(-1)) return above", "row.label != T(1)) return above"),
         "tail of a row": (DRIVER, "for (int lane = 0; i + lane < end; ++lane) add(i + lane, lane);", ""),
         "blocks of a row": (DRIVER, "if (args.columns > kRowBlock) block.read(begin, count);", ""),
@@ -38,7 +41,7 @@ MUTANTS = {
     "triplet": {
         "eps": (FORMULAS, "terms[0] = term(x[0] - x[1] + eps);", "terms[0] = term(x[0] - x[1]);"),
         "triplet margin": (FORMULAS, "return margin + distance(sums_[0])", "return distance(sums_[0])"),
-        "an inactive triplet": (FORMULAS, "missing(sums_) >= T(0) ? upstream : T(0)", "upstream"),
+        "an inactive triplet": (FORMULAS, "on_slope(missing(sums_)) ? upstream : T(0)", "upstream"),
         "the negative's gradient": (FORMULAS, "grads[2] = -negative;", "grads[2] = negative;"),
         "the other norm": (
             FORMULAS,
