@@ -165,14 +165,15 @@ def explain(loss: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     if isinstance(loss, type) or not callable(loss):
         raise ValueError(f"expected a loss of fusedloss, a module or a function, got {loss!r}")
     compiled = _is_compiled(loss)
-    token = _asking.set("compiled" if compiled else "eager")
-    try:
+    before = _asking.get()
+    try:  # where an interrupt between the two lines would leave every later loss asked
+        _asking.set("compiled" if compiled else "eager")
         with set_stance("force_eager") if compiled else nullcontext():
             loss(*arguments, **options)
     except Path as path:
         return str(path)
     finally:
-        _asking.reset(token)
+        _asking.set(before)
     raise ValueError(f"expected a loss of fusedloss, got {loss!r}")
 
 

@@ -16,25 +16,31 @@ def _ours() -> dict[type[nn.Module], type[nn.Module]]:
     return found
 
 
-def swap(model: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
-    """Each loss by its name in the model, with the class that it had."""
+Swapped = tuple[str, nn.Module, type[nn.Module]]  # a loss by its name in the model, with the class that it had
+
+
+def losses(model: nn.Module) -> list[Swapped]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     ours = _ours()
-    swapped = [(name, module, type(module)) for name, module in model.named_modules() if type(module) in ours]
-    if not swapped:
+    found = [(name, module, type(module)) for name, module in model.named_modules() if type(module) in ours]
+    if not found:
         raise ValueError(f"expected a model that holds a loss of torch.nn, got {type(model).__name__}")
-    for _, module, was in swapped:
+    return found
+
+
+def swap(found: list[Swapped]) -> None:
+    ours = _ours()
+    for _, module, was in found:
         module.__class__ = ours[was]
-    return swapped
 
 
-def swap_back(swapped: list[tuple[str, nn.Module, type[nn.Module]]]) -> list[str]:
-    """The names of those that are no longer what :func:`swap` made of them, and stay."""
+def swap_back(swapped: list[Swapped]) -> list[str]:
+    """The names of those that are neither what :func:`swap` made of them nor what they were, and stay."""
     ours, left = _ours(), []
     for name, module, was in swapped:
         if type(module) is ours[was]:
             module.__class__ = was
-        else:
+        elif type(module) is not was:
             left.append(name)
     return left

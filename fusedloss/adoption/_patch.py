@@ -24,7 +24,7 @@ class _Standing:
         self.original = getattr(place.owner, place.name)
         self.tally = Tally()
         self.ours = replacement(self.original, place.ours, self.tally)
-        self.patches = 0
+        self.patches: set[Patch] = set()
 
 
 _standing: dict[tuple[str, str], _Standing] = {}
@@ -53,31 +53,38 @@ class Patch:
     """What :func:`patch` did, which ``undo()`` or the end of a ``with`` block takes back."""
 
     def __init__(self, wanted: list[Place], model: nn.Module | None, rebind: bool) -> None:
-        self._swapped = [] if model is None else _models.swap(model)
-        self._held: list[_Standing] = []
-        self._before: list[Calls] = []
+        self._swapped: list[_models.Swapped] = []
+        self._held: list[tuple[_Standing, Calls]] = []  # with the calls before
         self._rebound: list[tuple[Any, str, _Standing]] = []
         self._last: Report | None = None
-        with _lock:
-            for place in wanted:
-                self.hold(place)
-            if rebind:
-                self._rebound = list(self._copies())
-                for module, name, held in self._rebound:
-                    setattr(module, name, held.ours)
+        try:
+            with _lock:
+                if model is not None:
+                    self._swapped = _models.losses(model)
+                    _models.swap(self._swapped)
+                for place in wanted:
+                    self.hold(place)
+                if rebind:
+                    self._rebound = list(self._copies())
+                    for module, name, held in self._rebound:
+                        setattr(module, name, held.ours)
+        except BaseException:  # an interrupt too: the caller gets no handle to undo what was done
+            self.undo()
+            raise
 
     def hold(self, place: Place) -> None:
         key = (place.path, place.name)
         held = _standing.get(key)
         if held is None or getattr(place.owner, place.name) is not held.ours:
-            held = _standing[key] = _Standing(place)
-            setattr(place.owner, place.name, held.ours)
-        held.patches += 1
-        self._held.append(held)
-        self._before.append(held.tally.calls())
+            held = _Standing(place)
+        # First what undo() goes by.
+        self._held.append((held, held.tally.calls()))
+        held.patches.add(self)
+        _standing[key] = held
+        setattr(place.owner, place.name, held.ours)
 
     def _copies(self) -> Iterator[tuple[Any, str, _Standing]]:
-        by_original = {id(held.original): held for held in self._held}
+        by_original = {id(held.original): held for held, _ in self._held}
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "torch").split(".")[0] in ("torch", "fusedloss"):
                 continue
@@ -91,16 +98,16 @@ class Patch:
         if self._last is not None:
             return
         with _lock:
-            self._last = self.report()
+            last = self.report()
             left = []
-            for held in self._held:
-                held.patches -= 1
+            for held, _ in self._held:
+                held.patches.discard(self)
                 owner, name = held.place.owner, held.place.name
                 if held.patches:
                     continue
                 if getattr(owner, name, None) is held.ours:
                     setattr(owner, name, held.original)
-                else:
+                elif getattr(owner, name, None) is not held.original:
                     left.append(str(held.place))
                 if _standing.get((held.place.path, name)) is held:
                     del _standing[held.place.path, name]
@@ -108,6 +115,7 @@ class Patch:
                 if getattr(module, name, None) is held.ours:
                     setattr(module, name, held.original)
             left += _models.swap_back(self._swapped)
+            self._last = last  # an undo that was interrupted may be called again
         if left:
             warnings.warn(f"{', '.join(left)}: no longer what patch() put there, and left as found", stacklevel=2)
 
@@ -116,7 +124,7 @@ class Patch:
         if self._last is not None:
             return self._last
         calls = {}
-        for held, before in zip(self._held, self._before, strict=True):
+        for held, before in self._held:
             made = between(before, held.tally.calls())
             if made.fused or made.native:
                 calls[str(held.place)] = made

@@ -39,8 +39,8 @@ def _of_torch(original: Callable[..., Any], ours: Callable[..., Any], tally: Tal
             return handle_torch_function(original, (*arguments, *options.values()), *arguments, **options)
         if is_transformed():
             return original(*arguments, **options)
-        current.listens = True
         try:
+            current.listens = True
             result = ours(*arguments, **options)
             why = current.why
             if why is None:
@@ -79,8 +79,8 @@ def _serve(
     if knows_originals(arguments) or knows_originals(options.values()) or is_transformed():
         return original(*arguments, **options)
     why: Callable[[], str] | None
-    current.listens = True
     try:
+        current.listens = True
         result = ours(*arguments, **options)
         why = current.why
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
