@@ -11,7 +11,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <exception>
 #include <limits>
+#include <mutex>
 
 namespace fusedloss {
 
@@ -68,10 +70,23 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
   if (count <= grain) return f(0, count);
   // at::parallel_for itself is a header that silently runs on one thread unless this file is compiled with -fopenmp,
   // and then needs the very OpenMP runtime torch has loaded; the shim is compiled into torch.
+  // What a thread throws is thrown again here: the shim says only that something was.
+  struct Work {
+    const std::function<void(int64_t, int64_t)>& run;
+    std::mutex mutex;
+    std::exception_ptr thrown;
+  } work{f, {}, nullptr};
   const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const std::function<void(int64_t, int64_t)>*>(context))(begin, end);
+    Work& work = *static_cast<Work*>(context);
+    try {
+      work.run(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(work.mutex);
+      if (!work.thrown) work.thrown = std::current_exception();
+    }
   };
-  const int32_t error = torch_parallel_for(0, count, grain, call, const_cast<void*>(static_cast<const void*>(&f)));
+  const int32_t error = torch_parallel_for(0, count, grain, call, &work);
+  if (work.thrown) std::rethrow_exception(work.thrown);
   TORCH_CHECK(error == 0, "torch_parallel_for failed with error ", error);
 }
 

@@ -1,4 +1,5 @@
 #include "../distillation_in_place.h"
+#include "scratch.h"
 
 #include <algorithm>
 #include <vector>
@@ -31,14 +32,11 @@ double weight_of_rows(const DistillationArgs& args) {
   return total;
 }
 
-// Kept by each thread, 8 KB for a block of a row's classes in float; null where there is no use for it.
-void* scratch_of(const DistillationArgs& args) {
-  if (!args.grad.data || args.divergence != Divergence::Forward) return nullptr;
-  static thread_local std::vector<double> scratch;
+// 8 KB for a block of a row's classes in float; none where there is no use for it.
+Scratch scratch_for(const DistillationArgs& args) {
+  if (!args.grad.data || args.divergence != Divergence::Forward) return Scratch(0);
   const size_t bytes = args.arithmetic == DType::Double ? sizeof(double) : sizeof(float);
-  const size_t needed = size_t(distillation_scratch(args.classes)) * bytes / sizeof(double) + 1;
-  if (scratch.size() < needed) scratch.resize(needed);
-  return scratch.data();
+  return Scratch(size_t(distillation_scratch(args.classes)) * bytes);
 }
 
 struct CpuDistillation {
@@ -51,8 +49,9 @@ struct CpuDistillation {
     set_scale(args, inputs);
     const int64_t rows = rows_of_chunk(args);
     std::vector<double> partial((args.rows + rows - 1) / rows);
+    const Scratch scratch = scratch_for(args);
     over_row_chunks(args, [&](int64_t i, int64_t begin, int64_t end) {
-      partial[i] = cpu_kernels().distillation_forward(args, begin, end, scratch_of(args));
+      partial[i] = cpu_kernels().distillation_forward(args, begin, end, scratch.get());
     });
     double sum = 0;
     for (const double part : partial) sum += part;

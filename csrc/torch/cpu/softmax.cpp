@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "../softmax.h"
+#include "scratch.h"
 
 namespace fusedloss {
 namespace {
@@ -107,16 +108,9 @@ void set_gradient(SoftmaxArgs& args, const Tensor& grad) {
   args.streams = grad.nbytes() >= kStreamed && args.grad != args.logits;
 }
 
-// Kept by each thread: 128 KB, or its longest row. Whole lines, so that no vector is stored across two.
-float* scratch_for(const SoftmaxArgs& args) {
-  if (args.dtype != DType::BFloat16) return nullptr;
-  struct alignas(64) Line {
-    float numbers[16];
-  };
-  static thread_local std::vector<Line> scratch;
-  const size_t needed = softmax_scratch(args.logits_layout.classes) / 16;
-  if (scratch.size() < needed) scratch.resize(needed);
-  return scratch.front().numbers;
+Scratch scratch_for(const SoftmaxArgs& args) {
+  const bool wanted = args.grad && args.dtype == DType::BFloat16;
+  return Scratch(wanted ? sizeof(float) * softmax_scratch(args.logits_layout.classes) : 0);
 }
 
 struct SoftmaxOnCpu {
@@ -142,9 +136,10 @@ struct SoftmaxOnCpu {
   static SoftmaxSums of_chunks(const SoftmaxLoss& loss, const SoftmaxArgs& args) {
     const CpuSoftmax kernels = cpu_kernels_of(loss);
     const int64_t work = loss.traits.reads_row ? args.logits_layout.classes : 1;
+    const Scratch scratch = scratch_for(args);
     return sum_chunks(args.logits_layout, work, [&](int64_t begin, int64_t end) {
       SoftmaxSums sums = {0, 0, -1};
-      if (args.grad && kernels.with_grad(loss.kernel(), args, begin, end, scratch_for(args), &sums)) return sums;
+      if (args.grad && kernels.with_grad(loss.kernel(), args, begin, end, scratch.get(), &sums)) return sums;
       sums = kernels.forward(loss.kernel(), args, nullptr, begin, end);
       if (args.grad) kernels.backward(loss.kernel(), args, begin, end);  // while the chunk is in the cache
       return sums;
