@@ -277,6 +277,33 @@ _BREAKS: tuple[Callable[[Tensor, random.Random], Any], ...] = (
 )
 
 
+_OTHER_DTYPES = (torch.int8, torch.uint16, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Subclass(Tensor):
+    """One that overrides nothing."""
+
+
+def _in_inference(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+# Tensors of other kinds, for the raw ops, of which torch's functions take some in ways of their own.
+FOREIGN: tuple[Callable[[Tensor, random.Random], Any], ...] = (
+    lambda t, draw: t.to(draw.choice(_OTHER_DTYPES)),
+    lambda t, draw: torch.quantize_per_tensor(t.float(), 0.1, 0, draw.choice((torch.qint8, torch.quint8))),
+    lambda t, draw: t.as_subclass(Subclass),
+    lambda t, draw: torch.nn.Parameter(t, requires_grad=t.is_floating_point() and draw.random() < 0.5),
+    lambda t, draw: t.as_strided(t.shape, [stride * draw.randint(0, 1) for stride in t.stride()]),
+    lambda t, draw: t.to_mkldnn() if t.dtype == torch.float32 and t.dim() else t,
+    lambda t, draw: t.to_sparse_csr() if t.dim() == 2 else t,
+    lambda t, draw: torch.nested.nested_tensor([t, t]) if t.dim() else t,
+    lambda t, draw: torch.complex(t.float(), t.float()).conj() if t.is_floating_point() else t,
+    lambda t, draw: _in_inference(t),
+)
+
+
 def _with_one(tensor: Tensor, value: float) -> Tensor:
     tensor = tensor.clone()
     if tensor.numel() and (tensor.is_floating_point() or math.isfinite(value)):
@@ -284,10 +311,10 @@ def _with_one(tensor: Tensor, value: float) -> Tensor:
     return tensor
 
 
-def mistaken(argument: Any, draw: random.Random) -> Any:
+def mistaken(argument: Any, draw: random.Random, foreign: bool = False) -> Any:
     """Another value of a similar kind."""
     if isinstance(argument, Tensor):
-        return draw.choice(_BREAKS)(argument, draw)
+        return draw.choice(FOREIGN if foreign else _BREAKS)(argument, draw)
     if isinstance(argument, bool):
         return not argument
     if isinstance(argument, int):

@@ -36,5 +36,7 @@ def main(problems: Callable[[int], Iterable[str]]) -> int:
 def words(given: Any) -> str:
     if not isinstance(given, Tensor):
         return repr(given)[:60]
+    if given.is_nested:
+        return f"nested {given.dtype}"
     strides = "" if given.layout != torch.strided or given.is_contiguous() else f" strides {given.stride()}"
     return f"{str(given.dtype).removeprefix('torch.')}{tuple(given.shape)}{strides}"

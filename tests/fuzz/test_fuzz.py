@@ -26,7 +26,7 @@ def fuzz(program: str, *options: str) -> None:
 
 @each_program
 def test_some_calls(program):
-    fuzz(program, "--calls", "800", "--seed", "2500")  # of which one of the raw ops found a fault of its day
+    fuzz(program, "--calls", "800", "--seed", "2500")
 
 
 @each_program
