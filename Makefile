@@ -30,7 +30,7 @@ DEV := $(call extra,dev)
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
-.PHONY: build test test-all test-rest clients site docs wheel manylinux demo bench cuda gpu lint clean
+.PHONY: build test test-all test-rest sanitize clients site docs wheel manylinux demo bench cuda gpu lint clean
 
 build: $(READY)
 
@@ -55,6 +55,12 @@ test-all: build clients site
 PART ?= 1/1
 test-rest: build clients site
 	$(PYTEST) --rest --part $(PART)
+
+# The whole CPU extension under AddressSanitizer and UBSan, by hand: it compiles for a quarter of an hour. SECONDS of
+# random calls of each kind: make sanitize SECONDS=1800 is an hour of them.
+SECONDS ?= 60
+sanitize: build
+	$(PYTHON) tests/sanitize.py --seconds $(SECONDS)
 
 # Packages whose users' code the thorough tests run: a quarter of a minute. Where they cannot be installed, and in an
 # environment of your own, which stays as it is, the tests that need them are skipped.
