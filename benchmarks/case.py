@@ -61,6 +61,7 @@ class Case:
     classes: int = 0  # of a linear loss: its shape is that of hidden states (N, D), beside a head (classes, D)
     peers: str = ""  # which losses of other packages stand beside it: a key of peers.PEERS
     different: tuple[str, ...] = ()  # providers of another loss, whose gradient is not compared
+    family: str = ""  # names the table of a CPU's figures that it belongs to
     tensors: int = 0  # of the logits' or the input's size that the greediest provider holds, to know what fits
 
     @property

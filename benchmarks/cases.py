@@ -1,10 +1,12 @@
 """What is measured on each device, and the goals it is held to."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fusedloss
 import fusedloss.functional as L
@@ -45,6 +47,13 @@ def smoothed_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
     return Case(name, shape, torch.float32, class_indices, losses.SMOOTHED, cpu_timed(speedup, memory=1.05))
 
 
+def row_weighted_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
+    """A weight for each row."""
+    name = name_of("row_weighted_cross_entropy", shape, torch.float32)
+    timed = cpu_timed(speedup, memory=1.05)
+    return Case(name, shape, torch.float32, class_indices, losses.ROW_WEIGHTED, timed)
+
+
 def soft_cross_entropy(shape: tuple[int, ...], speedup: float) -> Case:
     name = name_of("soft_cross_entropy", shape, torch.float32)
     return Case(name, shape, torch.float32, class_probabilities, losses.CROSS_ENTROPY, cpu_timed(speedup, memory=1.05))
@@ -71,7 +80,7 @@ def linear_cross_entropy(
     **options: Any,
 ) -> Case:
     """Its cost is that of three matrix products, so that its operations are counted and not its bytes."""
-    name = name_of("linear_cross_entropy" + "_half_ignored" * half_ignored, (*shape, classes), dtype)
+    name = name_of("linear_half_ignored" if half_ignored else "linear_cross_entropy", (*shape, classes), dtype)
     return Case(
         name,
         shape,
@@ -140,7 +149,8 @@ CPU_OF_MARGINS = {
     "multilabel_soft_margin": 10.0,
 }
 LARGE = 1 << 22  # 50.3 MB of float32, 25.2 MB of bfloat16: input and target read, gradient written
-SMALL = (1, 64, 1000, 10_000)  # 12 bytes to 120 kB: the cost of a call
+SMALL = (64, 1, 1000, 10_000)  # 12 bytes to 120 kB
+CALLS = "calls"
 
 
 def pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, Timing], **options: Any) -> Case:
@@ -160,6 +170,14 @@ def pointwise(name: str, elements: int, dtype: torch.dtype, timed: dict[str, Tim
 
 PSEUDO_HUBER = "delta * delta * (sqrt(1 + square((x - t) / delta)) - 1)"
 LOG_COSH = "log(cosh(x - t))"
+
+
+def eager_pseudo_huber(x: Tensor, t: Tensor) -> Tensor:
+    return (torch.sqrt(1 + (x - t) ** 2) - 1).mean()
+
+
+def eager_log_cosh(x: Tensor, t: Tensor) -> Tensor:
+    return torch.log(torch.cosh(x - t)).mean()
 
 
 def custom(name: str, value: str, params: dict[str, float], eager: Loss) -> Case:
@@ -185,13 +203,24 @@ def cpu_pointwise() -> Iterator[Case]:
         yield pointwise(name, LARGE, torch.float32, cpu_timed(speedup, over_compile=1.2, memory=1.05))
     for name, speedup in CPU_OF_MARGINS.items():
         yield pointwise(name, LARGE, torch.float32, cpu_timed(speedup, over_compile=1.3, memory=1.05))
+
+
+def cpu_pointwise_bf16() -> Iterator[Case]:
     for name in (*CPU_POINTWISE, *CPU_OF_MARGINS):
         yield pointwise(name, LARGE, torch.bfloat16, cpu_timed(2.0, over_compile=1.2, memory=1.05))
+
+
+def cpu_small(quick: bool) -> Iterator[Case]:
+    """Where the cost is that of a call. Huber has its sizes in a sweep."""
+    for rows in (4, 32):  # 352 bytes and 2.8 kB
+        yield cross_entropy((rows, 10), speedup=0.95, memory=None)
+    yield sigmoid_focal_indexed((100, 8), speedup=1.0, memory=None)  # 7.2 kB
+    for name in CPU_OF_ROWS:
+        for small in ((4, 10), (64, 128)):
+            yield of_rows(name, small, cpu_timed(0.95), compiled=False)
     for name in (*CPU_POINTWISE, *CPU_OF_MARGINS):
-        for elements in SMALL:
+        for elements in SMALL if not quick and name != "huber" else SMALL[:1]:
             yield pointwise(name, elements, torch.float32, cpu_timed(0.95), compiled=False)
-    yield custom("pseudo_huber", PSEUDO_HUBER, {"delta": 1.0}, lambda x, t: (torch.sqrt(1 + (x - t) ** 2) - 1).mean())
-    yield custom("log_cosh", LOG_COSH, {}, lambda x, t: torch.log(torch.cosh(x - t)).mean())
 
 
 # The size of 4M elements that a loss of rows is measured at, and its least speed-up over eager there.
@@ -208,49 +237,79 @@ def of_rows(name: str, shape: tuple[int, ...], timed: dict[str, Timing], **optio
     return Case(case, shape, torch.float32, target, losses.of_rows(name), timed, beside=beside, **options)
 
 
-def cpu_of_rows() -> Iterator[Case]:
-    for name, (shape, speedup) in CPU_OF_ROWS.items():
-        yield of_rows(name, shape, cpu_timed(speedup, memory=1.05))
-        for small in ((4, 10), (64, 128)):
-            yield of_rows(name, small, cpu_timed(0.95), compiled=False)
-
-
 # Beside each case its minimum traffic. A few hundred bytes are no measure of memory, so the smallest have no such goal.
-BY_BYTES = [
-    cross_entropy((512, 32000), speedup=2.5),  # 131 MB
-    cross_entropy((257, 50257), speedup=2.5),  # 103 MB; odd rows, none but the first on a cache line
-    cross_entropy((64, 128256), speedup=2.5),  # 65.7 MB
-    cross_entropy((2048, 1000), speedup=2.5),  # 16.4 MB
-    cross_entropy((4, 10), speedup=0.95, memory=None),  # 352 bytes: the cost of a call
-    cross_entropy((32, 10), speedup=0.95, memory=None),  # 2.8 kB
-    cross_entropy((512, 32000), torch.bfloat16, speedup=2.0),  # 65.5 MB
-    cross_entropy((257, 50257), torch.bfloat16, speedup=2.0),  # 51.7 MB
-    cross_entropy((64, 128256), torch.bfloat16, speedup=2.0),  # 32.8 MB
-    cross_entropy((2048, 1000), torch.bfloat16, speedup=2.0),  # 8.2 MB
-    # 46.1 MB; classes 256 kB apart. 8 bytes of statistics a row beside 84 of logits: no goal for memory.
-    cross_entropy((4, 21, 256, 256), speedup=3.0, memory=None),
-    cross_entropy((4, 21, 256, 256), speedup=3.0, memory=None, channels_last=True),  # 46.1 MB
-    cross_entropy((100_000, 21), speedup=1.0, memory=None),  # 17.6 MB; rows of five and a quarter vectors
-    cross_entropy((1, 128256), speedup=1.3),  # 1.0 MB; one row, cut into parts for two threads
-    smoothed_cross_entropy((2048, 1000), speedup=3.0),  # 16.4 MB
-    soft_cross_entropy((512, 32000), speedup=2.5),  # 197 MB
-    distillation((4000, 1000), torch.float32),  # 48 MB
-    distillation((4000, 1000), torch.bfloat16),  # 24 MB
-    distillation((512, 32000), torch.float32),  # 197 MB
-    distillation((512, 32000), torch.bfloat16),  # 98.3 MB
-    focal((2048, 1000), speedup=4.0),  # 16.4 MB
-    sigmoid_focal_indexed((100_000, 80), speedup=15.0),  # 64.8 MB; a detector's anchors
-    sigmoid_focal_indexed((4, 21, 256, 256), speedup=10.0, memory=None),  # 46.1 MB; classes 256 kB apart
-    sigmoid_focal_indexed((100, 8), speedup=1.0, memory=None),  # 7.2 kB
-    *cpu_pointwise(),
-    *cpu_of_rows(),
-]
+def cpu_families(quick: bool) -> dict[str, Iterable[Case]]:
+    """The cases of each table. Quick leaves out what takes seconds a call, and some of the small sizes."""
+    return {
+        "cross-entropy": [
+            cross_entropy((512, 32000), speedup=2.5),  # 131 MB
+            cross_entropy((257, 50257), speedup=2.5),  # 103 MB; odd rows, none but the first on a cache line
+            cross_entropy((64, 128256), speedup=2.5),  # 65.7 MB
+            cross_entropy((1, 128256), speedup=1.3),  # 1.0 MB; one row, cut into parts for two threads
+            cross_entropy((2048, 1000), speedup=2.5),  # 16.4 MB
+            # 17.6 MB; rows of five and a quarter vectors. 8 bytes of statistics a row beside 84 of logits: no goal for
+            # memory.
+            cross_entropy((100_000, 21), speedup=1.0, memory=None),
+            cross_entropy((512, 32000), torch.bfloat16, speedup=2.0),  # 65.5 MB
+            cross_entropy((257, 50257), torch.bfloat16, speedup=2.0),  # 51.7 MB
+            cross_entropy((64, 128256), torch.bfloat16, speedup=2.0),  # 32.8 MB
+            cross_entropy((2048, 1000), torch.bfloat16, speedup=2.0),  # 8.2 MB
+        ],
+        "cross-entropy, options": [
+            smoothed_cross_entropy((2048, 1000), speedup=3.0),  # 16.4 MB
+            row_weighted_cross_entropy((2048, 1000), speedup=2.5),  # 16.4 MB
+            soft_cross_entropy((512, 32000), speedup=2.5),  # 197 MB
+            focal((2048, 1000), speedup=4.0),  # 16.4 MB
+        ],
+        "pixels": [  # 46.1 MB; classes 256 kB apart
+            cross_entropy((4, 21, 256, 256), speedup=3.0, memory=None),
+            cross_entropy((4, 21, 256, 256), speedup=3.0, memory=None, channels_last=True),
+            sigmoid_focal_indexed((4, 21, 256, 256), speedup=10.0, memory=None),
+        ],
+        "elements": [
+            *cpu_pointwise(),
+            sigmoid_focal_indexed((100_000, 80), speedup=15.0),  # 64.8 MB; a detector's anchors
+            custom("pseudo_huber", PSEUDO_HUBER, {"delta": 1.0}, eager_pseudo_huber),
+            custom("log_cosh", LOG_COSH, {}, eager_log_cosh),
+        ],
+        "elements, bf16": cpu_pointwise_bf16(),
+        "rows": [of_rows(name, shape, cpu_timed(over, memory=1.05)) for name, (shape, over) in CPU_OF_ROWS.items()],
+        "distillation": [
+            distillation((4000, 1000), torch.float32),  # 48 MB
+            distillation((4000, 1000), torch.bfloat16),  # 24 MB
+            distillation((512, 32000), torch.float32),  # 197 MB
+            distillation((512, 32000), torch.bfloat16),  # 98.3 MB
+        ],
+        "linear": cpu_linear(quick),
+        CALLS: cpu_small(quick),
+    }
 
 
 def cpu_cases(quick: bool) -> Iterator[Case]:
-    """Quick leaves out what takes seconds a call."""
-    yield from BY_BYTES
-    yield from cpu_linear(quick)
+    for family, cases in cpu_families(quick).items():
+        yield from (replace(case, family=family) for case in cases)
+
+
+VOCABULARIES = (10, 32, 100, 1000, 4096, 32000, 50257, 128256)
+SIZES = (1, 10, 100, 1000, 10_000, 100_000)
+
+
+def cpu_sweeps() -> Iterator[Case]:
+    """How times depend on the classes of about 8M logits, and on the size of a call. Without torch.compile."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for classes in VOCABULARIES:
+            case = cross_entropy((8_000_000 // classes, classes), dtype)
+            yield swept(case, "by vocabulary")
+    for rows in SIZES:
+        yield swept(cross_entropy((rows, 10)), "by size")
+    for elements in (*SIZES, 1_000_000):
+        yield swept(pointwise("huber", elements, torch.float32, cpu_timed(0)), "by size")
+
+
+def swept(case: Case, family: str) -> Case:
+    """No goal: the other families have them."""
+    timed = {name: replace(timing, goals=[]) for name, timing in case.timed.items()}
+    return replace(case, timed=timed, compiled=False, family=family)
 
 
 # The least speed-up over eager, and the tensors that eager or its compilation holds.

@@ -1,22 +1,22 @@
-"""Options, the measurements shared by the tests, and the closing table."""
+"""Options, the measurement of each case, and the closing tables."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from fusedloss._library import extension, why_native
 
+from . import compiling, terminal
 from .case import Case
-from .cases import cpu_cases
+from .cases import cpu_cases, cpu_sweeps
 from .measure import measure
-from .results import Row, Times
-from .table import BUSY, tables
+from .results import Row
 from .timing_cpu import clock
 
-Measured = tuple[Row, Times]
-MEASURED = pytest.StashKey[dict[str, Measured]]()
+MEASURED = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,14 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=2, help="threads torch may use (default: 2)")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
     group.addoption("--enforce", action="store_true", help="fail where a goal is not met")
-    group.addoption("--slow", action="store_true", help="also the linear losses that take seconds a call")
+    group.addoption("--slow", action="store_true", help="also calls of seconds, and more small sizes")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[MEASURED] = {}
-    if not config.getoption("benchmark_columns"):
-        config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
+    config.stash[MEASURED] = []
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -40,34 +37,37 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "provider" in metafunc.fixturenames:
-        compile = not metafunc.config.getoption("--no-compile")
-        cases = cpu_cases(quick=not metafunc.config.getoption("--slow"))
-        pairs = [(case, provider) for case in cases for provider in case.providers(compile)]
-        names = [f"{case.name}-{provider}" for case, provider in pairs]
-        metafunc.parametrize(("case", "provider"), pairs, ids=names)
+    if "measured" in metafunc.fixturenames:
+        cases = (*cpu_cases(quick=not metafunc.config.getoption("--slow")), *cpu_sweeps())
+        metafunc.parametrize("case", cases, ids=lambda case: case.name)
 
 
 @pytest.fixture(scope="session")
-def measured(pytestconfig: pytest.Config) -> Callable[[Case], Measured]:
-    """Measures a case, with all its providers, at its first test."""
+def measured(request: pytest.FixtureRequest) -> Callable[[Case], Row]:
+    """Measures a case. What torch.compile has to do for all of them is done before the first."""
+    config = request.config
     if extension is None:
         pytest.exit(f"there is nothing to measure without fusedloss's extension: {why_native}", returncode=1)
-    torch.set_num_threads(pytestconfig.getoption("--threads"))
-    found = pytestconfig.stash[MEASURED]
+    compile, threads = not config.getoption("--no-compile"), config.getoption("--threads")
+    if compile:
+        chosen: list[Any] = [item for item in request.session.items if "measured" in getattr(item, "fixturenames", ())]
+        compiling.ahead([item.callspec.params["case"] for item in chosen], [threads])
 
-    def once(case: Case) -> Measured:
-        if case.name not in found:
-            (found[case.name],) = measure(case, clock, not pytestconfig.getoption("--no-compile"))
-        return found[case.name]
+    def once(case: Case) -> Row:
+        ((row, *_),) = measure(case, clock, compile, threads=[threads])
+        config.stash[MEASURED].append(row)
+        return row
 
     return once
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = [row for row, _ in config.stash[MEASURED].values()]
-    if rows:
-        terminalreporter.section(f"forward + backward, {config.getoption('--threads')} threads")
-        terminalreporter.write_line(tables(rows, None))
-        if not all(row.quiet for row in rows):
-            terminalreporter.write_line(BUSY)
+    if rows := config.stash[MEASURED]:
+        terminalreporter.write_line(terminal.whole([(row, config.getoption("--threads")) for row in rows]))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run of which every test was skipped has measured nothing."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == pytest.ExitCode.OK and not session.config.option.collectonly and not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

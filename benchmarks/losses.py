@@ -74,6 +74,15 @@ def fused_smoothed(input: Tensor, target: Tensor) -> Tensor:
     return L.cross_entropy(input, target, class_weights(input), label_smoothing=SMOOTHING)
 
 
+def eager_row_weighted(input: Tensor, target: Tensor) -> Tensor:
+    weight = weights((len(target),), input.dtype)
+    return (F.cross_entropy(input, target, reduction="none") * weight).sum() / weight.sum()
+
+
+def fused_row_weighted(input: Tensor, target: Tensor) -> Tensor:
+    return L.cross_entropy(input, target, sample_weight=weights((len(target),), input.dtype))
+
+
 TEMPERATURE = 2.0
 
 
@@ -87,13 +96,19 @@ def fused_distillation(input: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-@functools.cache
-def _class_weights(classes: int) -> Tensor:
-    return torch.rand(classes, generator=torch.Generator().manual_seed(1)) + 0.5
+_KEPT: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+
+
+def weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Made once. torch.compile finds them in the dictionary; it would look through a functools.cache, and make them
+    anew in each call."""
+    if (shape, dtype) not in _KEPT:
+        _KEPT[shape, dtype] = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
+    return _KEPT[shape, dtype]
 
 
 def class_weights(input: Tensor) -> Tensor:
-    return _class_weights(input.shape[1])
+    return weights((input.shape[1],), input.dtype)
 
 
 def half_ignored(input: Tensor, generator: torch.Generator) -> Tensor:
@@ -174,14 +189,9 @@ Call = Callable[[Any, Tensor, Tensor], Tensor]
 def with_both_weights(f: Any, x: Tensor, t: Tensor) -> Tensor:
     columns = math.gcd(x.numel(), 64)
     x, t = x.view(-1, columns), t.view(-1, columns)
-    weight, pos_weight = _weights(tuple(x.shape), x.dtype), _weights((columns,), x.dtype)
+    weight, pos_weight = weights(tuple(x.shape), x.dtype), weights((columns,), x.dtype)
     loss: Tensor = f.binary_cross_entropy_with_logits(x, t, weight, pos_weight=pos_weight)
     return loss
-
-
-@functools.cache
-def _weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5).to(dtype)
 
 
 def with_pos_weight(f: Any, x: Tensor, t: Tensor) -> Tensor:
@@ -281,6 +291,7 @@ HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")
 LINEAR_AND_CHUNKS: dict[str, Loss] = {**LINEAR, **({"torch's chunks": chunked_linear} if HAS_CHUNKS else {})}
 LINEAR_HALF_IGNORED: dict[str, Loss] = {EAGER: eager_linear, OURS: fused_linear, "none ignored": fused_linear_of_all}
 SMOOTHED: dict[str, Loss] = {EAGER: eager_smoothed, OURS: fused_smoothed}
+ROW_WEIGHTED: dict[str, Loss] = {EAGER: eager_row_weighted, OURS: fused_row_weighted}
 FOCAL: dict[str, Loss] = {EAGER: eager_focal, OURS: fused_focal}
 # "native" is the formula that fusedloss falls back to, where it differs from what users write.
 FOCAL_AND_NATIVE: dict[str, Loss] = {**FOCAL, "native": native_focal}

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
@@ -18,6 +19,7 @@ PACKAGES = {
     "triton": "triton",
 }
 UNKNOWN = "unknown"
+NUMBERS = {"family": "cpu family", "model": "model", "stepping": "stepping"}
 
 
 def facts(device: str) -> dict[str, str]:
@@ -38,13 +40,24 @@ def facts(device: str) -> dict[str, str]:
 
 def _cpu() -> dict[str, str]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else UNKNOWN
+    capability = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": platform.processor() or platform.machine() or UNKNOWN,
-        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        **_processor(),
+        "instruction set": platform.machine() if capability == "DEFAULT" else capability,
         "cores": str(os.cpu_count()),
         "load": load,
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """Its name without trademarks, number of cores and clock; and the numbers that tell those of one name apart."""
+    said = cpuinfo.read_text() if cpuinfo.exists() else ""
+    entries = dict(re.findall(r"^(.+?)\s*: (.+)$", said.partition("\n\n")[0], re.MULTILINE))
+    name = entries.get("model name") or platform.processor() or platform.machine() or UNKNOWN
+    name = re.sub(r"\((R|TM|tm)\)|\b(CPU|Processor|\d+-Core)\b|@.*", "", name)
+    numbers = {key: entries[field] for key, field in NUMBERS.items() if field in entries}
+    return {"device": " ".join(name.split()), **numbers}
 
 
 def _cuda() -> dict[str, str]:

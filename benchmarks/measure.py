@@ -1,7 +1,8 @@
 """The measurement of a case: the gradient of every provider checked against torch eager, then all timed in turn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +11,22 @@ from torch._functorch import config as functorch
 from fusedloss._bench import peak_bytes
 
 from .case import BACKWARD, BOTH, FORWARD, Call, Case, Inputs, Loss, Timed
+from .cases import CALLS
 from .peers import OVERWRITES, describe
-from .results import EAGER, OURS, Row, Times
+from .results import COPY, EAGER, OURS, Row, Times
 
-CHUNK = 1 << 26  # elements compared at a time, so that the comparison needs little memory
+# Elements compared at a time: what a CPU's caches hold, and on a GPU little of its memory.
+CHUNKS = {"cpu": 1 << 18, "cuda": 1 << 26}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # eager loses some of bfloat16's 8 bits on the way
 
 # Times the calls of all providers in turn; is told what is timed.
 Clock = Callable[[dict[str, Timed], str], Times]
+
+
+class Measured(NamedTuple):
+    row: Row
+    times: Times
+    threads: int  # that torch had
 
 
 def measure(
@@ -26,17 +35,20 @@ def measure(
     compile: bool = True,
     peers: dict[str, Loss] | None = None,
     missing: dict[str, str] | None = None,
-) -> Iterator[tuple[Row, Times]]:
+    threads: Sequence[int] = (),
+) -> Iterator[Measured]:
     """Raises where fusedloss or torch itself is wrong or fails; what any other provider does is a note.
 
-    The peers, and why others are missing, are those of the case.
+    The peers, and why others are missing, are those of the case. With several counts of threads, each is timed.
     """
+    threads = threads or (torch.get_num_threads(),)
+    torch.set_num_threads(max(threads))
     torch._dynamo.reset()  # shapes of the case before would make this one compile with dynamic shapes
     if case.device == "cuda":
         functorch.donated_buffer = False  # such buffers serve once, and backward alone is timed again and again
     losses = dict(case.losses)
     if "compile" in (names := case.providers(compile)):
-        losses["compile"] = torch.compile(case.losses[EAGER], dynamic=False)
+        losses["compile"] = compiled(case)
     losses = {name: losses[name] for name in names}
     inputs, target = case.data()
     for timed, timing in case.timed.items():
@@ -45,26 +57,45 @@ def measure(
         compared = bool(case.peers) and timed == BOTH
         calls, notes = checked(case, timed, {**providers, **(peers or {})} if compared else providers, inputs, target)
         peak = {name: peak_bytes(one.call, case.device) for name, one in calls.items()}
-        times = clock(calls, timed)
         names = list(calls)
-        del calls
-        row = Row(
-            case.name,
-            timed,
-            timing.passes,
-            case.elements,
-            case.dtype.itemsize,
-            {name: times.seconds(name) for name in names},
-            {name: times.spread(name) for name in names},
-            {**notes, **(missing or {})} if compared else notes,
-            timing.goals,
-            timing.other_bytes(target),
-            {name: ratio for name in names if name != OURS and (ratio := times.speedup(OURS, name)) is not None},
-            peak,
-            times.quiet,
-            case.flops,
-        )
-        yield row, times
+        if case.device == "cpu":
+            calls[COPY] = Timed(copying(inputs))
+        for count in threads:
+            torch.set_num_threads(count)
+            times = clock(calls, timed)
+            row = Row(
+                case.name,
+                timed,
+                timing.passes,
+                case.elements,
+                case.dtype.itemsize,
+                {name: times.seconds(name) for name in names},
+                {name: times.spread(name) for name in names},
+                {**notes, **(missing or {})} if compared else notes,
+                timing.goals,
+                timing.other_bytes(target),
+                {name: ratio for name in calls if name != OURS and (ratio := times.speedup(OURS, name)) is not None},
+                peak,
+                times.quiet,
+                case.flops,
+                case.family,
+                times.seconds(COPY) if COPY in calls else None,
+            )
+            yield Measured(row, times, count)
+        torch.set_num_threads(max(threads))
+
+
+def compiled(case: Case) -> Loss:
+    """One compilation serves every count of threads, and is as fast as one for each. But it runs even the smallest loss
+    in a parallel region, which takes longer than that loss, so that the smallest are compiled for each count."""
+    any_count = case.device == "cpu" and case.family != CALLS
+    return torch.compile(case.losses[EAGER], dynamic=False, options={"cpp.dynamic_threads": any_count})
+
+
+def copying(inputs: Inputs) -> Call:
+    sources = [each.detach() for each in inputs]
+    copies = [torch.zeros_like(each) for each in sources]
+    return lambda: [copy.copy_(source) for copy, source in zip(copies, sources, strict=True)]
 
 
 def checked(
@@ -115,7 +146,8 @@ def call_of(timed: str, loss: Loss, inputs: Inputs, target: Tensor) -> Call:
 def error(got: Tensor, expected: Tensor) -> float:
     """The distance of the gradients relative to the expected one's norm; NaN is never less than anything."""
     off = norm = 0.0
-    for a, b in zip(got.flatten().split(CHUNK), expected.flatten().split(CHUNK), strict=True):
+    chunk = CHUNKS[got.device.type]
+    for a, b in zip(got.flatten().split(chunk), expected.flatten().split(chunk), strict=True):
         off += (a.double() - b.double()).square().sum().item()
         norm += b.double().square().sum().item()
     return (off / norm if norm else off) ** 0.5  # of a loss of 0 the gradient may be 0

@@ -1,6 +1,10 @@
-"""The figures of a run and what follows from them. No torch, so that a table can be made of them anywhere."""
+"""The figures of a run and what follows from them. No torch, so that a table can be made of them anywhere.
+
+A GPU has a file <gpu>.json in the folder of results, a CPU one for each thread count, <cpu>-<n>-threads.json.
+"""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +13,8 @@ from typing import Any
 
 OURS, EAGER = "fused", "eager"
 COPY, INPUT = "copy", "input"
+OF_A_CPU = "-threads.json"
+SHORT_COPY = 1e-5  # seconds: a shorter one tells what a call costs
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,12 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)  # provider: why it has no figure
     goals: list[Goal] = field(default_factory=list)
     other_bytes: int = 0  # of targets and statistics, where they count
-    speedups: dict[str, float] = field(default_factory=dict)  # ours over each provider, round by round
+    speedups: dict[str, float] = field(default_factory=dict)  # ours over each provider and over a copy, by round
     peak: dict[str, int] = field(default_factory=dict)  # bytes that a provider allocates, where that is measured
     quiet: bool = True
     flops: int = 0  # of a linear loss, whose cost is its matrix products
+    family: str = ""  # names the table that the row belongs to
+    copy_seconds: float | None = None  # on a CPU: a copy_ of the inputs into warm memory, in turn with the providers
 
     @property
     def bytes(self) -> int:
@@ -84,10 +92,19 @@ class Row:
         return self.flops / self.seconds[provider]
 
     def speedup(self, over: str) -> float | None:
-        """Over a provider without ratios by round, the ratio of the medians."""
+        """Over a provider, or a copy, without ratios by round, the ratio of the medians."""
         if over in self.speedups:
             return self.speedups[over]
+        if over == COPY:
+            return self.copy_seconds and self.copy_seconds / self.seconds[OURS]
         return self.seconds[over] / self.seconds[OURS] if over in self.seconds else None
+
+    def share_of_copy(self) -> float | None:
+        """The bandwidth reached over that of a copy of the inputs, by round; None where the cost of a call counts."""
+        faster = self.speedup(COPY)
+        if faster is None or not self.bytes or (self.copy_seconds or 0) < SHORT_COPY:
+            return None
+        return faster * self.bytes / (2 * self.input_bytes)
 
     @property
     def input_bytes(self) -> int:
@@ -129,7 +146,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A run on one machine; B, the copy bandwidth of a GPU, counts bytes read and bytes written."""
+    """A run on one machine; B, the bandwidth of a large copy, counts bytes read and bytes written."""
 
     machine: dict[str, str]
     copy_bandwidth: float | None
@@ -149,6 +166,8 @@ class Results:
                 derived["GB/s"] = row.bandwidth() / 1e9
                 if self.copy_bandwidth:
                     derived["share of B"] = row.bandwidth() / self.copy_bandwidth
+            if (share := row.share_of_copy()) is not None:
+                derived["share of a copy"] = share
             if row.flops:
                 derived["TFLOP/s"] = row.flops_per_second() / 1e12
                 derived["bytes beside gradients"] = {name: row.beside_gradients(name) for name in row.peak}
@@ -165,3 +184,19 @@ class Results:
             row["goals"] = [Goal(**goal) for goal in row["goals"]]
             rows.append(Row(**row))
         return cls(given["machine"], given["copy_bandwidth"], rows, given["skipped"])
+
+
+def slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def file_name(machine: dict[str, str]) -> str:
+    """Of the run that these facts were written of."""
+    if "threads" not in machine:
+        return f"{slug(machine['device'])}.json"
+    return f"{slug(machine['device'] + ' ' + machine['instruction set'])}-{machine['threads']}{OF_A_CPU}"
+
+
+def files(folder: Path, cpu: bool) -> list[Path]:
+    """The results that lie directly in the folder, of CPUs or of GPUs."""
+    return [path for path in sorted(folder.glob("*.json")) if path.name.endswith(OF_A_CPU) == cpu]

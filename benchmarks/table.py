@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from .results import OURS, Results, Row
+from .results import OURS, Results, Row, files
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -124,7 +124,7 @@ def rewritten(document: str, text: str) -> str:
 
 
 def update(document: Path = DOCUMENT, results: Path = RESULTS) -> None:
-    text = render(Results.read(path) for path in sorted(results.glob("*.json")))
+    text = render(Results.read(path) for path in files(results, cpu=False))
     document.write_text(rewritten(document.read_text(), text))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .case import BACKWARD, Case, Timed
-from .cases import cpu_cases, cuda_cases
+from .cases import CALLS, cpu_cases, cpu_sweeps, cuda_cases
 from .measure import checked, gradients, measure
-from .results import EAGER, OURS, Times
+from .results import COPY, EAGER, OURS, Times
 
-CPU_CASES, CUDA_CASES = list(cpu_cases(quick=False)), list(cuda_cases(quick=False))
+CPU_CASES, CUDA_CASES = [*cpu_cases(quick=False), *cpu_sweeps()], list(cuda_cases(quick=False))
 LINEAR_CASES = [case for case in CPU_CASES if case.classes]
 
 
@@ -48,6 +49,23 @@ def test_case(case: Case) -> None:
             assert all(torch.isfinite(value).all() for value in (first if isinstance(first, tuple) else (first,)))
             if timed == BACKWARD:
                 call.call()  # the graph is kept, so that backward alone can be timed again
+
+
+def test_every_count_of_threads_is_timed() -> None:
+    """A CPU's rows have their family and the time of a copy, in turn with the providers."""
+    case = replace(next(case for case in CPU_CASES if case.name == "huber-fp32-64"), shape=(6,))
+    had = torch.get_num_threads()
+
+    def clock(calls: dict[str, Timed], _: str) -> Times:
+        copies: Any = calls[COPY].call()
+        assert torch.equal(copies[0], case.data()[0][0])
+        return Times({name: [float(torch.get_num_threads())] for name in calls})
+
+    measured = list(measure(case, clock, compile=False, threads=(2, 1)))
+    torch.set_num_threads(had)
+    assert [threads for *_, threads in measured] == [2, 1]
+    assert [row.seconds for row, *_ in measured] == [{EAGER: 2, OURS: 2}, {EAGER: 1, OURS: 1}]
+    assert [(row.family, row.copy_seconds, row.speedup(COPY)) for row, *_ in measured] == [(CALLS, 2, 1), (CALLS, 1, 1)]
 
 
 def test_a_wrong_gradient_of_ours_raises() -> None:
@@ -98,7 +116,7 @@ def test_measured_linear_case() -> None:
         return Times({name: [2.0 if name == "CCE" else 1.0] for name in calls})
 
     peers = {"CCE": eager, "QuACK": failing}
-    ((row, _),) = measure(on_cpu(case), clock, False, peers, {"Liger": "not installed (liger_kernel)"})
+    ((row, *_),) = measure(on_cpu(case), clock, False, peers, {"Liger": "not installed (liger_kernel)"})
     assert set(row.seconds) == {*case.losses, "CCE"} and row.speedup("CCE") == 2
     assert row.missing == {"Liger": "not installed (liger_kernel)", "QuACK": "RuntimeError: too many classes"}
     assert row.flops == 6 * 3 * 5 * 7 and row.bytes == 0

@@ -1,9 +1,13 @@
 """Ratios, verdicts and what fails a run, from figures made up."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
-from .results import EAGER, INPUT, OURS, Goal, Row, Times
-from .table import tables
+import pytest
+
+from .results import COPY, EAGER, INPUT, OURS, Goal, Results, Row, Times, file_name, files
+from .table import RESULTS, tables
 
 ROW = Row(
     "mse-fp32-10",
@@ -48,3 +52,35 @@ def test_operations_and_memory_of_a_linear_loss() -> None:
 
 def test_bytes_count_the_target() -> None:
     assert ROW.bytes == 120 and ROW.bandwidth() == 120 and ROW.bandwidth(EAGER) == 60
+
+
+def test_share_of_a_copy() -> None:
+    """80 of 120 bytes are a copy's, which takes half the time: three quarters of its bandwidth."""
+    copied = replace(ROW, copy_seconds=0.5)
+    assert copied.share_of_copy() == 0.75
+    assert replace(copied, speedups={COPY: 0.4}).share_of_copy() == pytest.approx(0.6)  # the ratio by round counts
+    assert ROW.share_of_copy() is None and replace(copied, passes=0, other_bytes=0).share_of_copy() is None
+    assert replace(copied, copy_seconds=5e-6).share_of_copy() is None
+
+
+CPU = {"device": "Intel Xeon", "instruction set": "AVX512", "threads": "2"}
+
+
+def test_files_of_a_machine(tmp_path: Path) -> None:
+    gpu = {"device": "NVIDIA H100 80GB HBM3"}
+    assert (file_name(CPU), file_name(gpu)) == ("intel-xeon-avx512-2-threads.json", "nvidia-h100-80gb-hbm3.json")
+    row = replace(ROW, family="elements", copy_seconds=0.5)
+    for machine in (CPU, gpu):
+        Results(machine, 1e9, [row]).write(tmp_path / file_name(machine))
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "intel-xeon-avx512-demo.json").write_text("{}")
+    for cpu, machine in ((True, CPU), (False, gpu)):
+        (path,) = files(tmp_path, cpu)
+        assert path.name == file_name(machine) and Results.read(path) == Results(machine, 1e9, [row])
+    assert json.loads(path.read_text())["rows"][0]["derived"]["share of a copy"] == 0.75
+
+
+def test_files_from_before_a_field_are_read() -> None:
+    """The committed ones of GPUs have no family."""
+    for path in files(RESULTS, cpu=False):
+        assert all(row.family == "" and row.share_of_copy() is None for row in Results.read(path).rows)

@@ -12,11 +12,13 @@ from .results import Times
 
 SAMPLE_SECONDS = 2e-3  # a shorter sample would measure the clock and the scheduler
 BLOCK_SECONDS = 0.25  # the operating system counts processor time in steps of 10 ms
-LEAST_ROUNDS = 9
-SLOW_ROUNDS = 3  # of rounds that take a second and longer, by which the scheduler does not matter so much
+SECONDS = 0.4
+PATIENCE = 4  # times the seconds, where the machine is busy
+LEAST_ROUNDS = 5
+SLOW_ROUNDS = 3  # of rounds that take a quarter of a second and longer, by which the scheduler does not matter so much
 
 
-def in_turn(calls: dict[str, Call], threads: int, seconds: float = 2.0, patience: float = 8.0) -> Times:
+def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> Times:
     """Run the functions one after another, again and again, until quiet rounds fill the seconds or patience ends.
 
     What the function before left in the caches would be counted here: 1.5 times a call's time after one that writes
@@ -28,8 +30,8 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = 2.0, patience
     """
     plans = {name: _plan(call) for name, call in calls.items()}
     round_seconds = sum(taken for _, taken in plans.values())
-    least = LEAST_ROUNDS if round_seconds < 1 else SLOW_ROUNDS
-    patience = max(patience, 2 * SLOW_ROUNDS * round_seconds)
+    least = LEAST_ROUNDS if round_seconds < BLOCK_SECONDS else SLOW_ROUNDS
+    patience = max(PATIENCE * seconds, 4 * least * round_seconds)
     shuffle = random.Random(0)
     quiet: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
@@ -67,8 +69,16 @@ def _plan(call: Call) -> tuple[int, float]:
     return loops, taken
 
 
-def clock(calls: dict[str, Timed], timed: str) -> Times:
-    return in_turn({name: one.call for name, one in calls.items()}, torch.get_num_threads())
+def clock(calls: dict[str, Timed], timed: str, seconds: float = SECONDS) -> Times:
+    return in_turn({name: one.call for name, one in calls.items()}, torch.get_num_threads(), seconds)
+
+
+def copy_bandwidth(rounds: int = 20) -> float:
+    """B: bytes read and written a second by a copy of 64 MB into memory that was written before."""
+    source = torch.ones(1 << 24)
+    copy = torch.zeros_like(source)
+    taken = sorted(Timer(lambda: copy.copy_(source)).repeat(rounds, 1))
+    return 2 * source.nbytes / taken[rounds // 2]
 
 
 class Load:

@@ -1,0 +1,56 @@
+"""torch.compile's work for many cases, done before anything is timed: one process a core fills inductor's cache.
+
+A case takes 2 CPU-seconds, most of them in the C++ compiler, and from the cache a tenth of a second.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+from .case import Case
+from .cases import CALLS, cpu_cases
+from .measure import compiled, gradients
+from .results import EAGER
+
+
+def ahead(cases: Sequence[Case], threads: Sequence[int]) -> None:
+    """Few cases are not worth processes that import torch."""
+    names = [case.name for case in cases if case.compiled]
+    processes = min(os.cpu_count() or 1, len(names) // 3)
+    alone()
+    if processes < 2:
+        return
+    print(f"compiling {len(names)} losses for torch.compile in {processes} processes", flush=True)
+    with multiprocessing.get_context("spawn").Pool(processes, alone) as pool:
+        for _ in pool.imap_unordered(_compile, [(name, tuple(threads)) for name in names]):
+            pass
+
+
+def alone() -> None:
+    """Inductor's own processes would start, and wait, while something is timed."""
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1
+
+
+def _compile(job: tuple[str, tuple[int, ...]]) -> None:
+    name, threads = job
+    case = _cases()[name]
+    torch._dynamo.reset()
+    loss = compiled(case)
+    inputs, target = case.data()
+    for count in threads if case.family == CALLS else (max(threads),):
+        torch.set_num_threads(count)
+        try:
+            case.losses[EAGER](*inputs, target)  # what it keeps for later calls is no part of the compilation
+            gradients(loss, inputs, target)
+        except Exception:  # what fails here fails where it is measured, and is written down there
+            return
+
+
+@cache
+def _cases() -> dict[str, Case]:
+    return {case.name: case for case in cpu_cases(quick=False)}
