@@ -5,6 +5,7 @@ A case takes 2 CPU-seconds, most of them in the C++ compiler, and from the cache
 
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
 from functools import cache
 
@@ -23,10 +24,12 @@ def ahead(cases: Sequence[Case], threads: Sequence[int]) -> None:
     alone()
     if processes < 2:
         return
-    print(f"compiling {len(names)} losses for torch.compile in {processes} processes", flush=True)
+    began = time.perf_counter()
+    print(f"torch.compile compiles {len(names)} losses in {processes} processes", end="", flush=True)
     with multiprocessing.get_context("spawn").Pool(processes, alone) as pool:
         for _ in pool.imap_unordered(_compile, [(name, tuple(threads)) for name in names]):
             pass
+    print(f": {time.perf_counter() - began:.0f} s")
 
 
 def alone() -> None:

@@ -1,6 +1,7 @@
 """Times on a CPU of several functions that can be compared although the machine is shared."""
 
 import random
+from collections.abc import Callable
 from time import perf_counter, process_time
 from timeit import Timer
 
@@ -28,7 +29,7 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> T
     Where another process holds a core, each parallel region waits for the scheduler (4 ms and more) and a ratio only
     counts regions. Such rounds are left out, unless there are hardly any others.
     """
-    plans = {name: _plan(call) for name, call in calls.items()}
+    plans = {name: plan(call) for name, call in calls.items()}
     round_seconds = sum(taken for _, taken in plans.values())
     least = LEAST_ROUNDS if round_seconds < BLOCK_SECONDS else SLOW_ROUNDS
     patience = max(PATIENCE * seconds, 4 * least * round_seconds)
@@ -42,7 +43,7 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> T
         block = []
         while load.seconds() < BLOCK_SECONDS:
             order = shuffle.sample(list(calls), len(calls))
-            block.append({name: _sample(calls[name], *plans[name]) for name in order})
+            block.append({name: sample(calls[name], *plans[name]) for name in order})
         if load.cores_left() >= threads - 0.15:
             quiet += block
             quiet_seconds += load.seconds()
@@ -53,16 +54,16 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> T
     return Times({name: [times[name] for times in rounds] for name in calls}, enough)
 
 
-def _sample(call: Call, loops: int, expected: float) -> float:
+def sample(call: Call, loops: int, expected: float, time: Callable[[], float] = perf_counter) -> float:
     if expected < BLOCK_SECONDS:
         call()
-    return Timer(call).timeit(loops) / loops
+    return Timer(call, timer=time).timeit(loops) / loops
 
 
-def _plan(call: Call) -> tuple[int, float]:
+def plan(call: Call, time: Callable[[], float] = perf_counter) -> tuple[int, float]:
     """How many calls make a sample, and its seconds; the calls spent on finding out warm the function up."""
     loops = 1
-    timer = Timer(call)
+    timer = Timer(call, timer=time)
     timer.timeit(1)
     while (taken := timer.timeit(loops)) < SAMPLE_SECONDS:
         loops *= 2
