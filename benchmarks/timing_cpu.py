@@ -13,25 +13,26 @@ from .results import Times
 
 SAMPLE_SECONDS = 2e-3  # a shorter sample would measure the clock and the scheduler
 BLOCK_SECONDS = 0.25  # the operating system counts processor time in steps of 10 ms
-SECONDS = 0.4
+SECONDS = 0.25
 PATIENCE = 4  # times the seconds, where the machine is busy
 LEAST_ROUNDS = 5
-SLOW_ROUNDS = 3  # of rounds that take a quarter of a second and longer, by which the scheduler does not matter so much
+SLOW_ROUNDS = 3  # where a round takes a tenth of a second and longer, by which the scheduler does not matter so much
+SLOW_ROUND, SLOW_CALL = 0.1, 0.05
 
 
 def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> Times:
     """Run the functions one after another, again and again, until quiet rounds fill the seconds or patience ends.
 
     What the function before left in the caches would be counted here: 1.5 times a call's time after one that writes
-    many tensors. So a sample starts with a call that is not timed, unless a call takes longer than a block, and every
-    round has an order of its own.
+    many tensors. So a sample starts with a call that is not timed, unless a call is so slow that it hardly matters, and
+    every round has an order of its own.
 
     Where another process holds a core, each parallel region waits for the scheduler (4 ms and more) and a ratio only
     counts regions. Such rounds are left out, unless there are hardly any others.
     """
     plans = {name: plan(call) for name, call in calls.items()}
     round_seconds = sum(taken for _, taken in plans.values())
-    least = LEAST_ROUNDS if round_seconds < BLOCK_SECONDS else SLOW_ROUNDS
+    least = LEAST_ROUNDS if round_seconds < SLOW_ROUND else SLOW_ROUNDS
     patience = max(PATIENCE * seconds, 4 * least * round_seconds)
     shuffle = random.Random(0)
     quiet: list[dict[str, float]] = []
@@ -55,7 +56,7 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> T
 
 
 def sample(call: Call, loops: int, expected: float, time: Callable[[], float] = perf_counter) -> float:
-    if expected < BLOCK_SECONDS:
+    if expected < SLOW_CALL:
         call()
     return Timer(call, timer=time).timeit(loops) / loops
 
