@@ -178,10 +178,6 @@ def fused_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
     return L.sigmoid_focal_loss(input, target, ALPHA, GAMMA, "mean")
 
 
-def native_sigmoid_focal_indexed(input: Tensor, target: Tensor) -> Tensor:
-    return LOSSES["sigmoid_focal"].native(input, target, None, "mean", ALPHA, GAMMA, ignore_index=-100)
-
-
 # A call of a pointwise loss through a namespace of functions, torch's or this package's.
 Call = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -295,8 +291,4 @@ ROW_WEIGHTED: dict[str, Loss] = {EAGER: eager_row_weighted, OURS: fused_row_weig
 FOCAL: dict[str, Loss] = {EAGER: eager_focal, OURS: fused_focal}
 # "native" is the formula that fusedloss falls back to, where it differs from what users write.
 FOCAL_AND_NATIVE: dict[str, Loss] = {**FOCAL, "native": native_focal}
-SIGMOID_FOCAL_INDEXED: dict[str, Loss] = {
-    EAGER: eager_sigmoid_focal_indexed,
-    OURS: fused_sigmoid_focal_indexed,
-    "native": native_sigmoid_focal_indexed,
-}
+SIGMOID_FOCAL_INDEXED: dict[str, Loss] = {EAGER: eager_sigmoid_focal_indexed, OURS: fused_sigmoid_focal_indexed}

@@ -12,8 +12,8 @@ from .case import Call, Timed
 from .results import Times
 
 SAMPLE_SECONDS = 2e-3  # a shorter sample would measure the clock and the scheduler
-BLOCK_SECONDS = 0.25  # the operating system counts processor time in steps of 10 ms
-SECONDS = 0.25
+BLOCK_SECONDS = 0.2  # the operating system counts processor time in steps of 10 ms
+SECONDS = 0.2
 PATIENCE = 4  # times the seconds, where the machine is busy
 LEAST_ROUNDS = 5
 SLOW_ROUNDS = 3  # where a round takes a tenth of a second and longer, by which the scheduler does not matter so much
