@@ -80,7 +80,7 @@ def linear_cross_entropy(
     **options: Any,
 ) -> Case:
     """Its cost is that of three matrix products, so that its operations are counted and not its bytes."""
-    name = name_of("linear_half_ignored" if half_ignored else "linear_cross_entropy", (*shape, classes), dtype)
+    name = name_of("linear_cross_entropy" + "_half_ignored" * half_ignored, (*shape, classes), dtype)
     return Case(
         name,
         shape,

@@ -29,11 +29,14 @@ def head(family: str) -> str:
 
 
 def lines(row: Row, threads: int) -> Iterator[str]:
-    """A line of the table, and one more where there are others than eager and compile to compare with."""
+    """A line of the table, before it a name that its column cannot hold, and after it others than eager and compile."""
+    long = len(row.case) > COLUMNS[0][2]
+    if long:
+        yield row.case
     over_eager, over_compile, of_copy = row.speedup(EAGER), row.speedup("compile"), row.share_of_copy()
     yield _aligned(
         [
-            row.case,
+            "" if long else row.case,
             str(threads),
             duration(row.seconds[OURS]) + "*" * (not row.quiet),
             _times(over_eager),
