@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 
 import torch
 
@@ -26,8 +27,8 @@ def ahead(cases: Sequence[Case], threads: Sequence[int]) -> None:
         return
     began = time.perf_counter()
     print(f"torch.compile compiles {len(names)} losses in {processes} processes", end="", flush=True)
-    with multiprocessing.get_context("spawn").Pool(processes, alone) as pool:
-        for _ in pool.imap_unordered(_compile, [(name, tuple(threads)) for name in names]):
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), alone) as pool:
+        for _ in pool.map(partial(_compile, threads=tuple(threads)), names):
             pass
     print(f": {time.perf_counter() - began:.0f} s")
 
@@ -39,8 +40,7 @@ def alone() -> None:
     inductor.compile_threads = 1
 
 
-def _compile(job: tuple[str, tuple[int, ...]]) -> None:
-    name, threads = job
+def _compile(name: str, threads: tuple[int, ...]) -> None:
     case = _cases()[name]
     torch._dynamo.reset()
     loss = compiled(case)
