@@ -93,8 +93,8 @@ def _times(ratio: float | None) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+    """Three digits, or two behind the point, or all before it."""
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def _aligned(cells: list[str]) -> str:
