@@ -6,7 +6,6 @@ A whole run writes its figures into benchmarks/results: <gpu>.json, which also f
 """
 
 import argparse
-import os
 import resource
 import sys
 import time
@@ -142,7 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def threads() -> list[int]:
     """The greatest comes first, since torch.compile's work is done for it: no time is lost."""
-    return [2, 1] if (os.cpu_count() or 1) > 1 else [1]
+    return [2, 1] if machine.cores() > 1 else [1]
 
 
 def why_not(device: str) -> str:

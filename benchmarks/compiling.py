@@ -4,7 +4,6 @@ A case takes 2 CPU-seconds, most of them in the C++ compiler, and from the cache
 """
 
 import multiprocessing
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ import torch
 
 from .case import Case
 from .cases import CALLS, cpu_cases
+from .machine import cores
 from .measure import compiled, gradients
 from .results import EAGER, OURS
 
@@ -21,7 +21,7 @@ from .results import EAGER, OURS
 def ahead(cases: Sequence[Case], threads: Sequence[int]) -> None:
     """Few cases are not worth processes that import torch."""
     names = [case.name for case in cases if case.compiled]
-    processes = min(os.cpu_count() or 1, len(names) // 3)
+    processes = min(cores(), len(names) // 3)
     alone()
     if processes < 2:
         return

@@ -38,13 +38,18 @@ def facts(device: str) -> dict[str, str]:
     return found
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu() -> dict[str, str]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else UNKNOWN
     capability = torch.backends.cpu.get_cpu_capability()
     return {
         **_processor(),
         "instruction set": platform.machine() if capability == "DEFAULT" else capability,
-        "cores": str(os.cpu_count()),
+        "cores": str(cores()),
         "load": load,
         "threads": str(torch.get_num_threads()),
     }

@@ -14,7 +14,7 @@ from .results import Times
 SAMPLE_SECONDS = 2e-3  # a shorter sample would measure the clock and the scheduler
 BLOCK_SECONDS = 0.2  # the operating system counts processor time in steps of 10 ms
 SECONDS = 0.2
-PATIENCE = 4  # times the seconds, where the machine is busy
+PATIENCE = 2  # times what a quiet machine takes
 LEAST_ROUNDS = 5
 SLOW_ROUNDS = 3  # where a round takes a tenth of a second and longer, by which the scheduler does not matter so much
 SLOW_ROUND, SLOW_CALL = 0.1, 0.05
@@ -33,7 +33,7 @@ def in_turn(calls: dict[str, Call], threads: int, seconds: float = SECONDS) -> T
     plans = {name: plan(call) for name, call in calls.items()}
     round_seconds = sum(taken for _, taken in plans.values())
     least = LEAST_ROUNDS if round_seconds < SLOW_ROUND else SLOW_ROUNDS
-    patience = max(PATIENCE * seconds, 4 * least * round_seconds)
+    patience = PATIENCE * max(seconds, 2 * least * round_seconds)  # a sample may begin with a call more
     shuffle = random.Random(0)
     quiet: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
