@@ -74,8 +74,8 @@ def ending(rows: list[Row]) -> Iterator[str]:
 
 
 def memory(row: Row) -> str:
-    """Of a linear loss, beyond the gradients too; nothing where a call allocates no more than a page."""
-    if not row.peak or row.peak[EAGER] < 4096:
+    """Of a linear loss, beyond the gradients too; nothing below 0.1 MB, where the cost of a call is what counts."""
+    if not row.peak or row.peak[EAGER] < 1e5:
         return ""
     ours, eager = (row.beside_gradients(name) if row.flops else row.peak[name] for name in (OURS, EAGER))
     return f"{_three(ours / 1e6)} / {_three(eager / 1e6)}"

@@ -28,6 +28,8 @@ def test_lines() -> None:
     row, more = terminal.lines(ROW, 2)
     assert row.split() == "mse-fp32-4194304 2 882 us 3.00x 2.50x 75 % 16.8 / 33.6".split()
     assert more == "    100x native"
+    assert terminal.memory(replace(ROW, peak={EAGER: 131_000, OURS: 65_500})) == "0.07 / 0.13"
+    assert terminal.memory(replace(ROW, peak={EAGER: 99_000, OURS: 65_500})) == ""
 
 
 def test_a_table_for_each_family() -> None:
