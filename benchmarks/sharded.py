@@ -24,6 +24,8 @@ from fusedloss import parallel
 from fusedloss._bench import peak_bytes
 from fusedloss._library import extension as extension
 
+from .figures import add_output, write
+
 OURS, TORCHS = "fusedloss.parallel", "loss_parallel"
 TIMES_LESS_CPU, SHARE_OF_MEMORY = 4, 1 / 3  # the goals
 
@@ -102,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--enforce", action="store_true", help="fail where a goal is not met")
+    add_output(parser)
     options = parser.parse_args(arguments)
     figures = run(options.rows, options.classes, options.ranks, options.rounds)
     print(f"({options.rows}, {options.classes}) float32 over {options.ranks} processes, a step of a rank:")
@@ -109,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(tabulate(table, headers=("", "CPU ms", "MB beyond the logits"), disable_numparse=True, tablefmt="github"))
     ours, torchs = figures[OURS], figures[TORCHS]
     print(f"{torchs.cpu_ms / ours.cpu_ms:.1f} times less CPU time, {ours.peak / torchs.peak:.2f} of the memory")
+    sizes = {name: getattr(options, name) for name in ("rows", "classes", "ranks")}
+    write(options.output, {**sizes, "sides": {name: each._asdict() for name, each in figures.items()}})
     met = torchs.cpu_ms >= TIMES_LESS_CPU * ours.cpu_ms and ours.peak <= SHARE_OF_MEMORY * torchs.peak
     if options.enforce and not met:
         goals = f"{TIMES_LESS_CPU} times less CPU time and {SHARE_OF_MEMORY:.2f} of the memory"

@@ -16,6 +16,8 @@ from fusedloss.parallel import _exchange
 from fusedloss.parallel._row import Asked
 from fusedloss.parallel._shards import HEAD
 
+from .figures import add_output, write
+
 FLOAT = torch.float32.itemsize
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -58,25 +60,30 @@ PEERS = {
 }
 
 
-def table(rows: int, classes: int, ranks: tuple[int, ...] = RANKS) -> str:
-    lines = []
+HEAD_OF_TABLE = ["ranks", "", "rounds", "messages", "MB received", "MB of numbers held", "MB of logits, bfloat16"]
+
+
+def lines(rows: int, classes: int, ranks: tuple[int, ...] = RANKS) -> list[list[str]]:
+    found = []
     for number in ranks:
         shard = rows * -(-classes // number) * torch.bfloat16.itemsize
         steps = {"fusedloss": ours(rows, number)} | {name: make(rows, number) for name, make in PEERS.items()}
         for name, step in steps.items():
             sizes = (f"{each / 1e6:.1f}" for each in (step.bytes, step.held, shard))
-            lines.append((number, name, step.rounds, step.messages, *sizes))
-    headers = ("ranks", "", "rounds", "messages", "MB received", "MB of numbers held", "MB of logits, bfloat16")
-    return str(tabulate(lines, headers=headers, disable_numparse=True, tablefmt="github"))
+            found.append([str(number), name, str(step.rounds), str(step.messages), *sizes])
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharded_scale", description=__doc__)
     parser.add_argument("--rows", type=int, default=16_384)
     parser.add_argument("--classes", type=int, default=262_144)
+    add_output(parser)
     options = parser.parse_args(arguments)
     print(f"{options.rows} rows of {options.classes} classes, a step of one rank:")
-    print(table(options.rows, options.classes))
+    found = lines(options.rows, options.classes)
+    print(tabulate(found, headers=HEAD_OF_TABLE, disable_numparse=True, tablefmt="github"))
+    write(options.output, {"rows": options.rows, "classes": options.classes, "head": HEAD_OF_TABLE, "lines": found})
     return 0
 
 

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import train
 from corpus import token_ids
+from figures import add_output, write
 from tasks import VOCABULARY
 
 matplotlib.use("Agg")
@@ -74,6 +75,22 @@ def print_table(results: list[dict[str, Run]]) -> None:
     )
 
 
+def figures(results: list[dict[str, Run]]) -> list[dict[str, Any]]:
+    """What the table says, for a file."""
+    names = ("metric", "step_ms", "loss_ms", "peak_mb")
+    return [
+        {
+            "task": runs["torch"]["task"],
+            "metric": runs["torch"]["metric_name"],
+            "sides": {
+                side: {**{name: run[name] for name in names}, "curves differ": difference(runs, side)}
+                for side, run in runs.items()
+            },
+        }
+        for runs in results
+    ]
+
+
 def draw(results: list[dict[str, Run]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), layout="constrained")
     for axis, runs in zip(axes, results, strict=True):
@@ -89,6 +106,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--picture", type=Path, default=Path("demo.png"))
     parser.add_argument("--quick", action="store_true", help="a few steps of each task")
+    add_output(parser)
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +117,7 @@ def main() -> int:
         results = [{side: trained(task, side, ids_path, steps) for side in SIDES[task]} for task in TASKS]
     print_table(results)
     draw(results, options.picture)
+    write(options.output, figures(results))
     print(f"curves: {options.picture}; {time.perf_counter() - started:.0f} s")
     off = [
         f"{run['task']} ({side})"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import token_ids
+from figures import add_output, write
 from torch import Tensor, nn
 from train import resident_megabytes
 
@@ -126,7 +127,9 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    add_output(parser)
+    options = parser.parse_args()
+    steps = options.steps
     with tempfile.TemporaryDirectory() as folder:
         ids, weights = Path(folder) / "ids.npy", Path(folder) / "teacher.pt"
         np.save(ids, token_ids(VOCABULARY, 100_000))
@@ -136,9 +139,12 @@ def main() -> int:
     heads = ["loss of", "step ms", "loss ms", "peak MB", "perplexity", "curve differs"]
     print("".join(f"{head:>15s}" for head in heads))
     for side, run in runs.items():
-        differs = max(abs(a - b) / b for a, b in zip(run["curve"], base["curve"], strict=True))
+        run["differs"] = differs = max(abs(a - b) / b for a, b in zip(run["curve"], base["curve"], strict=True))
         numbers = [side, f"{run['step']:.1f}", f"{run['loss']:.1f}", f"{run['peak']:.0f}"]
         print("".join(f"{number:>15s}" for number in [*numbers, f"{run['perplexity']:.0f}", f"{differs:.1e}"]))
+    names = ("step", "loss", "peak", "perplexity", "differs")
+    sides = {side: {name: run[name] for name in names} for side, run in runs.items()}
+    write(options.output, {"vocabulary": VOCABULARY, "rows": BATCH, "sides": sides})
     first, *_, last = base["curve"]
     print(f"\nloss from {first:.3f} to {last:.3f}; the teacher's perplexity is {of_teacher:.0f}")
     logits, labels = torch.zeros(4, VOCABULARY), torch.zeros(4, dtype=torch.long)

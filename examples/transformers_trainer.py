@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import transformers
 from corpus import token_ids
+from figures import add_output, write
 from train import resident_megabytes
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import fusedloss
 from fusedloss.integrations.transformers import LinearLoss
 
-VOCABULARY, LENGTH, BATCH = 32_000, 64, 8
+VOCABULARY, LENGTH, BATCH, FEATURES = 32_000, 64, 8, 64
 # Forked, a process has imported torch and transformers already.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 SIDES = ["transformers", "patched", "linear"]
@@ -62,7 +63,7 @@ def trained(side: str, ids: list[int], steps: int) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=FEATURES, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
     model, clock, options = LlamaForCausalLM(config), Clock(), {}
@@ -94,7 +95,9 @@ def trained(side: str, ids: list[int], steps: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    steps = parser.parse_args().steps
+    add_output(parser)
+    options = parser.parse_args()
+    steps = options.steps
     ids = token_ids(VOCABULARY, steps * BATCH * LENGTH).tolist()
     runs = {}
     for side in SIDES:
@@ -106,6 +109,7 @@ def main() -> int:
     off = []
     for side, run in runs.items():
         differs = max(abs(a - b) / b for a, b in zip(run["curve"], base["curve"], strict=True))
+        run["differs"] = differs
         numbers = [side, f"{run['step']:.1f}", f"{run['loss']:.1f}", f"{run['loss'] / run['step']:.0%}"]
         numbers += [f"{run['peak']:.0f}", f"{base['step'] / run['step']:.2f}x", f"{differs:.1e}"]
         print("".join(f"{number:>14s}" for number in numbers))
@@ -115,6 +119,9 @@ def main() -> int:
         f"\nloss from {base['curve'][0]:.3f} to {base['curve'][-1]:.3f}; linear: the loss with the product of the head"
     )
     print(f"patched, {runs['patched']['report']}")
+    names = ("step", "loss", "peak", "differs")
+    sides = {side: {name: run[name] for name in names} for side, run in runs.items()}
+    write(options.output, {"vocabulary": VOCABULARY, "tokens": LENGTH * BATCH, "features": FEATURES, "sides": sides})
     if off:
         print(f"the loss curves differ by more than 1e-5 relative: {', '.join(off)}")
     return 1 if off else 0
