@@ -30,7 +30,7 @@ DEV := $(call extra,dev)
 # A process for each core; every test has one thread.
 PYTEST := $(PYTHON) -m pytest -n logical --dist worksteal
 
-.PHONY: build test test-all test-rest sanitize clients site docs wheel manylinux demo bench cuda gpu lint clean
+.PHONY: build test test-all test-rest sanitize clients site docs wheel manylinux demo bench measure report cuda gpu lint clean
 
 build: $(READY)
 
@@ -95,6 +95,14 @@ demo: build
 
 bench: build
 	$(PYTHON) -m pytest benchmarks
+
+# What the examples and some programs of one subject show: five minutes of two cores.
+measure: build clients
+	PYTHON=$(PYTHON) bash benchmarks/examples.sh
+
+# The tables and pictures of the documents, from the committed results.
+report: build
+	$(PYTHON) -m benchmarks.report
 
 # The CUDA extension, where there is nvcc: for TORCH_CUDA_ARCH_LIST, or for A100, H100, B200 and what comes after.
 cuda:

@@ -1,8 +1,8 @@
 """Measures every case of a device and prints tables of ratios to torch and other packages. On a CPU it fails where a
 gradient of torch.compile is not eager's.
 
-A whole run writes its figures into benchmarks/results: <gpu>.json, which also fills in docs/performance.md, or
-<cpu>-<n>-threads.json for each count of threads.
+A whole run writes its figures into benchmarks/results: <gpu>.json, with which it also makes the documents anew, or
+<cpu>-<n>-threads.json for each count of threads. ``make report`` makes the documents.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from . import compiling, machine, peers, table, terminal, timing_cpu
 from .case import Case
 from .cases import cpu_cases, cpu_sweeps, cuda_cases
 from .measure import Clock, Measured, measure
+from .report.__main__ import main as report
 from .results import OURS, Results, Row, file_name
 from .timing_cuda import ColdCache, CudaClock, copy_bandwidth
 
@@ -91,7 +92,7 @@ def on_gpu(cases: list[Case], options: argparse.Namespace) -> list[Results]:
         write(results, options)  # after each case: a run cut short leaves what it has
     print("", *table.lines(results), sep="\n")
     if options.output is None and whole(options):
-        table.update()
+        report([])
     return [results]
 
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from timeit import timeit
 
 import torch
 from tabulate import tabulate  # type: ignore[import-untyped]
@@ -12,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 import fusedloss
 
 from .figures import add_output, write
-from .timing_cpu import in_turn
 
 
 class Nothing(TorchFunctionMode):
@@ -30,38 +31,36 @@ SIDES: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-def inside(side: str, call: Callable[[], object], calls: int = 200) -> Callable[[], object]:
-    """So many calls within one context, whose entry is then a small part."""
-
-    def run() -> None:
-        with SIDES[side]():
-            for _ in range(calls):
-                call()
-
-    return run
+CALLS, ROUNDS = 100, 100
 
 
-def measured(seconds: float) -> dict[str, dict[str, float]]:
+def timed(call: Callable[[], object], side: str) -> float:
+    """Seconds of one of many calls in one context. Entering it is not timed, and the first call neither."""
+    with SIDES[side]():
+        call()
+        return timeit(call, number=CALLS) / CALLS
+
+
+def measured(rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of a call, by what is called and where."""
-    x, y, calls = torch.randn(8, 10), torch.arange(8), 200
+    x, y = torch.randn(8, 10), torch.arange(8)
     called: dict[str, Callable[[], object]] = {
         "cross_entropy of (8, 10)": lambda: torch.nn.functional.cross_entropy(x, y),
         "torch.add of (8, 10)": lambda: torch.add(x, x),
     }
-    found = {}
-    for name, call in called.items():
-        times = in_turn({side: inside(side, call, calls) for side in SIDES}, 1, seconds)
-        found[name] = {side: times.seconds(side) / calls for side in SIDES}
-    return found
+    times = {
+        name: [{side: timed(call, side) for side in SIDES} for _ in range(rounds)] for name, call in called.items()
+    }
+    return {name: {side: median(each[side] for each in found) for side in SIDES} for name, found in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adoption", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure each call")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     add_output(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = measured(options.seconds)
+    found = measured(options.rounds)
     lines = [[name, *(f"{1e6 * each:.2f}" for each in sides.values())] for name, sides in found.items()]
     print(tabulate(lines, headers=["us", *SIDES], tablefmt="github"))
     write(options.output, found)

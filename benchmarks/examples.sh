@@ -23,7 +23,9 @@ declare -A programs=(
 )
 names=("$@") failed=()
 [ ${#names[@]} -gt 0 ] || names=(demo transformers-trainer distillation adoption linear-memory pages sharded sharded-scale)
-machine=$("$python" -c "from benchmarks.figures import slug; print(slug())") || exit
+machine=$("$python" -c "from benchmarks import machine, results
+told = machine.facts('cpu')
+print(results.slug(told['device'] + ' ' + told['instruction set']))") || exit
 mkdir -p build
 for name in "${names[@]}"; do
   echo "== $name"

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,6 @@ from . import machine
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON too")
-
-
-def slug() -> str:
-    """The processor in the name of a file: intel-xeon-avx512."""
-    facts = machine.facts("cpu")
-    name = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", facts["device"]) + " " + facts["instruction set"]
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def write(path: Path | None, figures: Any) -> None:

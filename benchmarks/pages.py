@@ -35,7 +35,7 @@ SETTINGS = {
     "glibc makes no mappings": {"MALLOC_MMAP_MAX_": "0", **KEEP},
     "torch asks for huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
     "jemalloc": {"LD_PRELOAD": "jemalloc"},
-    "tcmalloc": {"LD_PRELOAD": "tcmalloc"},
+    "tcmalloc": {"LD_PRELOAD": "tcmalloc_minimal"},
 }
 COPY, ROWS, CLASSES = 1 << 24, 512, 32_000  # 64 MB of float32, as the logits are
 NAMES = ("copy into new memory", "copy into warm memory", "cross-entropy")

@@ -1,19 +1,14 @@
-"""Rewrites the tables in docs/performance.md from benchmarks/results: ``python -m benchmarks.table``."""
+"""Results as tables: for a terminal, and those of a GPU for docs/performance.md."""
 
-import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tabulate import tabulate  # type: ignore[import-untyped]
 
-from .results import OURS, Results, Row, files
+from .results import OURS, Results, Row
 
 ROOT = Path(__file__).parent.parent
-DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-NOTHING = "No results yet."
 BUSY = "BUSY: other processes held a core throughout; such times mean little. Try again, or with fewer --threads."
 PEERS = (
     "eager", "compile", "native", "huber", "products", "torch's chunks", "none ignored", "Liger", "QuACK", "CCE",
@@ -24,8 +19,7 @@ OPTIONAL = ("bytes counted", "GB/s", "of B", "operations", "TFLOP/s", "peak memo
 
 
 def render(all_results: Iterable[Results]) -> str:
-    text = "\n\n".join("\n".join(lines(results)) for results in all_results)
-    return text or NOTHING
+    return "\n\n".join("\n".join(lines(results)) for results in all_results)
 
 
 def lines(results: Results) -> Iterator[str]:
@@ -112,30 +106,3 @@ def _number(value: float) -> str:
 
 def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
-
-
-def rewritten(document: str, text: str) -> str:
-    """The document with the text between its markers, which must be there once, in order."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"expected {BEGIN} and then {END}, once each")
-    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
-
-
-def update(document: Path = DOCUMENT, results: Path = RESULTS) -> None:
-    text = render(Results.read(path) for path in files(results, cpu=False))
-    document.write_text(rewritten(document.read_text(), text))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of .json files, one for each GPU")
-    options = parser.parse_args(arguments)
-    update(options.document, options.results)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

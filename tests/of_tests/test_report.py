@@ -1,15 +1,22 @@
-"""The tables of docs/performance.md: made from results alone, without a GPU, and never out of step with them."""
+"""The documents' tables and pictures: made from result files alone, without torch, and never out of step with them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from itertools import combinations
+from xml.etree import ElementTree
 
 import pytest
 from compiler import ROOT
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+from benchmarks.report.documents import names, rewritten, without_blocks
+from benchmarks.results import Results
+from benchmarks.table import render
+
+PICTURES = ["bandwidth", "crossover", "memory", "speed", "step"]
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from benchmarks.report.__main__ import main; sys.exit(main())"
 
 # 3 passes over 1000 x 1000 elements of 2 bytes in 2 us are 3 TB/s, three quarters of B.
 BOTH = {
@@ -45,32 +52,94 @@ RESULTS = {
 }
 
 
-def run(document: Path, results: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.table", "--document", str(document), "--results", str(results)]
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "imaginary-1.json"
+    path.write_text(json.dumps(RESULTS))
+    return path
+
+
+def report(*arguments):
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
-def results(tmp_path):
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "imaginary-1.json").write_text(json.dumps(RESULTS))
-    return folder
+def copied(tmp_path):
+    """The arguments for copies of the documents and of the results."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("site"))
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    return "--root", tmp_path, "--results", tmp_path / "results"
 
 
-@pytest.fixture
-def document(tmp_path):
-    path = tmp_path / "performance.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    return path
-
-
-def test_the_table_says_what_the_results_say(document, results):
-    done = run(document, results)
+def test_documents_and_pictures_are_in_step_with_the_results():
+    done = report("--check")
     assert done.returncode == 0, done.stderr
-    text = document.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
-    assert "### Imaginary 1\n" in text and "B = 4000 GB/s. driver 1.2, revision abc" in text
+
+
+def test_another_figure_is_told_and_then_written(tmp_path, copied):
+    (path,) = (tmp_path / "results" / "examples").glob("*-demo.json")
+    measured = json.loads(path.read_text())
+    measured["figures"][0]["sides"]["torch"]["step_ms"] = 987.65
+    path.write_text(json.dumps(measured))
+    done = report("--check", *copied)
+    assert done.returncode == 1
+    assert "docs/performance.md is not" in done.stderr and "docs/step.svg is not" in done.stderr
+    assert "README.md" not in done.stderr and "docs/speed.svg" not in done.stderr
+    assert report(*copied).returncode == 0
+    assert "987.65" in (tmp_path / "docs" / "performance.md").read_text()
+    assert "988 ms" in (tmp_path / "docs" / "step.svg").read_text()
+    done = report("--check", *copied)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_changed_by_hand_is_told(tmp_path, copied):
+    readme = tmp_path / "README.md"
+    text = readme.read_text()
+    block = text.index("<!-- report: six cases -->")
+    readme.write_text(text[:block] + re.sub(r"\d\.\dx", "99.9x", text[block:], count=1))
+    done = report("--check", *copied)
+    assert done.returncode == 1 and done.stderr.count("is not what") == 1 and "README.md is not" in done.stderr
+
+
+def test_a_missing_file_is_named(tmp_path, copied):
+    for path in (tmp_path / "results" / "examples").glob("*-pages.json"):
+        path.unlink()
+    done = report(*copied)
+    assert done.returncode != 0 and "*-pages.json, found none: make measure" in done.stderr
+
+
+def test_a_block_that_no_document_has_is_named(tmp_path, copied):
+    readme = tmp_path / "README.md"
+    readme.write_text(without_blocks(readme.read_text()))
+    done = report(*copied)
+    assert done.returncode != 0 and "found none named gpu sentence, six cases" in done.stderr
+
+
+def test_blocks_of_a_document():
+    document = "a\n<!-- report: b -->\nold\n<!-- end of report -->\nc\n<!-- report: d -->\n<!-- end of report -->\n"
+    assert names(document) == ["b", "d"]
+    assert without_blocks(document) == "a\n\n\n\nc\n\n\n"
+    once = rewritten(document, {"b": "new", "d": "more"})
+    assert once.startswith("a\n<!-- report: b -->\n\nnew\n\n<!-- end of report -->\nc\n") and "more" in once
+    assert rewritten(once, {"b": "new", "d": "more"}) == once
+    with pytest.raises(ValueError, match="expected blocks named b, found d"):
+        rewritten(document, {"b": "new"})
+
+
+BEGIN, END = "<!-- report: b -->", "<!-- end of report -->"
+
+
+@pytest.mark.parametrize("text", [BEGIN, END, END + BEGIN, BEGIN + BEGIN + END, BEGIN + END + END])
+def test_markers_without_their_other_half_are_refused(text):
+    with pytest.raises(ValueError, match="expected pairs of"):
+        names(text)
+
+
+def test_the_table_of_a_gpu_says_what_its_results_say(results):
+    text = render([Results.read(results)])
+    assert text.startswith("### Imaginary 1\n") and "B = 4000 GB/s. driver 1.2, revision abc" in text
     header, rule, both, call = (line for line in text.splitlines() if line.startswith("|"))
     assert header.count("|") == rule.count("|") == both.count("|") == call.count("|")
     cells = dict(zip(map(str.strip, header.split("|")), map(str.strip, both.split("|")), strict=True))
@@ -82,20 +151,11 @@ def test_the_table_says_what_the_results_say(document, results):
     assert (cells["time"], cells["GB/s"], cells["over eager"]) == ("2.000 ms", "-", "1.25x")
     assert cells["goals"] == "1x eager met"
     assert "- Huber fp32 268435456: skipped: needs 9 GB, 1 GB are free\n" in text
-    assert "- Liger: not installed (liger_kernel) (cross-entropy bf16 1000 x 1000 forward + backward)\n" in text
+    assert text.endswith("- Liger: not installed (liger_kernel) (cross-entropy bf16 1000 x 1000 forward + backward)")
 
 
-def test_a_second_run_changes_nothing(document, results):
-    run(document, results)
-    once = document.read_text()
-    assert run(document, results).returncode == 0 and document.read_text() == once
-
-
-def test_written_results_are_read_back(tmp_path, monkeypatch, results):
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks.results import Results
-
-    read = Results.read(results / "imaginary-1.json")
+def test_written_results_are_read_back(tmp_path, results):
+    read = Results.read(results)
     read.write(tmp_path / "folder" / "again.json")
     assert Results.read(tmp_path / "folder" / "again.json") == read
     derived = json.loads((tmp_path / "folder" / "again.json").read_text())["rows"][0]["derived"]
@@ -103,15 +163,36 @@ def test_written_results_are_read_back(tmp_path, monkeypatch, results):
     assert derived["verdicts"]["90 % of B"] == "MISSED"
 
 
-@pytest.mark.parametrize("text", ["no markers", f"{END} {BEGIN}", f"{BEGIN} {END} {END}", f"{BEGIN} {BEGIN} {END}"])
-def test_a_document_without_its_markers_is_left_alone(document, results, text):
-    document.write_text(text)
-    done = run(document, results)
-    assert done.returncode != 0 and "expected <!-- results: begin -->" in done.stderr
-    assert document.read_text() == text
+class Text:
+    """Words of a picture and about the room they take, in pixels."""
+
+    def __init__(self, element):
+        self.words = element.text
+        x, y, width = float(element.get("x")), float(element.get("y")), 6.5 * len(self.words)
+        self.left = x - {"start": 0, "middle": width / 2, "end": width}[element.get("text-anchor")]
+        self.right, self.top, self.bottom = self.left + width, y - 10, y + 3
+
+    def meets(self, other):
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
 
 
-def test_the_document_is_in_step_with_the_results(tmp_path):
-    copy = shutil.copy(ROOT / "docs" / "performance.md", tmp_path / "performance.md")
-    assert run(copy, ROOT / "benchmarks" / "results").returncode == 0
-    assert Path(copy).read_text() == (ROOT / "docs" / "performance.md").read_text()
+@pytest.mark.parametrize("name", PICTURES)
+def test_no_words_of_a_picture_meet_or_leave_it(name):
+    picture = ElementTree.fromstring((ROOT / "docs" / f"{name}.svg").read_text())
+    texts = [Text(element) for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert len(texts) > 10
+    assert [(a.words, b.words) for a, b in combinations(texts, 2) if a.meets(b)] == []
+    width, height = float(picture.get("width")), float(picture.get("height"))
+    assert [each.words for each in texts if each.left < 0 or each.right > width or each.bottom > height] == []
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_colour_of_a_picture_has_one_for_dark_pages(name):
+    light, dark = (ROOT / "docs" / f"{name}.svg").read_text().split("@media (prefers-color-scheme: dark)")
+    colours = r"([\w.-]+)\s*\{[^}]*(?:fill|stroke): #"
+    assert set(re.findall(colours, light)) == set(re.findall(colours, dark)) >= {"text", ".page", ".eager", ".fused"}
+    drawn = {each for kinds in re.findall(r'class="([^"]*)"', dark) for each in kinds.split()}
+    told = set(re.findall(r"\.([a-z-]+)(?= )", light))
+    assert drawn <= told
