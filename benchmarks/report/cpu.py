@@ -87,8 +87,8 @@ def calls(committed: Committed) -> str:
     ratios = [found for row in rows if (found := row.speedup(EAGER)) is not None]
     if not ratios:
         raise ValueError("expected rows of the family calls, found none")
-    of_calls = f"over eager, the {len(ratios)} smallest cases have {spread(ratios, unit='x')}"
-    return f"{where(committed.cpu.machine)}: {of_calls}, the median is {ratio(statistics.median(ratios))}."
+    faster = f"{spread(ratios)} times as fast as eager, the median {statistics.median(ratios):.2f} times"
+    return f"The {len(ratios)} smallest cases of the tables are {faster} ({where(committed.cpu.machine)})."
 
 
 def own_losses(committed: Committed) -> str:
@@ -107,7 +107,9 @@ def crossover(committed: Committed) -> str:
         slower = [i for i, row in enumerate(rows) if (row.speedup(EAGER) or 0) < 1]
         first = slower[-1] + 1 if slower else 0
         faster = [row.speedup(EAGER) or 0 for row in rows[first:]]
-        start = f"faster than eager from {case(rows[first].case)} on" if faster else "slower than eager at every size"
-        within = f", by {spread(faster, '{:.1f}', 'x')}" if faster else ""
-        lines.append(f"- {case(rows[0].case)} to {case(rows[-1].case)}: {start}{within}.")
+        if faster:
+            said = f"from {case(rows[first].case)} on {spread(faster, '{:.1f}')} times as fast as eager"
+        else:
+            said = "slower than eager up to the largest size"
+        lines.append(f"- {case(rows[0].case)} to {case(rows[-1].case)}: {said}.")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from compiler import ROOT
 
+from benchmarks.report.committed import Committed
 from benchmarks.report.documents import names, rewritten, without_blocks
 from benchmarks.results import Results
 from benchmarks.table import render
@@ -79,10 +80,10 @@ def test_documents_and_pictures_are_in_step_with_the_results():
 
 
 def test_another_figure_is_told_and_then_written(tmp_path, copied):
-    (path,) = (tmp_path / "results" / "examples").glob("*-demo.json")
-    measured = json.loads(path.read_text())
-    measured["figures"][0]["sides"]["torch"]["step_ms"] = 987.65
-    path.write_text(json.dumps(measured))
+    for path in (tmp_path / "results" / "examples").glob("*-demo.json"):
+        measured = json.loads(path.read_text())
+        measured["figures"][0]["sides"]["torch"]["step_ms"] = 987.65
+        path.write_text(json.dumps(measured))
     done = report("--check", *copied)
     assert done.returncode == 1
     assert "docs/performance.md is not" in done.stderr and "docs/step.svg is not" in done.stderr
@@ -115,6 +116,13 @@ def test_a_block_that_no_document_has_is_named(tmp_path, copied):
     readme.write_text(without_blocks(readme.read_text()))
     done = report(*copied)
     assert done.returncode != 0 and "found none named gpu sentence, six cases" in done.stderr
+
+
+def test_the_bytes_of_a_sharded_step_are_what_the_code_says():
+    from benchmarks.sharded_scale import lines
+
+    figures = Committed().of("sharded-scale").figures
+    assert figures["lines"] == lines(figures["rows"], figures["classes"]), "make measure"
 
 
 def test_blocks_of_a_document():
