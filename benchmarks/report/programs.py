@@ -18,7 +18,7 @@ def trainer(committed: Committed) -> str:
             names[side],
             f"{run['step']:.1f}",
             f"{run['loss']:.1f}",
-            f"{run['loss'] / run['step']:.0%}",
+            f"{100 * run['loss'] / run['step']:.0f} %",
             f"{run['peak']:.0f}",
             ratio(sides["transformers"]["step"] / run["step"]),
         ]
@@ -120,17 +120,14 @@ def pages(committed: Committed) -> str:
     """benchmarks/pages.py"""
     measured = committed.of("pages")
     lines = [_setting(name, each) for name, each in measured.figures.items()]
-    head = ["setting", "variables", "copy into new memory", "into warm memory", "cross-entropy", "of its faults"]
+    head = ["setting", "variables", "copy into new memory", "faults", "into warm memory", "cross-entropy", "faults"]
     return f"{where(measured.machine)}:\n\n{table(head, lines)}"
 
 
 def _setting(name: str, each: dict[str, Any]) -> list[str]:
     if "skipped" in each:
-        return [name, each["skipped"], "", "", "", ""]
-    variables = " ".join(f"`{key}={_spelt(value)}`" for key, value in each["environment"].items())
-    figures = list(each["figures"].values())
-    return [name, variables, *(duration(one["seconds"]) for one in figures), f"{figures[-1]['faults']:.0f}"]
-
-
-def _spelt(value: str) -> str:
-    return "1 GB" if value == str(1 << 30) else value
+        return [name, each["skipped"], "", "", "", "", ""]
+    variables = " ".join(f"`{variable}={value}`" for variable, value in each["environment"].items())
+    new, warm, step = each["figures"].values()
+    times = [duration(one["seconds"]) for one in (new, warm, step)]
+    return [name, variables, times[0], f"{new['faults']:.0f}", *times[1:], f"{step['faults']:.0f}"]
