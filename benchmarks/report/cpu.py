@@ -94,6 +94,8 @@ def calls(committed: Committed) -> str:
 def own_losses(committed: Committed) -> str:
     """The losses that an expression made, beside the built-in Huber of their size."""
     rows = [row for row in committed.cpu.rows if "huber" in row.seconds]
+    if not rows:
+        raise ValueError("expected rows of losses of one's own beside huber, found none")
     told = [f"{case(row.case)}: {1 / (row.speedup('huber') or 1):.2f} times Huber's time" for row in rows]
     return "; ".join(told) + f" ({where(committed.cpu.machine)})."
 
