@@ -1,8 +1,8 @@
 """Fails where a driver became slower: ``python -m benchmarks.guard``, which make test-rest runs.
 
-Of one case for each driver, fused and eager run in turn with one thread, and the median of the rounds' ratios is held
-against a floor of 60 % of the least of three when the floors were written. What counts is the process's own time, so
-that others who use the cores do not. A disturbed machine gets three attempts, of which the best counts; a kernel that
+For each driver one case runs fused and eager in turn, with one thread. The median of the rounds' ratios is held against
+a floor of about 60 % of the least that was measured when floors were written. The process's own time counts, so that
+others who use the cores hardly matter. A disturbed machine gets three attempts, of which the best counts; a kernel that
 takes twice as long misses its floor each time.
 """
 
