@@ -93,8 +93,9 @@ manylinux: wheel
 demo: build
 	$(PYTHON) examples/demo.py
 
+# Five minutes of two cores: a table for each family of losses, and benchmarks/results/<machine>.json.
 bench: build
-	$(PYTHON) -m pytest benchmarks
+	$(PYTHON) -m benchmarks
 
 # What the examples and some programs of one subject show: five minutes of two cores.
 measure: build clients

@@ -113,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nothing can be measured: {why_native}", file=sys.stderr)
         return 1
     committed = json.loads(FLOORS.read_text())
-    theirs, here = (facts["instruction set"] for facts in (committed["machine"], machine.facts("cpu")))
+    theirs, here = (
+        f"{facts['device']}, {facts['instruction set']}" for facts in (committed["machine"], machine.facts("cpu"))
+    )
     if theirs != here:
         print(f"not judged: the floors are of {theirs}, and here is {here}")
         return 0
