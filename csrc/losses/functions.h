@@ -261,12 +261,7 @@ FUSEDLOSS_HD T upper_half(T x) {
 template <class T>
 FUSEDLOSS_HD T power_of_positive(T a, T b) {
   using C = Constants<T>;
-  using Int = typename C::Int;
-  const bool subnormal = a < C::smallest_normal;
-  const T lifted = select(subnormal, a * C::lift, a);
-  const Int k = (bit_cast<Int>(lifted) - C::sqrt_half) >> C::mantissa;
-  const T m = bit_cast<T>(bit_cast<Int>(lifted) - k * (Int(1) << C::mantissa));
-  const T exponent = T(k) - select(subnormal, C::lift_exponent, T(0));
+  const auto [m, exponent] = scientific(a);
 
   // s = (m - 1) / (m + 1) in two parts; what rounding m + 1 loses is m - (sum - 1).
   const T sum = m + T(1), difference = m - T(1), inverse = T(1) / sum, s = difference * inverse;

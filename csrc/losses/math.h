@@ -320,18 +320,29 @@ FUSEDLOSS_HD Exponential<T> exp_and_expm1(T x) {
   return {two_k * above_one + two_k, two_k * above_one + (two_k - T(1))};
 }
 
+// x = m 2^exponent for x > 0, where m lies between the roots of 1/2 and of 2. For anything else it gives some numbers:
+// unsigned ones may overflow, as they do for -0 and for negative numbers whose result is not selected.
+template <class T>
+struct Scientific {
+  T m, exponent;
+};
+template <class T>
+FUSEDLOSS_HD Scientific<T> scientific(T x) {
+  using C = Constants<T>;
+  using Int = typename C::Int;
+  using Bits = std::make_unsigned_t<Int>;
+  const bool subnormal = x < C::smallest_normal;
+  const Bits bits = bit_cast<Bits>(select(subnormal, x * C::lift, x));
+  const Int k = Int(bits - Bits(C::sqrt_half)) >> C::mantissa;
+  return {bit_cast<T>(bits - (Bits(k) << C::mantissa)), T(k) - select(subnormal, C::lift_exponent, T(0))};
+}
+
 // Natural logarithm for x >= 0: -infinity at 0, NaN and infinity stay.
 template <class T>
 FUSEDLOSS_HD T log(T x) {
   using C = Constants<T>;
-  using Int = typename C::Int;
-  const bool subnormal = x < C::smallest_normal;
-  const T lifted = select(subnormal, x * C::lift, x);
-  const Int offset = bit_cast<Int>(lifted) - C::sqrt_half;
-  const Int k = offset >> C::mantissa;
-  const T m = bit_cast<T>(bit_cast<Int>(lifted) - k * (Int(1) << C::mantissa));
+  const auto [m, exponent] = scientific(x);
   const T s = divide(m - T(1), m + T(1)), z = s * s;
-  const T exponent = T(k) - select(subnormal, C::lift_exponent, T(0));
   const T value = exponent * C::ln2_high + (T(2) * s + (T(2) * s * z * C::log_polynomial(z) + exponent * C::ln2_low));
   return select(x == T(0), -infinity<T>(), select(x < infinity<T>(), value, x));
 }

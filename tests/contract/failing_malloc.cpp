@@ -1,4 +1,4 @@
-// Preloaded, it lets the k-th large allocation from now on fail, as where memory ends; glibc's own functions do the rest.
+// Preloaded, it lets the k-th large allocation fail, as where memory ends; glibc's functions serve all others.
 #include <atomic>
 #include <cerrno>
 #include <cstddef>

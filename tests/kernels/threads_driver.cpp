@@ -231,12 +231,24 @@ void distillation(Divergence divergence, DType dtype, int64_t rows, int64_t clas
              [&](int64_t, int64_t begin, int64_t end) { baseline::kernels.distillation_backward(args, begin, end); });
 }
 
+// Also of numbers for which a loss computes one and does not select it.
+template <class T>
+void logarithms() {
+  for (const T x : {T(-0.0), T(0), T(-1e-3), T(-1), T(-1e30), T(1e-42), T(INFINITY), T(-INFINITY), T(NAN)}) {
+    volatile T result = baseline::log(x);
+    result = baseline::functions::log(x);
+    static_cast<void>(result);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string mistake = count > 1 ? arguments[1] : "";
   planted_race = mistake == "race";
   planted_overrun = mistake == "overrun";
+  logarithms<float>();
+  logarithms<double>();
   for (const DType dtype : {DType::Float, DType::BFloat16}) {
     for (int loss = 0; loss < kSoftmaxLosses; ++loss) {
       for (const bool in_place : {false, true}) {
