@@ -45,13 +45,14 @@ def register(op: Any, decomposed: Callable[..., Any]) -> None:
     still keep it, so the kernel for autograd decomposes it. It keeps the op where the decomposition says
     NotImplemented: ours in any other tracing, and torch's in its place where the caller took the op out of the table.
     """
-    op.py_kernels = _Kernels(op.py_kernels)
-    op.py_impl(_COMPOSITE)(
-        lambda *given, **options: decomposed(*given, **options) if _is_decomposing() else NotImplemented
-    )
+    composite = lambda *given, **options: decomposed(*given, **options) if _is_decomposing() else NotImplemented  # noqa: E731
+    kernels = {_COMPOSITE: composite}
     for device in extension.devices:  # type: ignore[union-attr]
-        key = getattr(torch._C.DispatchKey, f"Autograd{device.upper()}")
-        op.py_impl(key)(_under_autograd(op))
+        kernels[getattr(torch._C.DispatchKey, f"Autograd{device.upper()}")] = _under_autograd(op)
+    # Without those of a registration that was interrupted, which py_impl refuses to replace.
+    op.py_kernels = _Kernels({key: kernel for key, kernel in op.py_kernels.items() if key not in kernels})
+    for key, kernel in kernels.items():
+        op.py_impl(key)(kernel)
 
 
 def _under_autograd(op: Any) -> Callable[..., Any]:

@@ -282,7 +282,8 @@ def _path(op: str, source: str, name: str, native: _route.Formula) -> Path:
     address, why_native = library(op, source, name)
     if address is not None:
         assert extension is not None
-        extension.add_pointwise(op, address)
+        if op not in extension.losses:  # where an interrupted definition has made it
+            extension.add_pointwise(op, address)
         return Path(whole, _route.pointwise(op, class_indices=True, listed=False)(native), "")
 
     def told(*arguments: Any, **options: Any) -> Tensor:

@@ -257,7 +257,8 @@ def _path(op: str, source: str, name: str, formula: _route.Formula) -> Path:
     address, why_native = library(op, source, name, of_rows)
     if address is not None:
         assert extension is not None
-        extension.add_softmax(op, address)
+        if op not in extension.losses:  # where an interrupted definition has made it
+            extension.add_softmax(op, address)
         return Path(native, _route.softmax(op, listed=False)(formula), "")
 
     def told(*arguments: Any, **options: Any) -> Any:

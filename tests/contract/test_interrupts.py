@@ -19,15 +19,16 @@ from linear_calls import indices, operands
 from linear_distillation_calls import call as divergence
 from linear_distillation_calls import operands as operands_of_pair
 from losses import loss_named
-from marks import needs_extension, on_cpu_alone
+from marks import needs_compiler, needs_extension, on_cpu_alone
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 import fusedloss
 import fusedloss.functional as L
-from fusedloss import _route
+from fusedloss import _decomposed, _route
 from fusedloss.adoption import _calls, _patch
 from fusedloss.adoption._places import places
+from fusedloss.custom._definition import PATHS
 
 PACKAGE = str(Path(fusedloss.__file__).parent)
 pytestmark = on_cpu_alone("what is interrupted is Python, the same there")
@@ -129,7 +130,7 @@ watched: list["weakref.ref[Tensor]"] = []
 
 
 @pytest.fixture
-def monkeypatch_signal() -> Iterator[Callable[..., None]]:
+def set_handler() -> Iterator[Callable[..., None]]:
     """Sets the handler of a signal, until the test ends."""
     before: dict[int, Any] = {}
 
@@ -200,6 +201,34 @@ def test_an_undo_that_was_interrupted_may_be_repeated():
 
 
 @needs_extension
+@needs_compiler
+@pytest.mark.deep("a loss of one's own whose definition is interrupted; it compiles")
+@pytest.mark.parametrize("make", [fusedloss.pointwise_loss, fusedloss.softmax_loss], ids=lambda make: make.__name__)
+def test_a_definition_that_was_interrupted_may_be_repeated(make, monkeypatch):
+    define = lambda: make("interrupted", "square(x - t)" if make is fusedloss.pointwise_loss else "1 - p")  # noqa: E731
+    expected = repr(define())
+    for module, name in [(_decomposed, "register"), (_route, "pointwise"), (_route, "softmax")]:
+        original = getattr(module, name)
+
+        def interrupted(*given: Any, original: Any = original, **options: Any) -> None:
+            original(*given, **options)
+            raise KeyboardInterrupt
+
+        for op in [op for op in PATHS if op.startswith("custom_interrupted")]:
+            del PATHS[op]  # as where no definition came so far
+        monkeypatch.setattr(module, name, interrupted)
+        with suppress(KeyboardInterrupt):
+            define()
+        monkeypatch.undo()
+        assert repr(define()) == expected
+    loss = define()
+    x = torch.randn(4, 5, requires_grad=True)
+    value = loss(x, torch.zeros(4, 5) if make is fusedloss.pointwise_loss else torch.arange(4))
+    value.backward()
+    assert loss.fused and value.isfinite() and x.grad.any()
+
+
+@needs_extension
 def test_an_interrupt_between_forward_and_backward_leaves_a_graph_that_runs():
     loss = loss_named("cross_entropy")
     x, target = loss.data((40, 9), torch.float32)
@@ -214,14 +243,16 @@ def test_an_interrupt_between_forward_and_backward_leaves_a_graph_that_runs():
 
 @needs_extension
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers of signals; every point was interrupted above")
-def test_an_interrupt_at_any_time_of_a_step(monkeypatch_signal):
-    """Where C++ runs, the signal waits for its end."""
+def test_an_interrupt_at_any_time_of_a_step(set_handler):
+    """Where C++ runs, the signal waits for its end. Not of a scope: torch takes its mode off the stack and puts it back
+    in a way that an interrupt breaks."""
     before, random = state(), torch.Generator("cpu").manual_seed(0)
-    expected = {name: step(name) for name in CALLS}
-    monkeypatch_signal(signal.SIGALRM, signal.default_int_handler)
-    for name in [*CALLS] * 8:
-        signal.setitimer(signal.ITIMER_REAL, 1e-6 + 2e-3 * torch.rand((), generator=random, device="cpu").item())
+    expected = {name: step(name) for name in CALLS if name != "scope"}
+    set_handler(signal.SIGALRM, signal.default_int_handler)
+    for name in [*expected] * 8:
+        after = 1e-6 + 2e-3 * torch.rand((), generator=random, device="cpu").item()
         with suppress(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, after)
             for _ in range(1000):
                 step(name)
         undo_lost_patches()
