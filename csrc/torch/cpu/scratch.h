@@ -18,6 +18,7 @@ class Scratch {
  public:
   // 0: none is wanted.
   explicit Scratch(size_t bytes) : lines_((bytes + sizeof(Line) - 1) / sizeof(Line)) {
+    if (lines_ == 0) return;
     static thread_local std::unique_ptr<Line[]> kept;
     static thread_local size_t size = 0;
     // A thread of a parallel region, which runs the whole call, has a number too.
@@ -42,7 +43,7 @@ class Scratch {
     char bytes[64];
   };
   size_t lines_;
-  Line* begin_;
+  Line* begin_ = nullptr;
 };
 
 }  // namespace fusedloss
