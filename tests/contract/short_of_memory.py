@@ -29,7 +29,6 @@ from torch import Tensor
 import fusedloss.functional as L
 
 memory = ctypes.CDLL(None)
-memory.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t]
 # Bytes: tensors and the kernels' scratch memory, but not what the C library keeps of a thread, without which it aborts.
 LARGE = 33_000
 ROWS, CLASSES = 20_000, 9  # several chunks of several threads, and losses and statistics above that size
@@ -132,6 +131,7 @@ def in_a_new_thread(*given: Any) -> Any:
 
 
 def main(words: list[str]) -> None:
+    memory.fail_allocation.argtypes = [ctypes.c_long, ctypes.c_size_t]
     torch.set_num_threads(2)
     failures = 0
     for name, call in calls().items():
