@@ -97,7 +97,7 @@ void softmax(Softmax loss, DType dtype, const SoftmaxLayout& layout, bool in_pla
     sums[size_t(i)] = kernels.softmax_forward(loss, args, nullptr, begin, end);
   });
   args.grad = in_place ? logits.data() : grad.data();
-  const int64_t scratch = std::max(kSoftmaxScratch, layout.classes);
+  const int64_t scratch = softmax_scratch(layout.classes);
   in_threads(rows, chunk, [&](int64_t i, int64_t begin, int64_t end) {
     std::vector<float> of_thread(static_cast<size_t>(scratch));
     kernels.softmax_with_grad(loss, args, begin, end, of_thread.data(), &sums[size_t(i)]);
