@@ -7,9 +7,8 @@ namespace fusedloss::FUSEDLOSS_ISA {
 
 constexpr int64_t kBlock = 4096;  // 16 KB of float: stays in the first-level cache between max and sum
 
-// Groups of kLanes values of z, and their max. Float logits that are z already are read in place, all
-// others from a buffer. `skipped_column`, if it is in the block, reads as -infinity, and so does the filling of the
-// last group.
+// Groups of kLanes values of z, and their max. Float logits that are z already are read in place, all others from a
+// buffer. `skipped_column`, if it is in the block, reads as -infinity, and so does the filling of the last group.
 template <class S, class Logit>
 struct Groups {
   using T = Accumulate<S>;
@@ -29,20 +28,8 @@ struct Groups {
     const int64_t before = skipped_group < 0 ? whole : least(skipped_group, whole);
     T lanes[2 * kLanes];  // twice as many, so that one comparison need not wait for the one before
     for (T& lane : lanes) lane = -infinity<T>();
-    const int64_t ends[] = {before, whole};
-    for (int64_t end : ends) {
-      int64_t g = end == before ? 0 : before + 1;
-      for (; g + 1 < end; g += 2) {
-        take(g);
-        take(g + 1);
-        raise<2>(lanes, whole_group(g));
-      }
-      if (g < end) {
-        take(g);
-        raise<1>(lanes, whole_group(g));
-      }
-      if (before == whole) break;
-    }
+    take_all(0, before, lanes);
+    take_all(before + 1, whole, lanes);
     if (before < whole) {
       T* to = kReadsInPlace ? buffer : buffer + before * kLanes;
       take_part(before, logits + before * kLanes, 0, skipped_column - before * kLanes, to);
@@ -113,6 +100,18 @@ struct Groups {
       place[g] = logits + g * kLanes;
     } else {
       read(logits + g * kLanes, buffer + g * kLanes);
+    }
+  }
+
+  FUSEDLOSS_HD void take_all(int64_t g, int64_t end, T* lanes) {
+    for (; g + 1 < end; g += 2) {
+      take(g);
+      take(g + 1);
+      raise<2>(lanes, whole_group(g));
+    }
+    if (g < end) {
+      take(g);
+      raise<1>(lanes, whole_group(g));
     }
   }
 
