@@ -26,10 +26,11 @@ struct SoftmaxPart {
   double max, sum_without_target, sum, mass;
 };
 
-// Floats that softmax_with_grad keeps of a half type: 128 KB, or a row in whole lines of 128 bytes.
+// Floats that softmax_with_grad keeps of a half type: 128 KB, or a row in whole lines of 128 bytes. Static, so that no
+// instruction set's code becomes the one copy of all.
 constexpr int64_t kSoftmaxScratch = 32768;
-constexpr int64_t softmax_kept(int64_t classes) { return (classes + 31) / 32 * 32; }
-constexpr int64_t softmax_scratch(int64_t classes) {
+static constexpr int64_t softmax_kept(int64_t classes) { return (classes + 31) / 32 * 32; }
+static constexpr int64_t softmax_scratch(int64_t classes) {
   return kSoftmaxScratch > softmax_kept(classes) ? kSoftmaxScratch : softmax_kept(classes);
 }
 
