@@ -44,7 +44,7 @@ else
 endif
 	mkdir -p build && rm -f build/ready-* && touch $@
 
-# Three minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
+# Four to five minutes on two cores, once the C++ of the tests is built. Its last lines say what it leaves out.
 test: build
 	$(PYTEST)
 
